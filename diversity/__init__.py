@@ -1,0 +1,31 @@
+"""Losses that make a vision transformer less redundant, for any training loop over a timm model.
+
+From "The Principle of Diversity" (Chen et al., CVPR 2022): regularizers on patch embeddings, attention maps and
+weights, and label mixing per patch. Importing the package enters every term into `REGULARIZERS`.
+"""
+
+from . import attention, embedding, weight
+from .mixing import MixedTarget, PatchMixup, patch_lam, token_cross_entropy
+from .objective import DiversityObjective
+from .regularizers import LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer
+from .taps import TAPS, TapError, TapOutput, TappedViT
+
+__all__ = [
+    "LEVELS",
+    "REGULARIZERS",
+    "TAPS",
+    "DiversityObjective",
+    "MixedTarget",
+    "PatchMixup",
+    "Regularizer",
+    "TapError",
+    "TapOutput",
+    "TappedViT",
+    "attention",
+    "embedding",
+    "markdown_table",
+    "patch_lam",
+    "regularizer",
+    "token_cross_entropy",
+    "weight",
+]

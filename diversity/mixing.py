@@ -1,0 +1,184 @@
+"""Patch-level label mixing: Mixup and CutMix that also say which label each patch carries, and the per-token loss."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data.mixup import cutmix_bbox_and_lam
+
+MODES = ("batch", "pair", "elem")
+
+
+class MixedTarget(NamedTuple):
+    """Labels of a mixed batch: token t of image b is labelled labels[b] with weight lam and partner[b] with 1 - lam.
+
+    Attributes:
+        labels: [B], integer class of the first image.
+        partner: [B], integer class of the image it was mixed with.
+        lam: [B], share of the whole image (the class token's label) that comes from the first image.
+        patch_lam: [B, P], the same share for each patch; None when no grid was given.
+    """
+
+    labels: torch.Tensor
+    partner: torch.Tensor
+    lam: torch.Tensor
+    patch_lam: torch.Tensor | None = None
+
+
+class PatchMixup:
+    """timm's Mixup and CutMix, with the share of every patch kept. Image i is mixed with image B-1-i.
+
+    Draws come from numpy's global generator.
+
+    Args:
+        mixup_alpha: Beta parameter of Mixup; 0 = no Mixup.
+        cutmix_alpha: Beta parameter of CutMix; 0 = no CutMix.
+        cutmix_minmax: (low, high) side lengths of the box as shares of the image, in place of `cutmix_alpha`.
+        prob: probability that a batch (pair, element) is mixed at all.
+        switch_prob: probability of CutMix where both are on.
+        mode: "batch", one draw for all images; "pair", one for each pair of partners; "elem", one for each image.
+        correct_lam: weigh labels by the box after clipping at the border, not by the drawn share.
+        grid: (rows, columns) of patches, or None when no per-patch label is needed.
+    """
+
+    def __init__(
+        self,
+        mixup_alpha: float = 0.8,
+        cutmix_alpha: float = 1.0,
+        cutmix_minmax: tuple[float, float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        correct_lam: bool = True,
+        grid: tuple[int, int] | None = None,
+    ):
+        if mode not in MODES:
+            raise ValueError(f"unknown mixup mode {mode!r}; there are {', '.join(MODES)}")
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = 1.0 if cutmix_minmax else cutmix_alpha
+        self.cutmix_minmax = cutmix_minmax
+        self.prob = prob
+        self.switch_prob = switch_prob
+        self.mode = mode
+        self.correct_lam = correct_lam
+        self.grid = grid
+
+    def __call__(self, samples: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, MixedTarget]:
+        """Mix a batch.
+
+        Args:
+            samples: [B, 3, H, W], left as it is; B even unless both alphas are 0.
+            labels: [B], integer classes.
+
+        Returns:
+            The mixed samples and their `MixedTarget`.
+
+        Raises:
+            ValueError: an odd batch, in which the middle image has no partner.
+        """
+        batch = len(samples)
+        dtype = torch.promote_types(samples.dtype, torch.float32)
+        lam = torch.ones(batch, dtype=dtype)
+        kept = None if self.grid is None else torch.ones(batch, self.grid[0] * self.grid[1], dtype=dtype)
+        mixed = samples
+        if self.mixup_alpha > 0 or self.cutmix_alpha > 0:
+            if batch % 2:
+                raise ValueError(f"Mixup and CutMix pair the images of a batch, so its size must be even; got {batch}")
+            mixed = self._mix(samples, lam, kept)
+        lam = lam.to(samples.device, non_blocking=True)
+        kept = None if kept is None else kept.to(samples.device, non_blocking=True)
+        return mixed, MixedTarget(labels, labels.flip(0), lam, kept)
+
+    def _mix(self, samples: torch.Tensor, lam: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """The mixed samples; fills `lam` and `kept` for the images it touches."""
+        mixed, flipped = samples.clone(), samples.flip(0)
+        batch = len(samples)
+        if self.mode == "batch":
+            groups = [slice(None)]
+        elif self.mode == "pair":
+            groups = [[i, batch - 1 - i] for i in range(batch // 2)]
+        else:
+            groups = [[i] for i in range(batch)]
+        shares, use_cutmix = self._draw(len(groups))
+        for images, share, cut in zip(groups, shares.tolist(), use_cutmix, strict=True):
+            if share == 1:
+                continue
+            if cut:
+                bbox, share = cutmix_bbox_and_lam(
+                    samples.shape, share, ratio_minmax=self.cutmix_minmax, correct_lam=self.correct_lam
+                )
+                yl, yh, xl, xh = bbox
+                mixed[images, :, yl:yh, xl:xh] = flipped[images, :, yl:yh, xl:xh]
+            else:
+                bbox = None
+                mixed[images] = samples[images] * share + flipped[images] * (1 - share)
+            lam[images] = float(share)
+            if kept is not None:
+                kept[images] = (
+                    patch_lam(bbox, samples.shape[-2:], self.grid).to(kept) if cut else torch.tensor(share).to(kept)
+                )
+        return mixed
+
+    def _draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shares of the first image (1 = unmixed) and whether to CutMix, [count] each; timm's order of draws."""
+        use_cutmix = np.full(count, self.mixup_alpha <= 0)
+        if self.mixup_alpha > 0 and self.cutmix_alpha > 0:
+            use_cutmix = np.random.rand(count) < self.switch_prob
+        shares = np.ones(count)
+        if self.cutmix_alpha > 0:
+            shares = np.random.beta(self.cutmix_alpha, self.cutmix_alpha, size=count)
+        if self.mixup_alpha > 0:
+            mixup_shares = np.random.beta(self.mixup_alpha, self.mixup_alpha, size=count)
+            shares = np.where(use_cutmix, shares, mixup_shares)
+        return np.where(np.random.rand(count) < self.prob, shares, 1.0), use_cutmix
+
+
+def patch_lam(bbox: tuple[int, int, int, int], image_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """Share of each patch's pixels that CutMix keeps from the first image.
+
+    Args:
+        bbox: (yl, yh, xl, xh), the pasted box in pixels, upper ends excluded.
+        image_size: (height, width) in pixels.
+        grid: (rows, columns) of patches.
+
+    Returns:
+        [P], float64, row by row, in [0, 1]: 1 outside the box, 0 inside.
+    """
+    yl, yh, xl, xh = bbox
+    rows = _overlap(yl, yh, image_size[0], grid[0])
+    columns = _overlap(xl, xh, image_size[1], grid[1])
+    return (1 - rows[:, None] * columns[None, :]).flatten()
+
+
+def _overlap(low: int, high: int, length: int, cells: int) -> torch.Tensor:
+    """Share of each of `cells` equal cells of [0, length) that lies in [low, high)."""
+    edges = torch.arange(cells + 1, dtype=torch.float64) * length / cells
+    covered = edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)
+    return covered.clamp(min=0) * cells / length
+
+
+def token_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy of every token against its own mixture of two labels, without building a dense target.
+
+    logsumexp(z) - (1 - s) (lam z[labels] + (1 - lam) z[partner]) - s mean_c z, which is timm's soft-target loss on
+    smoothed, mixed one-hot labels.
+
+    Args:
+        logits: [B, T, C]; computed in float32 or, when given it, float64.
+        labels, partner: [B], integer classes.
+        lam: [B, T], share of `labels` in each token's target.
+        smoothing: label smoothing s, in [0, 1).
+
+    Returns:
+        [B, T], in nats.
+    """
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        of_labels, of_partner = (
+            logits.gather(2, index[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
+            for index in (labels, partner)
+        )
+        hit = lam * of_labels + (1 - lam) * of_partner
+        return logits.logsumexp(dim=2) - (1 - smoothing) * hit - smoothing * logits.mean(dim=2)

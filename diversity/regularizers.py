@@ -1,0 +1,88 @@
+"""The registry of diversity terms: what a term is, and the decorator that enters one.
+
+A term is one decorated function. Its parameters name the taps it reads; everything else (command-line flag, hooks, log
+column, README row, tests) follows from its entry in `REGULARIZERS`.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+LEVELS = ("embedding", "attention", "weight")
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """One diversity term: a pure function of tapped tensors that returns a 0-dim tensor to be minimised.
+
+    Call it with its taps as keyword arguments, `term(last=tokens)`. It computes in float32, or float64 when given it,
+    also under autocast.
+
+    Attributes:
+        name: the term's name and the stem of its flag, `--<name>_coef`.
+        level: "embedding", "attention" or "weight".
+        reads: names of the taps it needs, in the order of its parameters.
+        doc: its docstring.
+        coef: coefficient in the paper's training runs; 0 where the paper's runs leave the term off.
+        function: the decorated function.
+    """
+
+    name: str
+    level: str
+    reads: tuple[str, ...]
+    doc: str
+    coef: float
+    function: Callable[..., torch.Tensor]
+
+    def __call__(self, **taps) -> torch.Tensor:
+        missing = [name for name in self.reads if taps.get(name) is None]
+        if missing:
+            raise TypeError(f"{self.name} reads {', '.join(self.reads)}; missing: {', '.join(missing)}")
+        with torch.autocast(device_type=taps[self.reads[0]].device.type, enabled=False):
+            return self.function(**{name: _full_precision(value) for name, value in taps.items()})
+
+    @property
+    def formula(self) -> str:
+        """The first paragraph of the docstring on one line, for tables."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+
+REGULARIZERS: dict[str, Regularizer] = {}
+
+
+def regularizer(level: str, coef: float = 0.0):
+    """Enter the decorated function into `REGULARIZERS` under its own name.
+
+    The function's positional parameters are the taps it reads; keyword-only parameters are options with a default.
+
+    Args:
+        level: one of `LEVELS`.
+        coef: coefficient in the paper's training runs.
+    """
+    assert level in LEVELS, f"unknown level {level!r}"
+
+    def enter(function: Callable[..., torch.Tensor]) -> Regularizer:
+        parameters = inspect.signature(function).parameters.values()
+        reads = tuple(p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
+        assert function.__name__ not in REGULARIZERS, f"{function.__name__} is entered twice"
+        term = Regularizer(function.__name__, level, reads, inspect.getdoc(function), coef, function)
+        REGULARIZERS[term.name] = term
+        return term
+
+    return enter
+
+
+def markdown_table() -> str:
+    """The README's table of terms, one row per entry of `REGULARIZERS`."""
+    rows = ["| flag | level | reads | paper's value | minimises |", "|---|---|---|---|---|"]
+    for term in REGULARIZERS.values():
+        reads = ", ".join(f"`{tap}`" for tap in term.reads)
+        rows.append(f"| `--{term.name}_coef` | {term.level} | {reads} | {term.coef:g} | {term.formula} |")
+    return "\n".join(rows)
+
+
+def _full_precision(value):
+    """Half-precision tensors as float32; everything else as it is."""
+    return value.float() if torch.is_tensor(value) and value.dtype in (torch.float16, torch.bfloat16) else value

@@ -1,0 +1,82 @@
+"""The mathematics the terms share, in the form whose cost is linear in the number of items where one exists.
+
+"Items" are the vectors that are to become diverse: tokens, flattened attention maps or weight rows, as [..., items, D].
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+def unit(items: torch.Tensor) -> torch.Tensor:
+    """x / max(|x|, 1e-8) over the last axis: unit vectors, and zero vectors left at zero."""
+    return F.normalize(items, dim=-1, eps=1e-8)
+
+
+def mean_cosine(items: torch.Tensor) -> torch.Tensor:
+    """Signed cosine averaged over all ordered pairs of items, an item with itself included.
+
+    Equal to the squared norm of the mean unit item, so the pairs are never formed.
+
+    Args:
+        items: [..., items, D].
+
+    Returns:
+        [...], in [0, 1]: 1 for parallel items, 1/items for orthogonal ones.
+    """
+    return unit(items).mean(dim=-2).square().sum(dim=-1)
+
+
+def contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Contrastive loss that ties item i of `last` to item i of `first` and pushes it from the other items.
+
+    softplus(neg_i - pos_i), pos_i = cos(first_i, last_i), neg_i = mean over j != i of cos(first_i, last_j). The sum
+    over j needs only the sum of all unit items of `last`.
+
+    Args:
+        first, last: [..., items, D] with items >= 2.
+
+    Returns:
+        [..., items], in [softplus(-2), softplus(2)]; softplus(0) where an item is as close to the others as to its own.
+
+    Raises:
+        ValueError: there is only one item, so there is nothing to push from.
+    """
+    items = first.shape[-2]
+    if items < 2:
+        raise ValueError(f"a contrast needs at least two items; got {items}")
+    first, last = unit(first), unit(last)
+    positive = (first * last).sum(dim=-1)
+    to_all = (first @ last.sum(dim=-2).unsqueeze(-1)).squeeze(-1)
+    negative = (to_all - positive) / (items - 1)
+    return F.softplus(negative - positive)
+
+
+def spectral_spread(weights: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
+    """Estimate of (largest - smallest) eigenvalue of W W^T, from one power step each.
+
+    With G = W W^T and a start vector x: y = G x, largest = <G y, y> / <y, y>. The same step on G - largest * I, from a
+    second start vector, finds the eigenvalue farthest from `largest`, which is smallest - largest. G itself is never
+    formed, and all matrices and both start vectors share each pass over W.
+
+    Args:
+        weights: [M, Dout, Din].
+        probes: [2, M, Dout, 1], the start vectors for the largest and for the smallest eigenvalue.
+
+    Returns:
+        [M], at most 0: smallest - largest. One step underestimates the spread.
+    """
+
+    def gram(x):
+        return weights @ (weights.mT @ x)
+
+    pushed = gram(torch.cat((probes[0], probes[1]), dim=-1))
+    towards_largest, second = pushed[..., :1], pushed[..., 1:]
+    largest = _rayleigh_quotient(towards_largest, gram(towards_largest))
+    shifted = second - largest * probes[1]
+    return _rayleigh_quotient(shifted, gram(shifted) - largest * shifted)[:, 0, 0]
+
+
+def _rayleigh_quotient(x: torch.Tensor, gram_x: torch.Tensor) -> torch.Tensor:
+    """<G x, x> / <x, x> over axis -2, kept as [M, 1, 1]; 0 where x is 0."""
+    norm = x.square().sum(dim=-2, keepdim=True)
+    return (gram_x * x).sum(dim=-2, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
