@@ -1,5 +1,59 @@
-"""timm registry entries of the paper's models. Importing this package registers them."""
+"""Building timm models from the command line. Importing this package registers the paper's models with timm."""
+
+import difflib
+
+import timm
+from torch import nn
 
 from . import diverse_deit
 
-__all__ = ["diverse_deit"]
+__all__ = ["build_model", "diverse_deit"]
+
+
+def build_model(
+    name: str,
+    num_classes: int,
+    input_size: int = 224,
+    patch_size: int | None = None,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    flag: str = "--model",
+    **model_kwargs,
+) -> nn.Module:
+    """A timm model with initial weights.
+
+    Args:
+        name: any timm model, or one of the paper's.
+        num_classes: size of the classifier.
+        input_size: side of the square input in pixels; models without a fixed size take any.
+        patch_size: side of a patch in pixels; None = the model's own.
+        drop, drop_path: rates of dropout and stochastic depth; 0 = off.
+        flag: the flag that named the model, for messages.
+        model_kwargs: further arguments of the timm model, such as depth or embed_dim.
+
+    Raises:
+        SystemExit: an unknown name, arguments the model does not take, or a size its patches do not divide.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["see timm.list_models()"]
+        raise SystemExit(f"error: {flag} {name} is unknown; did you mean {', '.join(near)}?")
+    optional = {"patch_size": patch_size, "drop_path_rate": drop_path or None}
+    model_kwargs = {key: value for key, value in optional.items() if value is not None} | model_kwargs
+    model_kwargs |= {"num_classes": num_classes, "drop_rate": drop}
+    try:
+        try:
+            model = timm.create_model(name, img_size=input_size, **model_kwargs)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            model = timm.create_model(name, **model_kwargs)  # a model of free input size
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SystemExit(f"error: {flag} {name} cannot be built with {model_kwargs}: {reason}") from None
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+    if input_size % patch[0] or input_size % patch[1]:
+        raise SystemExit(
+            f"error: --input-size {input_size} is not divisible by the patch size {patch[0]} of {flag} {name}; "
+            "change one of them (--patch-size)"
+        )
+    return model

@@ -1,0 +1,252 @@
+"""One epoch of training, and evaluation."""
+
+import contextlib
+import datetime
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from timm.utils import accuracy
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from checkpoint import TrainState
+from diversity import DiversityObjective, PatchMixup
+from utils import Meters, RunLog, World
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """What `--amp` means on a device: bfloat16, float16, or None for full precision."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Autocast to `dtype`, or full precision when it is None."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+class FiniteGuard:
+    """Decides, alike on all ranks, whether a step may be taken; counts and names the ones that may not.
+
+    Args:
+        budget: skipped steps before training stops.
+        world: this process.
+    """
+
+    def __init__(self, budget: int, world: World):
+        self.budget = budget
+        self.world = world
+        self.skipped = 0
+
+    def allows(self, values: dict[str, torch.Tensor], where: str) -> bool:
+        """True when all values are finite on all ranks.
+
+        Args:
+            values: 0-dim tensors: the loss, the gradient norm, the terms.
+            where: the step, for the message.
+
+        Raises:
+            SystemExit: more than `budget` steps have been skipped.
+        """
+        finite = torch.stack([value.isfinite() for value in values.values()])
+        finite_everywhere = self.world.sum((~finite.all()).float()) == 0
+        if finite_everywhere:
+            return True
+        self.skipped += 1
+        names = [name for name, ok in zip(values, finite.tolist(), strict=True) if not ok and "_share" not in name]
+        if names:
+            print(f"{where}: step skipped, not finite on rank {self.world.rank}: {', '.join(names)}", flush=True)
+        if self.skipped > self.budget:
+            raise SystemExit(
+                f"error: {self.skipped} steps were not finite, more than --max-nonfinite-steps {self.budget}; "
+                "lower --lr, set --clip-grad or use --amp bf16 or off"
+            )
+        return False
+
+
+def train_one_epoch(
+    model: nn.Module,
+    objective: DiversityObjective,
+    loader: Iterable,
+    mixup_fn: PatchMixup,
+    state: TrainState,
+    guard: FiniteGuard,
+    log: RunLog,
+    world: World,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    accum_steps: int = 1,
+    clip_grad: float | None = None,
+    log_interval: int = 50,
+) -> dict[str, float]:
+    """Train for one pass over the loader.
+
+    Args:
+        model: a TappedViT around `state.model`, or DistributedDataParallel around one.
+        state: what the steps change.
+        accum_steps: batches per optimizer step; a last, shorter group is averaged over the batches it has.
+        clip_grad: largest gradient norm, or None.
+        log_interval: optimizer steps between console lines.
+
+    Returns:
+        Means over steps and processes: loss, every term and its share, lr, grad_norm; and images_per_s of all
+        processes, data_wait (share of the time spent waiting for the loader) and skipped_steps.
+    """
+    model.train()
+    optimizer, loss_scaler, epoch = state.optimizer, state.loss_scaler, state.epoch
+    optimizer.zero_grad()
+    num_batches = len(loader)
+    num_steps = -(-num_batches // accum_steps)
+    epoch_meters, window, group = Meters(), Meters(), Meters()
+    progress = Progress(epoch, num_steps, log, world, log_interval)
+    skipped_before = guard.skipped
+    for index, (samples, labels) in enumerate(progress.timed(loader)):
+        step = index // accum_steps
+        group_size = min(accum_steps, num_batches - step * accum_steps)
+        ends_group = index % accum_steps == group_size - 1
+        samples = samples.to(world.device, non_blocking=True)
+        labels = labels.to(world.device, non_blocking=True)
+        samples, target = mixup_fn(samples, labels)
+
+        gradients_stay_local = world.size > 1 and not ends_group
+        with model.no_sync() if gradients_stay_local else contextlib.nullcontext():
+            with autocast(world.device, amp_dtype):
+                output = model(samples)
+                loss, terms = objective(output, target, samples)
+            loss_scaler.scale(loss / group_size).backward()
+        group.add({"loss": loss, **terms})
+        progress.images += len(samples) * world.size
+        if not ends_group:
+            continue
+
+        loss_scaler.unscale_(optimizer)
+        grad_norm = _grad_norm_and_clip(optimizer, clip_grad)
+        values = {**group.local_averages(), "grad_norm": grad_norm}
+        group = Meters()
+        scale_still_settles = loss_scaler.is_enabled() and loss_scaler.get_scale() >= 1
+        checked = {name: value for name, value in values.items() if name != "grad_norm" or not scale_still_settles}
+        if guard.allows(checked, f"epoch {epoch} step {step}"):
+            loss_scaler.step(optimizer)
+            if state.model_ema is not None:
+                state.model_ema.update(state.model)
+            if grad_norm.isfinite():
+                epoch_meters.add(values)
+                window.add(values)
+        loss_scaler.update()
+        optimizer.zero_grad()
+
+        if progress.finished_step(step):
+            progress.report(step, optimizer.param_groups[0]["lr"], window.averages(world))
+            window = Meters()
+    progress.close()
+    return {
+        "lr": optimizer.param_groups[0]["lr"],
+        **epoch_meters.averages(world),
+        "images_per_s": progress.images / progress.seconds,
+        "data_wait": progress.waited / progress.seconds,
+        "skipped_steps": guard.skipped - skipped_before,
+    }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: Iterable, world: World, amp_dtype: torch.dtype | None = None
+) -> dict[str, float]:
+    """Cross-entropy and top-1, top-5 accuracy over the images of all processes' loaders, each counted once.
+
+    Args:
+        model: a plain timm model (not DistributedDataParallel: ranks may have unequal numbers of batches).
+        loader: this process's share of the images.
+
+    Returns:
+        loss in nats, acc1 and acc5 in percent (acc5 is of all classes where there are fewer than five), images.
+
+    Raises:
+        SystemExit: there was no image.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    for samples, labels in loader:
+        samples = samples.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with autocast(device, amp_dtype):
+            logits = model(samples)
+        logits = logits.float()
+        acc1, acc5 = accuracy(logits, labels, topk=(1, 5))
+        batch = len(labels)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        totals += torch.stack([loss, acc1 * batch / 100, acc5 * batch / 100, loss.new_tensor(batch)])
+    loss, hits1, hits5, images = world.sum(totals.to(world.device)).tolist()
+    if not images:
+        raise SystemExit("error: the validation set is empty")
+    return {"loss": loss / images, "acc1": 100 * hits1 / images, "acc5": 100 * hits5 / images, "images": int(images)}
+
+
+class Progress:
+    """Clock, throughput and console lines of one epoch; a bar too where a person watches a terminal."""
+
+    def __init__(self, epoch: int, num_steps: int, log: RunLog, world: World, log_interval: int):
+        self.epoch, self.num_steps, self.log, self.world, self.log_interval = epoch, num_steps, log, world, log_interval
+        self.start = self.window_start = time.perf_counter()
+        self.images = 0
+        self.waited = self.window_waited = 0.0
+        on_terminal = world.is_main and sys.stderr.isatty()
+        self.bar = tqdm(total=num_steps, desc=f"epoch {epoch}", leave=False, disable=not on_terminal)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def timed(self, loader: Iterable) -> Iterator:
+        """The loader's batches, with the time spent waiting for each added up."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            wait = time.perf_counter() - asked
+            self.waited += wait
+            self.window_waited += wait
+            yield batch
+
+    def finished_step(self, step: int) -> bool:
+        """Count an optimizer step; True when a console line is due."""
+        self.bar.update()
+        return step % self.log_interval == 0 or step == self.num_steps - 1
+
+    def report(self, step: int, lr: float, averages: dict[str, float]):
+        """One console line in DeiT's form, and the same values to TensorBoard."""
+        seconds, waited = time.perf_counter() - self.window_start, self.window_waited
+        self.window_start, self.window_waited = time.perf_counter(), 0.0
+        steps = 1 if step == 0 else (step - 1) % self.log_interval + 1
+        eta = datetime.timedelta(seconds=round(self.seconds / (step + 1) * (self.num_steps - step - 1)))
+        width = len(str(self.num_steps))
+        parts = [f"Epoch: [{self.epoch}]", f"[{step:>{width}}/{self.num_steps}]", f"eta: {eta}", f"lr: {lr:.6f}"]
+        parts += [f"{name}: {value:.4f}" for name, value in averages.items() if not name.endswith("_share")]
+        parts += [f"time: {seconds / steps:.4f}", f"data: {waited / steps:.4f}"]
+        if self.world.device.type == "cuda":
+            parts.append(f"max mem: {torch.cuda.max_memory_allocated(self.world.device) / 2**20:.0f}")
+        self.log.print("  ".join(parts))
+        values = {f"train/{name}": value for name, value in averages.items()}
+        self.log.scalars({"train/lr": lr, **values}, self.epoch * self.num_steps + step)
+
+    def close(self):
+        self.bar.close()
+
+
+def _grad_norm_and_clip(optimizer: torch.optim.Optimizer, clip_grad: float | None) -> torch.Tensor:
+    """Norm of all gradients before clipping, 0-dim."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip_grad is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    return norm

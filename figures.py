@@ -1,0 +1,74 @@
+"""Every plot, in one style."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+COLOURS = plt.get_cmap("tab10").colors
+plt.rcParams.update(
+    {
+        "figure.dpi": 120,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "legend.frameon": False,
+    }
+)
+
+
+def read_log(path: Path) -> list[dict]:
+    """The epochs of a log.txt, in order; lines that are not whole JSON are skipped and said."""
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"{path}:{number}: not a whole JSON line, skipped")
+    return records
+
+
+def curves(output_dir: Path, terms: list[str]) -> Path | None:
+    """Draw `curves.png` from a run's log.txt: losses, accuracies, and each term's raw value.
+
+    Args:
+        output_dir: the run folder.
+        terms: names of the terms to draw, at most one curve each.
+
+    Returns:
+        The figure's path; None when the log holds no epoch.
+    """
+    records = read_log(output_dir / "log.txt")
+    if not records:
+        return None
+    figure, (loss, accuracy, *below) = plt.subplots(1, 3 if terms else 2, figsize=(13 if terms else 9, 3.6))
+    _draw(loss, records, {"train_loss": "train, all terms", "test_loss": "test, raw", "test_loss_ema": "test, EMA"})
+    loss.set(title="Loss", ylabel="nats per image")
+    _draw(accuracy, records, {"test_acc1": "raw", "test_acc1_ema": "EMA"})
+    accuracy.set(title="Top-1 accuracy on the test set", ylabel="percent")
+    if terms:
+        _draw(below[0], records, {f"train_{name}": name for name in terms})
+        below[0].set(title="Terms, before their coefficients", ylabel="raw value (log scale)", yscale="log")
+    for axis in (loss, accuracy, *below):
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(fontsize=8)
+    path = output_dir / "curves.png"
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def _draw(axis, records: list[dict], columns: dict[str, str]):
+    marker = "o" if len(records) < 20 else None
+    for colour, (column, label) in zip(COLOURS, columns.items(), strict=False):
+        points = [(record["epoch"], record[column]) for record in records if record.get(column) is not None]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=3)

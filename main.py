@@ -1,0 +1,200 @@
+"""Train or evaluate a timm vision transformer with the diversity regularizers of "The Principle of Diversity"."""
+
+import dataclasses
+import datetime
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import yaml
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import arguments
+import checkpoint
+import figures
+from datasets import BadImageError, build_data
+from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
+from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
+from losses import DistillationLoss
+from models import build_model
+from utils import RunLog, World, environment_lines, joined_world, quiet_warnings, seed_everything
+
+
+def main(args: Namespace, world: World):
+    quiet_warnings()
+    seed_everything(args.seed + world.rank)
+    amp_dtype = autocast_dtype(args.amp, world.device)
+
+    data = build_data(args, world)
+
+    model = build_model(
+        args.model, data.num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
+    )
+    notes = checkpoint.load_weights(model, args.finetune, "--finetune") if args.finetune else []
+    resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
+    model.to(world.device)
+    model_ema = None
+    if args.model_ema:
+        model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+
+    if args.eval:
+        if resumed:
+            checkpoint.load_model_and_ema(model, model_ema, resumed, args.resume)
+        test_stats = evaluate_both(model, model_ema, data.val, args, world, amp_dtype)
+        if world.is_main:
+            print("\n".join([*environment_lines(world, args.seed), *notes, accuracy_line(test_stats)]))
+        return
+
+    objective = build_objective(args, world, model, data.num_classes)
+    tapped = TappedViT(model, objective.reads, objective.patch_logits)
+    mixup_fn = PatchMixup(
+        args.mixup,
+        args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        grid=model.patch_embed.grid_size if objective.patch_logits else None,
+    )
+    ddp_or_tapped = tapped
+    if world.size > 1:
+        device_ids = [world.device.index] if world.device.type == "cuda" else None
+        ddp_or_tapped = DistributedDataParallel(tapped, device_ids=device_ids)
+
+    effective_batch = args.batch_size * world.size * args.accum_steps
+    lr = args.lr if args.unscale_lr else args.lr * effective_batch / 512
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args) | {"lr": lr})
+    scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
+    loss_scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
+    state = checkpoint.TrainState(model, model_ema, optimizer, scheduler, loss_scaler, epoch=args.start_epoch)
+    if resumed:
+        state.restore(resumed, args.resume)
+
+    output_dir = prepare_output_dir(args, world)
+    log = RunLog(output_dir, world, args.tensorboard)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    log.print("\n".join([
+        *environment_lines(world, args.seed),
+        f"model {args.model}: {num_parameters:,} parameters, {data.num_classes} classes, "
+        f"autocast {str(amp_dtype).removeprefix('torch.') if amp_dtype else 'off'}",
+        f"{effective_batch} images per optimizer step, learning rate {lr:g}, epochs {state.epoch} to {num_epochs - 1}",
+        *notes,
+        *(f"warning: {line}" for line in arguments.without_effect(args)),
+        objective.table(),
+    ]))  # fmt: skip
+
+    guard = FiniteGuard(args.max_nonfinite_steps, world)
+    started = time.time()
+    while state.epoch < num_epochs:
+        epoch = state.epoch
+        data.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            ddp_or_tapped,
+            objective,
+            data.train,
+            mixup_fn,
+            state,
+            guard,
+            log,
+            world,
+            amp_dtype=amp_dtype,
+            accum_steps=args.accum_steps,
+            clip_grad=args.clip_grad,
+            log_interval=args.log_interval,
+        )
+        test_stats = evaluate_both(model, model_ema, data.val, args, world, amp_dtype)
+        scheduler.step(epoch, test_stats["acc1"])
+        state.epoch = epoch + 1
+        if output_dir:
+            state.save(output_dir, test_stats, vars(args))
+        record = {f"train_{name}": value for name, value in train_stats.items()}
+        record |= {f"test_{name}": value for name, value in test_stats.items()}
+        record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": data.num_bad_images}
+        log.epoch(record)
+        log.print(epoch_line(record, objective, num_epochs))
+
+    log.print(f"training time {datetime.timedelta(seconds=round(time.time() - started))}")
+    log.print(accuracy_line(test_stats))
+    if output_dir:
+        figures.curves(output_dir, list(objective.coefs))
+        log.print(f"run folder: {output_dir}")
+    log.close()
+
+
+def build_objective(args: Namespace, world: World, model: nn.Module, num_classes: int) -> DiversityObjective:
+    """The loss that the flags describe, with its teacher if there is one."""
+    distillation = None
+    if args.distillation_type != "none":
+        teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
+        checkpoint.load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
+        teacher.to(world.device)
+        distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(distillation is not None)
+    return DiversityObjective(arguments.coefficients(args), args.smoothing, distillation)
+
+
+def evaluate_both(model, model_ema, loader, args, world, amp_dtype) -> dict[str, float]:
+    """`evaluate` of the raw weights and, with `_ema` appended to its names, of their average."""
+    if not args.dist_eval:
+        world = dataclasses.replace(world, size=1)
+    stats = evaluate(model, loader, world, amp_dtype)
+    if model_ema is not None:
+        stats |= {f"{name}_ema": value for name, value in evaluate(model_ema.module, loader, world, amp_dtype).items()}
+    return stats
+
+
+def prepare_output_dir(args: Namespace, world: World) -> Path | None:
+    """The run folder, made by the main process, holding the flags as args.yaml; None on the others or without one.
+
+    Raises:
+        SystemExit: it cannot be written, or holds another run that is not being resumed.
+    """
+    if not args.output_dir or not world.is_main:
+        return None
+    output_dir = Path(args.output_dir)
+    if not args.resume and (output_dir / "log.txt").exists():
+        raise SystemExit(
+            f"error: --output-dir {output_dir} already holds a run; continue it with "
+            f"--resume {output_dir / checkpoint.LAST}, or choose another folder"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=False))
+    except OSError as error:
+        raise SystemExit(f"error: --output-dir {output_dir} cannot be written: {error.strerror}") from None
+    return output_dir
+
+
+def epoch_line(record: dict, objective: DiversityObjective, num_epochs: int) -> str:
+    """One epoch on one line: the loss and the share of every part in it, accuracies and throughput."""
+    parts = [name.removesuffix("_share") for name in record if name.endswith("_share")]
+    shares = ", ".join(
+        f"{name.removeprefix('train_')} {record[name]:.4f} ({100 * record[f'{name}_share']:.1f} %)" for name in parts
+    )
+    return (
+        f"epoch {record['epoch']} of {num_epochs}: loss {record['train_loss']:.4f} = {shares}; "
+        f"{accuracy_line({name.removeprefix('test_'): value for name, value in record.items()})}; "
+        f"{record['train_images_per_s']:.0f} images/s, waiting for data {100 * record['train_data_wait']:.0f} %"
+    )
+
+
+def accuracy_line(stats: dict[str, float]) -> str:
+    ema = f", EMA {stats['acc1_ema']:.2f} %" if "acc1_ema" in stats else ""
+    return f"test accuracy: raw {stats['acc1']:.2f} %{ema}"
+
+
+if __name__ == "__main__":
+    parsed = arguments.parse_args()
+    with joined_world(parsed.device, parsed.dist_url) as this_world:
+        try:
+            main(parsed, this_world)
+        except TapError as error:
+            raise SystemExit(f"error: --model {parsed.model} does not serve the chosen terms: {error}") from None
+        except BadImageError as error:
+            raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from None

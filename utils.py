@@ -1,0 +1,192 @@
+"""The ground the run stands on: processes and devices, seeds, meters, and the records in DeiT's format."""
+
+import contextlib
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier()
+
+
+def init_world(device: str = "auto", dist_url: str = "env://") -> World:
+    """Join the process group that torchrun's variables describe; without them, this is the only process.
+
+    SLURM's variables are not looked at: a plain `python main.py` inside a SLURM job is one process.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dist_url: rendezvous of the process group.
+
+    Raises:
+        SystemExit: CUDA was asked for and there is none.
+    """
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit(f"error: --device {device}, but torch {torch.__version__} finds no CUDA GPU; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if size > 1:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=size)
+    return World(rank, size, local_rank, local_size, torch.device(device))
+
+
+@contextlib.contextmanager
+def joined_world(device: str, dist_url: str):
+    """`init_world`, and leave the process group at the end."""
+    world = init_world(device, dist_url)
+    try:
+        yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def seed_everything(seed: int):
+    """Seed Python, numpy (which draws the mixing) and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Meters:
+    """Running sums of named 0-dim tensors, kept on their device so that adding never waits for the host."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, torch.Tensor]):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        self.count += 1
+
+    def local_averages(self) -> dict[str, torch.Tensor]:
+        """Means over this process's steps, on the device."""
+        return {name: total / self.count for name, total in self.sums.items()}
+
+    def averages(self, world: World) -> dict[str, float]:
+        """Means over all steps and processes; every process must call it."""
+        if not self.count:
+            return {}
+        sums = world.sum(torch.stack([*self.sums.values()]) / self.count) / world.size
+        return dict(zip(self.sums, sums.tolist(), strict=True))
+
+
+class RunLog:
+    """What a run tells: console lines, `log.txt` (one JSON object per epoch, DeiT's keys) and TensorBoard events.
+
+    Only the main process writes.
+
+    Args:
+        output_dir: the run folder, or None to write to the console alone.
+        world: this process.
+        tensorboard: also write events.
+    """
+
+    def __init__(self, output_dir: Path | None, world: World, tensorboard: bool):
+        self.is_main = world.is_main
+        self.path = output_dir / "log.txt" if output_dir and self.is_main else None
+        self.writer = SummaryWriter(output_dir) if self.path and tensorboard else None
+
+    def print(self, text: str):
+        if self.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def scalars(self, values: dict[str, float], step: int):
+        """TensorBoard points at an optimizer step."""
+        if self.writer:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def epoch(self, record: dict):
+        """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/`."""
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        numbers = {f"epoch/{name}": value for name, value in record.items() if isinstance(value, int | float)}
+        self.scalars(numbers, record["epoch"])
+        if self.writer:
+            self.writer.flush()
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
+
+
+def environment_lines(world: World, seed: int) -> list[str]:
+    """What a reader of the log needs to repeat the run: versions, commit, device, seed."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "CPU"
+    return [
+        f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"timm {timm.__version__}, commit {_commit()}",
+        f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type} ({name}), seed {seed}",
+    ]
+
+
+def _commit() -> str:
+    """Short commit of this checkout, with `+changes` when files differ from it."""
+    here = Path(__file__).parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", here, "describe", "--always", "--dirty=+changes"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+def cpu_count() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quiet_warnings():
+    """Drop the warnings of libraries that a user of this program can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    warnings.filterwarnings("ignore", message=".*Corrupt EXIF data.*")
