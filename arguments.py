@@ -266,7 +266,8 @@ def _check(parser, args):
     """Flags that contradict each other."""
     if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         parser.error(
-            f"--batch-size {args.batch_size} is odd, but --mixup/--cutmix pair images; take an even size or --mixup 0 --cutmix 0"
+            f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "
+            "take an even size or --mixup 0 --cutmix 0"
         )
     if args.patch_size and args.input_size % args.patch_size:
         parser.error(f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}")

@@ -149,7 +149,7 @@ class ReadableImages(Dataset):
 
 
 class Digits(Dataset):
-    """The 1,797 scanned digits that ship with scikit-learn, 8 x 8 pixels; one in five, of each class alike, is for val."""
+    """The 1,797 scanned digits that ship with scikit-learn, 8 x 8 pixels; a fifth of each class is for validation."""
 
     classes = tuple("0123456789")
 
@@ -170,8 +170,8 @@ class Digits(Dataset):
 class INaturalist(Dataset):
     """iNaturalist 2018 or 2019 as the competition's archives and annotation files lie after unpacking.
 
-    Needs `<split><year>.json`, `train<year>.json` (which orders the classes, as in DeiT) and `categories.json` in `root`,
-    and the images at the annotations' paths or, as DeiT has them, without the super-category folder.
+    Needs `<split><year>.json`, `train<year>.json` (which orders the classes, as in DeiT) and `categories.json` in
+    `root`, and the images at the annotations' paths or, as DeiT has them, without the super-category folder.
 
     Args:
         root: folder of the files.
@@ -297,13 +297,10 @@ def _give_name_to_hugging_face():
 def _count_classes(args: Namespace, train: Dataset | None, val: Dataset) -> int:
     """Classes counted from the data, compared between train and val and with --num-classes."""
     names = _class_names(val)
-    if train is not None and _class_names(train) != names:
-        only_train, only_val = (
-            sorted(set(a) - set(b)) for a, b in ((_class_names(train), names), (names, _class_names(train)))
-        )
+    if train is not None and (trained := _class_names(train)) != names:
         raise SystemExit(
-            f"error: the classes of {args.data_path} differ: only in train: {', '.join(only_train[:3]) or 'none'}"
-            f"{' ...' * (len(only_train) > 3)}; only in val: {', '.join(only_val[:3]) or 'none'}{' ...' * (len(only_val) > 3)}"
+            f"error: the classes of {args.data_path} differ: only in train: {_some(set(trained) - set(names))}; "
+            f"only in val: {_some(set(names) - set(trained))}"
         )
     if not names:
         if args.num_classes is None:
@@ -312,6 +309,11 @@ def _count_classes(args: Namespace, train: Dataset | None, val: Dataset) -> int:
     if args.num_classes is not None and args.num_classes < len(names):
         raise SystemExit(f"error: --num-classes {args.num_classes}, but the data has {len(names)} classes")
     return args.num_classes or len(names)
+
+
+def _some(names: set[str]) -> str:
+    """The first three names, for a message."""
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "") or "none"
 
 
 def _class_names(source: Dataset) -> list[str]:
@@ -336,7 +338,8 @@ def _train_loader(args: Namespace, world: World, source: Dataset) -> DataLoader:
         sampler = DistributedSampler(images, **split)
     if len(sampler) < args.batch_size:
         raise SystemExit(
-            f"error: the training set gives {len(sampler)} images to each process, less than one --batch-size {args.batch_size}"
+            f"error: the training set gives {len(sampler)} images to each process, "
+            f"less than one --batch-size {args.batch_size}"
         )
     return DataLoader(images, batch_size=args.batch_size, sampler=sampler, drop_last=True, **options)
 

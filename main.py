@@ -189,12 +189,19 @@ def accuracy_line(stats: dict[str, float]) -> str:
     return f"test accuracy: raw {stats['acc1']:.2f} %{ema}"
 
 
-if __name__ == "__main__":
-    parsed = arguments.parse_args()
-    with joined_world(parsed.device, parsed.dist_url) as this_world:
+def command_line(argv: list[str] | None = None):
+    """`main` with the flags of a command line; what a user can get wrong ends in one line and a non-zero exit."""
+    args = arguments.parse_args(argv)
+    with joined_world(args.device, args.dist_url) as world:
         try:
-            main(parsed, this_world)
+            main(args, world)
         except TapError as error:
-            raise SystemExit(f"error: --model {parsed.model} does not serve the chosen terms: {error}") from None
-        except BadImageError as error:
-            raise SystemExit(f"error: {str(error).strip().splitlines()[-1]}") from None
+            raise SystemExit(f"error: --model {args.model} does not serve the chosen terms: {error}") from None
+        except BadImageError as error:  # a loader worker's arrives with its traceback in the message
+            raise SystemExit(
+                f"error: {str(error).strip().splitlines()[-1].removeprefix('datasets.BadImageError: ')}"
+            ) from None
+
+
+if __name__ == "__main__":
+    command_line()

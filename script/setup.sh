@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Make .venv and install the pinned requirements into it. A second run with the same pins changes nothing.
+# PYTHON=... chooses the interpreter (>= 3.11) that .venv is made with.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: Python >= 3.11 is needed; $python is $("$python" --version 2>&1). Set PYTHON=/path/to/python3.11" >&2
+  exit 1
+fi
+if cat requirements.txt constraints.txt | cmp -s - .venv/installed; then
+  exit 0
+fi
+echo "Installing into .venv: torch, torchvision, timm and what they need (several GB, once)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+cat requirements.txt constraints.txt > .venv/installed

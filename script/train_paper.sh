@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The paper's recipe for any of its models: 300 epochs, 128 images per GPU (the paper: 8 GPUs), learning rate
+# 5e-4 x global batch / 512. A model whose name ends in _diverse trains with the paper's five terms.
+#
+#   script/train_paper.sh MODEL DATA [flags of main.py]
+#
+# DATA is a folder with train/ and val/, one folder a class. One process per GPU, or NGPU=n of them; without a GPU one
+# process on the CPU. The run folder is runs/MODEL unless --output_dir names another.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+  echo "usage: $0 MODEL DATA [flags of main.py]" >&2
+  exit 2
+fi
+model=$1 data=$2
+shift 2
+root=$(cd "$(dirname "$0")/.." && pwd)
+
+terms=()
+if [[ $model == *_diverse ]]; then
+  terms=(
+    --mixing_coef 1
+    --emb_cos_within_coef 0.5
+    --emb_contrast_cross_coef 0.5
+    --attn_cos_within_coef 1e-4
+    --weight_mha_cond_orth_coef 5e-4
+  )
+fi
+if [ -z "${NGPU:-}" ]; then
+  NGPU=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+fi
+python=python3
+[ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$((NGPU > 0 ? NGPU : 1))" "$root/main.py" \
+  --model "$model" --data-path "$data" --batch-size 128 --epochs 300 --lr 5e-4 \
+  --output_dir "runs/$model" "${terms[@]}" "$@"

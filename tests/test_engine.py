@@ -1,0 +1,181 @@
+"""The training step and evaluation: what they compute, and what they refuse to step on."""
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch.utils.data import DataLoader, TensorDataset
+
+import checkpoint
+from diversity import DiversityObjective, PatchMixup, TappedViT
+from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
+from utils import RunLog, World
+
+CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+ALL_TERMS = {"mixing": 1, "emb_cos_within": 0.5, "emb_contrast_cross": 0.5, "attn_cos_within": 0.1}
+NO_MIX = PatchMixup(0, 0, grid=(4, 4))
+
+
+def small_vit(**kwargs):
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
+    return timm.create_model("deit_tiny_patch16_224", **size | kwargs)
+
+
+def images(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.randint(5, (count,), generator=generator)
+
+
+def make_state(model, optimizer=None, ema=None, loss_scaler=None):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    loss_scaler = loss_scaler or torch.amp.GradScaler("cpu", enabled=False)
+    return checkpoint.TrainState(model, ema, optimizer, None, loss_scaler)
+
+
+def train(model, batches, coefs=ALL_TERMS, state=None, budget=0, mixup_fn=NO_MIX, smoothing=0.1, **options):
+    objective = DiversityObjective(coefs, smoothing)
+    tapped = TappedViT(model, objective.reads, objective.patch_logits)
+    log = RunLog(None, CPU, tensorboard=False)
+    guard = FiniteGuard(budget, CPU)
+    with tapped:
+        return train_one_epoch(
+            tapped, objective, batches, mixup_fn, state or make_state(model), guard, log, CPU, **options
+        )
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_all_coefficients_zero_is_plain_training_bit_for_bit():
+    samples, labels = images(12)
+    batches = list(zip(samples.split(4), labels.split(4), strict=True))
+    ours, plain = small_vit(), small_vit()
+    train(ours, batches, coefs={name: 0 for name in ALL_TERMS}, smoothing=0.0)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    plain.train()
+    for x, y in batches:
+        logits = plain(x)
+        (logits.logsumexp(dim=1) - logits.gather(1, y[:, None]).squeeze(1)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(weights(ours), weights(plain))
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch():
+    samples, labels = images(8)
+    whole, parts = small_vit(), small_vit()
+    train(whole, [(samples, labels)])
+    train(parts, list(zip(samples.split(2), labels.split(2), strict=True)), accum_steps=4)
+    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-5, atol=1e-6)
+
+
+def test_a_last_group_of_fewer_batches_is_averaged_over_those():
+    samples, labels = images(6)
+    batches = list(zip(samples.split(2), labels.split(2), strict=True))
+    accumulated, by_hand = small_vit(), small_vit()
+    train(accumulated, batches, accum_steps=2)
+    state = make_state(by_hand)
+    train(by_hand, [(samples[:4], labels[:4])], state=state)
+    train(by_hand, [(samples[4:], labels[4:])], state=state)
+    torch.testing.assert_close(weights(accumulated), weights(by_hand), rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
+    model = small_vit()
+    before = weights(model)
+    stats = train(model, [images(4)], clip_grad=0.01)
+    assert stats["grad_norm"] > 0.01
+    assert (weights(model) - before).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_non_finite_step_is_skipped_named_and_left_out_of_the_means(poison, capsys):
+    good, bad = images(4), images(4, seed=2)
+    bad[0][0, 0, 0, 0] = poison
+    model, clean = small_vit(), small_vit()
+    ema = ModelEmaV3(model, decay=0.5)
+    stats = train(model, [good, bad], state=make_state(model, ema=ema), budget=1)
+    expected = train(clean, [good])
+    assert torch.equal(weights(model), weights(clean))
+    assert weights(ema.module).isfinite().all()
+    assert stats["skipped_steps"] == 1
+    assert stats["loss"] == pytest.approx(expected["loss"])
+    printed = capsys.readouterr().out
+    assert "epoch 0 step 1" in printed
+    assert "emb_cos_within" in printed
+
+
+def test_more_non_finite_steps_than_the_budget_stop_training():
+    bad = images(4)
+    bad[0].fill_(math.nan)
+    with pytest.raises(SystemExit, match="max-nonfinite-steps 1"):
+        train(small_vit(), [bad, bad], budget=1)
+
+
+def test_fp16_overflow_lowers_the_scale_without_a_step_and_without_the_budget():
+    model = small_vit()
+    before = weights(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    stats = train(model, [images(4)], state=make_state(model, loss_scaler=scaler), amp_dtype=torch.float16)
+    assert torch.equal(weights(model), before)
+    assert scaler.get_scale() == 2.0**39
+    assert stats["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_trains_close_to_full_precision(dtype):
+    model, half = small_vit(), small_vit()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024, enabled=dtype == torch.float16)
+    full = train(model, [images(8)])
+    cast = train(half, [images(8)], state=make_state(half, loss_scaler=scaler), amp_dtype=dtype)
+    assert cast["loss"] == pytest.approx(full["loss"], rel=1e-2)
+    assert (weights(half) - weights(model)).norm() < 0.05 * weights(model).norm()
+
+
+def test_returned_means_and_shares():
+    batches = [images(4, seed=seed) for seed in range(3)]
+    state = make_state(small_vit(), torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.5))
+    state.optimizer.param_groups[0]["params"][0].grad = torch.zeros(())
+    stats = train(state.model, batches, state=state, mixup_fn=PatchMixup(grid=(4, 4)))
+    parts = [name for name in stats if name.endswith("_share")]
+    assert {name.removesuffix("_share") for name in parts} == {"cls_ce", *ALL_TERMS}
+    assert sum(stats[name] for name in parts) == pytest.approx(1, abs=1e-5)
+    assert stats["lr"] == 0.5
+    assert 0 <= stats["data_wait"] <= 1
+    assert stats["images_per_s"] > 0
+
+
+def test_evaluate_counts_each_image_once_also_in_a_short_last_batch():
+    samples, labels = images(11)
+    model = small_vit()
+    stats = evaluate(model, DataLoader(TensorDataset(samples, labels), batch_size=4), CPU)
+    with torch.no_grad():
+        logits = model(samples)
+    assert stats["images"] == 11
+    assert stats["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    assert stats["acc5"] == 100
+    assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_evaluate_refuses_an_empty_set():
+    with pytest.raises(SystemExit, match="empty"):
+        evaluate(small_vit(), [], CPU)
+
+
+def test_ema_follows_the_steps():
+    model = small_vit()
+    start = weights(model)
+    ema = ModelEmaV3(model, decay=0.75)
+    train(model, [images(4)], state=make_state(model, ema=ema))
+    torch.testing.assert_close(weights(ema.module), 0.75 * start + 0.25 * weights(model))
+
+
+@pytest.mark.parametrize(
+    ("amp", "dtype"), [("auto", None), ("off", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_autocast_on_cpu(amp, dtype):
+    assert autocast_dtype(amp, torch.device("cpu")) is dtype
