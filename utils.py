@@ -189,4 +189,5 @@ def cpu_count() -> int:
 def quiet_warnings():
     """Drop the warnings of libraries that a user of this program can do nothing about."""
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
+    warnings.filterwarnings("ignore", message=".*PlateauLRScheduler is deprecated.*")
     warnings.filterwarnings("ignore", message=".*Corrupt EXIF data.*")

@@ -4,7 +4,10 @@ From "The Principle of Diversity" (Chen et al., CVPR 2022): regularizers on patc
 weights, and label mixing per patch. Importing the package enters every term into `REGULARIZERS`.
 """
 
-from . import attention, embedding, weight
+# In the order of their levels, which is the order of REGULARIZERS.
+from . import embedding  # isort: skip
+from . import attention  # isort: skip
+from . import weight  # isort: skip
 from .mixing import MixedTarget, PatchMixup, patch_lam, token_cross_entropy
 from .objective import DiversityObjective
 from .regularizers import LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer

@@ -1,0 +1,75 @@
+"""What several test files share: a tiny run, image folders, one process's World."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import arguments
+import main
+from utils import World
+
+torch.set_num_threads(1)  # small tensors, and threads that spin make a busy machine many times slower
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # torch waits 5 s for each worker of a loader that raised
+
+REPOSITORY = Path(__file__).parents[1]
+TINY_MODEL = {"input_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}
+"""`build_model` arguments of a two-block ViT on 32 px."""
+
+BRIEF = (
+    *("--data-set", "DIGITS", "--device", "cpu", "--num-workers", "0", "--no-tensorboard"),
+    *("--input-size", "32", "--epochs", "1", "--batch-size", "16"),
+)
+"""Flags of a short run of some model."""
+
+TINY = (
+    *BRIEF,
+    *("--model", "deit_tiny_patch16_224_diverse", "--patch-size", "8"),
+    *("--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3"),
+)
+"""Flags of a run of a second or two; a flag that comes later on the line replaces one of these."""
+
+
+def run_main(*words):
+    """`python main.py *words` in this process."""
+    main.command_line([str(word) for word in words])
+
+
+def run_process(*words, timeout=240, environment=None) -> subprocess.CompletedProcess:
+    """A real Python process in the repository with one thread, its output captured as text."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def parse(*words):
+    """The flags of `TINY` and `words`, parsed and checked."""
+    return arguments.parse_args([*TINY, *map(str, words)])
+
+
+def world(rank=0, size=1) -> World:
+    """A CPU process of a run of `size`, without a process group."""
+    return World(rank, size, rank, size, torch.device("cpu"))
+
+
+def photo(seed, size=40) -> Image.Image:
+    """Smooth colours under noise; every seed gives another picture."""
+    generator = np.random.RandomState(seed)
+    coarse = Image.fromarray(generator.randint(0, 256, (4, 4, 3), dtype=np.uint8)).resize((size, size))
+    return Image.fromarray((np.asarray(coarse) * 0.8 + generator.randint(0, 50, (size, size, 3))).astype(np.uint8))
+
+
+def make_image_folder(root: Path, classes=("cat", "dog"), n=4, size=40, splits=("train", "val")) -> Path:
+    """root/<split>/<class>/<number>.png, n of each and no two alike; returns root."""
+    seed = 0
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(n):
+                photo(seed, size).save(root / split / name / f"{number}.png")
+                seed += 1
+    return root

@@ -1,0 +1,291 @@
+"""Whatever a user gets wrong ends in one line that names it and a non-zero exit, never in a traceback."""
+
+import pytest
+import torch
+from helpers import BRIEF, TINY, TINY_MODEL, make_image_folder, run_main, run_process
+
+from models import build_model
+
+FOLDER = ("--data-set", "IMNET", "--batch-size", 2, "--no-repeated-aug", "--data-path")
+CONVNET = ("--model", "resnet10t", "--model-kwargs", "channels=[8,8,8,8]", "stem_width=8")
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(*words) runs `TINY`, or another `base`, with `words` on top and returns the one line it ends in."""
+
+    def run(*words, base=TINY):
+        with pytest.raises(SystemExit) as caught:
+            run_main(*base, *words)
+        code = caught.value.code
+        out, err = capsys.readouterr()
+        line = (
+            err.removesuffix("\n") if isinstance(code, int) else code
+        )  # argparse prints, the rest exits with the line
+        assert code != 0
+        assert line.startswith("error: ") and "\n" not in line
+        assert "Traceback" not in out + err
+        return line
+
+    return run
+
+
+def weights(path, **kwargs):
+    """A checkpoint with the weights of the model of `TINY`, changed by `kwargs`."""
+    kwargs = {"name": "deit_tiny_patch16_224_diverse", "num_classes": 10, **TINY_MODEL, **kwargs}
+    torch.save({"model": build_model(**kwargs).state_dict()}, path)
+    return path
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--batch-size 15", "--batch-size --mixup --cutmix"),
+        ("--input-size 30", "--input-size --patch-size"),
+        ("--emb_cos_within_coef -1", "--emb-cos-within-coef"),
+        ("--mixing_coef nan", "--mixing-coef"),
+        ("--attn_cos_within_coef=inf", "--attn-cos-within-coef"),
+        ("--emb_cos_witin_coef 1", "--emb-cos-within-coef"),
+        ("--model deit_tinny_patch16_224", "--model deit_tiny_patch16_224"),
+        ("--model-kwargs depht=2", "--model depht"),
+        ("--model-kwargs embed_dim=25 num_heads=3", "--model 25"),
+        ("--model-kwargs depth", "--model-kwargs depth"),
+        ("--data-set CIFAR11", "--data-set CIFAR10"),
+        ("--data-set digit", "--data-set DIGITS"),
+        ("--data-set IMNET", "--data-set --data-path"),
+        ("--data-set hfds", "--data-set hfds/"),
+        ("--data-set tfds/mnist --data-path .", "--data-set tfds/mnist"),
+        ("--data-set torch/cifar99 --data-path .", "--data-set torch/cifar99"),
+        ("--opt adamww", "--opt adamw"),
+        ("--opt-betas 0.9", "--opt-betas"),
+        ("--opt-betas 0.9 1.5", "--opt-betas"),
+        ("--aa rnd-m9", "--aa rnd-m9"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--device cudaa", "--device cudaa"),
+        ("--num-classes 3", "--num-classes 10"),
+        ("--batch-size 2000", "--batch-size 2000"),
+        ("--eval", "--eval --resume"),
+        ("--no-such-flag", "--no-such-flag"),
+    ],
+)
+def test_flags(refused, words, named):
+    line = refused(*words.split())
+    assert all(word in line for word in named.split())
+
+
+def test_size_that_the_models_own_patches_do_not_divide(refused):
+    line = refused("--input-size", 40, "--model", "vit_tiny_patch16_224", base=BRIEF)
+    assert "--input-size 40" in line and "16" in line
+
+
+@pytest.mark.parametrize(
+    "term", ["mixing", "emb_cos_within", "emb_contrast_cross", "attn_cos_within", "weight_mha_cond_orth"]
+)
+def test_a_term_needs_transformer_blocks(refused, term):
+    assert "--model resnet10t" in refused(*CONVNET, f"--{term}_coef", 1, base=BRIEF)
+
+
+def test_a_convolutional_net_trains_without_terms(tmp_path, capsys):
+    make_image_folder(tmp_path)
+    run_main(*BRIEF, *FOLDER, tmp_path, *CONVNET, "--batch-size", 4)
+    assert "test accuracy: raw" in capsys.readouterr().out
+
+
+# Data
+
+
+def test_data_path_is_missing_or_no_folder(refused, tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "missing", tmp_path / "file"):
+        for name in ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "torch/cifar10", "wds/shards"):
+            assert f"--data-path {path}" in refused("--data-set", name, "--data-path", path)
+
+
+@pytest.mark.parametrize("name", ["CIFAR", "CIFAR10", "INAT", "INAT19", "torch/cifar10", "wds/shards"])
+def test_data_path_holds_something_else(refused, tmp_path, name):
+    line = refused("--data-set", name, "--data-path", tmp_path)
+    assert f"--data-set {name}" in line and str(tmp_path) in line
+
+
+def test_hugging_face_set_is_missing(tmp_path):
+    """In a process of its own, since Hugging Face's package and datasets.py share a name."""
+    words = ("--data-set", f"hfds/{tmp_path}/missing", "--data-path", tmp_path)
+    process = run_process("main.py", *TINY, *words)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith(f"error: --data-set hfds/{tmp_path}/missing")
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_image_folder_without_a_part(refused, tmp_path, missing):
+    make_image_folder(tmp_path, splits=({"train", "val"} - {missing}))
+    line = refused(*FOLDER, tmp_path)
+    assert f"--data-path {tmp_path}" in line and repr(missing) in line
+    assert "'other'" in refused(*FOLDER, tmp_path, f"--{missing}-dir", "other", f"--{missing}-split", "other")
+
+
+@pytest.mark.parametrize("extra", ["train", "val"])
+def test_different_classes_in_train_and_val(refused, tmp_path, extra):
+    make_image_folder(tmp_path)
+    make_image_folder(tmp_path, classes=("fish",), splits=(extra,))
+    line = refused(*FOLDER, tmp_path)
+    assert str(tmp_path) in line and f"only in {extra}: fish" in line
+
+
+def test_different_classes_of_the_same_number(refused, tmp_path):
+    make_image_folder(tmp_path, classes=("cat", "dog"), splits=("train",))
+    make_image_folder(tmp_path, classes=("cat", "fish"), splits=("val",))
+    line = refused(*FOLDER, tmp_path)
+    assert "only in train: dog" in line and "only in val: fish" in line
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_class(refused, tmp_path, split):
+    make_image_folder(tmp_path)
+    (tmp_path / split / "empty").mkdir()
+    assert "empty" in refused(*FOLDER, tmp_path)
+
+
+def test_no_class_at_all(refused, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert str(tmp_path) in refused(*FOLDER, tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_too_many_unreadable_images(refused, tmp_path, num_workers):
+    make_image_folder(tmp_path)
+    for number in range(3):
+        (tmp_path / "train" / "cat" / f"{number}.png").write_bytes(b"")
+    words = (*FOLDER, tmp_path, "--num-workers", num_workers, "--max-bad-images")
+    line = refused(*words, 2)
+    assert line.startswith(f"error: unreadable image {tmp_path}/train/cat/") and "2 may be replaced" in line
+    run_main(*TINY, *words, 3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_validation_image(refused, tmp_path, num_workers):
+    make_image_folder(tmp_path)
+    path = tmp_path / "val" / "dog" / "2.png"
+    path.write_bytes(path.read_bytes()[:400])
+    assert refused(*FOLDER, tmp_path, "--num-workers", num_workers).startswith(f"error: unreadable image {path}")
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A finished run of one epoch."""
+    make_image_folder(tmp_path / "images")
+    run_main(*TINY, *FOLDER, tmp_path / "images", "--output-dir", tmp_path / "run")
+    return tmp_path / "run"
+
+
+TEACHER = ("--distillation-type", "hard", "--teacher-model", "vit_tiny_patch16_224", "--teacher-path")
+
+
+@pytest.mark.parametrize(
+    "flags", [("--resume",), ("--finetune",), ("--eval", "--resume"), TEACHER], ids=lambda f: f[-1]
+)
+def test_files_that_are_missing_or_damaged(refused, tmp_path, flags):
+    whole = weights(tmp_path / "whole.pth")
+    (tmp_path / "truncated.pth").write_bytes(whole.read_bytes()[:-20_000])
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    for name in ("missing", "truncated", "empty", "text"):
+        path = tmp_path / f"{name}.pth"
+        assert refused(*flags, path).startswith(f"error: {flags[-1]} {path}")
+
+
+@pytest.mark.parametrize(
+    "flags", [("--resume",), ("--finetune",), ("--eval", "--resume"), ("--eval", "--finetune"), TEACHER]
+)
+def test_files_of_another_shape(refused, tmp_path, flags):
+    path = weights(tmp_path / "wide.pth", embed_dim=48)
+    line = refused(*flags, path)
+    assert line.startswith(f"error: {flags[-1]} {path}") and ("does not fit" in line or "holds no" in line)
+
+
+def test_weights_for_another_kind_of_model(refused, tmp_path):
+    path = weights(tmp_path / "plain.pth")
+    line = refused("--model", "deit_tiny_distilled_patch16_224", "--finetune", path)
+    assert line.startswith(f"error: --finetune {path}")
+
+
+def test_teacher_with_another_class_count(refused, tmp_path):
+    path = tmp_path / "teacher.pth"
+    torch.save(build_model("resnet10t", 7, 32).state_dict(), path)
+    line = refused("--distillation-type", "soft", "--teacher-model", "resnet10t", "--teacher-path", path)
+    assert line.startswith(f"error: --teacher-path {path}") and "[7]" in line and "[10]" in line
+
+
+def test_unknown_teacher(refused, tmp_path):
+    line = refused(
+        "--distillation-type", "soft", "--teacher-model", "regnety_161", "--teacher-path", tmp_path / "no.pth"
+    )
+    assert "--teacher-model regnety_161" in line and "regnety_160" in line
+    assert "--teacher-path" in refused("--distillation-type", "soft")
+
+
+def test_resuming_a_run_of_another_kind(refused, run_folder):
+    words = (*FOLDER, run_folder.parent / "images", "--epochs", 2, "--resume", run_folder / "checkpoint.pth")
+    for change in (("--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3"), ("--opt", "sgd")):
+        assert refused(*words, *change).startswith(f"error: --resume {run_folder / 'checkpoint.pth'}")
+    assert "--finetune" in refused(*words[:-1], run_folder / "checkpoint_best.pth")
+    run_main(*TINY, *words)
+
+
+def test_resuming_a_finished_run(run_folder):
+    words = (*FOLDER, run_folder.parent / "images", "--resume", run_folder / "checkpoint.pth")
+    try:
+        run_main(*TINY, *words)  # nothing left to train is no error
+    except SystemExit as error:
+        assert str(error).startswith("error: ") and "--epochs" in str(error)  # nor is it wrong to say so
+
+
+# The run folder
+
+
+def test_a_folder_that_holds_a_run(refused, run_folder):
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir()}
+    line = refused(*FOLDER, run_folder.parent / "images", "--output-dir", run_folder)
+    assert f"--output-dir {run_folder}" in line and "--resume" in line
+    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/run", "folder"])
+def test_a_folder_that_cannot_be_written(refused, tmp_path, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / "args.yaml").mkdir(parents=True)  # stands for a folder without permission, also as root
+    assert f"--output-dir {tmp_path / place} cannot be written" in refused("--output-dir", tmp_path / place)
+
+
+# From outside
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (("--emb_cos_within_coef", "-1"), 2, "--emb-cos-within-coef"),
+        (("--data-set", "IMNET", "--data-path", "no/such/folder"), 1, "--data-path no/such/folder"),
+    ],
+)
+def test_real_process(words, code, named):
+    process = run_process("main.py", *TINY, *words)
+    assert process.returncode == code
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+    assert named in process.stderr
+
+
+def test_real_process_with_loader_workers(tmp_path):
+    make_image_folder(tmp_path)
+    path = tmp_path / "train" / "cat" / "0.png"
+    path.write_bytes(b"")
+    words = (*FOLDER, tmp_path, "--num-workers", 2, "--max-bad-images", 0)
+    process = run_process("main.py", *TINY, *words)
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"error: unreadable image {path}") and process.stderr.count("\n") == 1

@@ -1,0 +1,166 @@
+"""Whole runs on the scanned digits: through `python main.py`, through torchrun, and with every option of training."""
+
+import json
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers import TINY, run_main, run_process
+
+from diversity import REGULARIZERS
+
+TERMS = ("--mixing_coef", "1", *(word for name in REGULARIZERS for word in (f"--{name}_coef", "0.01")))
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    """Two epochs of a small diversified ViT in a real process inside a SLURM shell, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    command = ["main.py", *TINY, *TERMS, "--epochs", "2", "--tensorboard", "--output_dir", folder]
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"}
+    result = run_process(*command, environment=slurm)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_a_run_leaves_its_records(digits_run):
+    folder, _ = digits_run
+    names = {path.name.split(".out.tfevents")[0] for path in folder.iterdir()}
+    assert names == {
+        "args.yaml", "log.txt", "events", "curves.png",
+        "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth",
+    }  # fmt: skip
+    assert yaml.safe_load((folder / "args.yaml").read_text())["epochs"] == 2
+    records = log_of(folder)
+    assert [record["epoch"] for record in records] == [0, 1]
+    keys = {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
+    keys |= {"train_grad_norm", "train_images_per_s", "train_data_wait", "test_acc1_ema", "bad_images"}
+    keys |= {f"train_{name}{end}" for name in ("mixing", *REGULARIZERS) for end in ("", "_share")}
+    assert keys <= records[0].keys()
+    assert records[0]["test_images"] == 360
+
+
+def test_a_run_prints_what_a_reader_needs_and_no_warnings(digits_run):
+    folder, result = digits_run
+    assert result.stderr == ""
+    header, *_ = result.stdout.split("Epoch: [0]")
+    for word in (torch.__version__, timm.__version__, "commit", "cpu", "seed 0", "learning rate", *REGULARIZERS):
+        assert word in header
+    for line in (line for line in result.stdout.splitlines() if line.startswith("epoch ")):
+        for name in ("mixing", *REGULARIZERS):
+            assert f"{name} " in line
+    assert "eta:" in result.stdout
+    assert f"run folder: {folder}" in result.stdout
+
+
+def test_checkpoints_hold_no_code_and_timms_keys(digits_run):
+    folder, _ = digits_run
+    for name in ("checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth"):
+        model = timm.create_model(
+            "deit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=3,
+            checkpoint_path=str(folder / name),
+        )  # fmt: skip
+        stored = torch.load(folder / name, weights_only=True)
+        weights = stored.get("model_ema", stored["model"])  # timm prefers an average where there is one
+        assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_resume_continues_log_and_schedule_and_eval_repeats_the_last_accuracy(digits_run, tmp_path, capsys):
+    folder, _ = digits_run
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("log.txt", "checkpoint.pth"):
+        (copy / name).write_bytes((folder / name).read_bytes())
+    resume = ["--resume", copy / "checkpoint.pth"]
+    run_main(*TINY, *TERMS, "--epochs", 3, "--output_dir", copy, *resume)
+    records = log_of(copy)
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    assert records[:2] == log_of(folder)
+    capsys.readouterr()
+    run_main(*TINY, *resume, "--eval")
+    accuracy = f"raw {records[-1]['test_acc1']:.2f} %, EMA {records[-1]['test_acc1_ema']:.2f} %"
+    assert accuracy in capsys.readouterr().out
+
+
+def test_two_processes_train_accumulate_and_evaluate_each_image_once(tmp_path):
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py")
+    result = run_process(
+        *launch, *TINY, *TERMS, "--accum-steps", 3, "--batch-size", 32, "--output_dir", tmp_path / "two"
+    )
+    assert result.returncode == 0, result.stderr
+    (record,) = log_of(tmp_path / "two")
+    assert record["test_images"] == record["test_images_ema"] == 360
+    assert "192 images per optimizer step" in result.stdout
+    assert result.stdout.count("run folder") == 1
+
+
+OPTIONS = {
+    "no ema": "--no-model-ema",
+    "ema in main memory": "--model-ema-force-cpu",
+    "no mixing of images": "--mixup 0 --cutmix 0",
+    "mixup alone, per pair": "--cutmix 0 --mixup-mode pair",
+    "cutmix of bounded boxes, per element": "--cutmix-minmax 0.2 0.8 --mixup-mode elem --mixup-prob 0.5",
+    "dropout and stochastic depth": "--drop 0.1 --drop-path 0.2",
+    "no smoothing": "--smoothing 0",
+    "clipping and accumulation": "--clip-grad 1 --accum-steps 3",
+    "bf16": "--amp bf16",
+    "fp16": "--amp fp16",
+    "sgd with steps": "--opt sgd --sched step --decay-epochs 1",
+    "plateau": "--sched plateau",
+    "noise": "--lr-noise 0.1 0.9",
+    "cool-down": "--cooldown-epochs 1",
+    "plain shuffling, no augmentation": "--no-repeated-aug --aa none --reprob 0 --color-jitter 0 --hflip 0",
+    "every rank evaluates all": "--no-dist-eval",
+    "larger input, odd grid": "--input-size 60 --patch-size 12",
+    "another timm model": "--model vit_tiny_patch16_224",
+    "distilled model without a teacher": "--model deit_tiny_distilled_patch16_224",
+}
+
+
+@pytest.mark.parametrize("flags", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_trains_with_all_terms(flags, tmp_path):
+    run_main(*TINY, *TERMS, *flags.split(), "--batch-size", 64, "--output_dir", tmp_path / "run")
+    records = log_of(tmp_path / "run")
+    assert len(records) == (2 if "cooldown" in flags else 1)
+    assert records[0]["train_skipped_steps"] == 0
+    assert all(value == value for value in records[0].values())  # no NaN
+    assert ("test_acc1_ema" in records[0]) == ("--no-model-ema" not in flags)
+
+
+def test_finetune_at_another_size_and_class_count(digits_run, tmp_path, capsys):
+    folder, _ = digits_run
+    larger = ("--input-size", 48, "--num-classes", 12)
+    run_main(*TINY, *TERMS, *larger, "--finetune", folder / "checkpoint_best.pth", "--output_dir", tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "head.weight" in printed
+    assert "pos_embed resampled" in printed
+    assert len(log_of(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+@pytest.mark.parametrize("model", ["deit_tiny_patch16_224_diverse", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("terms", [(), TERMS], ids=["plain", "diverse"])
+def test_distillation(kind, model, terms, tmp_path):
+    teacher = tmp_path / "teacher.pth"
+    small = timm.create_model("resnet10t", num_classes=10)
+    torch.save(small.state_dict(), teacher)
+    run_main(
+        *TINY, *terms, "--model", model, "--batch-size", 64, "--output_dir", tmp_path / "run",
+        "--distillation-type", kind, "--teacher-model", "resnet10t", "--teacher-path", teacher,
+    )  # fmt: skip
+    (record,) = log_of(tmp_path / "run")
+    assert record["train_distillation"] > 0
+    shares = [value for name, value in record.items() if name.endswith("_share")]
+    assert sum(shares) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_main(*TINY, *TERMS, "--seed", seed, "--batch-size", 64, "--output_dir", tmp_path / name)
+    losses = [log_of(tmp_path / name)[0]["train_loss"] for name in "abc"]
+    assert losses[0] == losses[1] != losses[2]
