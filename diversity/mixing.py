@@ -39,6 +39,9 @@ class PatchMixup:
         mode: "batch", one draw for all images; "pair", one for each pair of partners; "elem", one for each image.
         correct_lam: weigh labels by the box after clipping at the border, not by the drawn share.
         grid: (rows, columns) of patches, or None when no per-patch label is needed.
+
+    Raises:
+        ValueError: an unknown mode, a negative alpha, or a probability outside [0, 1].
     """
 
     def __init__(
@@ -54,6 +57,10 @@ class PatchMixup:
     ):
         if mode not in MODES:
             raise ValueError(f"unknown mixup mode {mode!r}; there are {', '.join(MODES)}")
+        if min(mixup_alpha, cutmix_alpha) < 0:
+            raise ValueError(f"alphas must be >= 0; got {mixup_alpha} and {cutmix_alpha}")
+        if not (0 <= prob <= 1 and 0 <= switch_prob <= 1):
+            raise ValueError(f"probabilities must lie in [0, 1]; got {prob} and {switch_prob}")
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = 1.0 if cutmix_minmax else cutmix_alpha
         self.cutmix_minmax = cutmix_minmax
@@ -176,6 +183,7 @@ def token_cross_entropy(
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        lam = lam.to(logits.dtype)
         of_labels, of_partner = (
             logits.gather(2, index[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
             for index in (labels, partner)

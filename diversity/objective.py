@@ -29,7 +29,7 @@ class DiversityObjective(nn.Module):
             given the logits of the distillation head where the model has one, the class logits otherwise.
 
     Raises:
-        ValueError: an unknown name, or a coefficient that is negative or not finite.
+        ValueError: an unknown name, a coefficient that is negative or not finite, a smoothing outside [0, 1).
 
     Attributes:
         coefs: the active coefficients.
@@ -51,6 +51,8 @@ class DiversityObjective(nn.Module):
                 raise ValueError(f"unknown term {name!r}; there are {', '.join(near)}")
             if not (math.isfinite(coef) and coef >= 0):
                 raise ValueError(f"the coefficient of {name} must be a finite number >= 0; got {coef}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1); got {smoothing}")
         self.coefs = {name: float(coefs[name]) for name in known if coefs.get(name)}
         self.smoothing = smoothing
         self.distillation = distillation
@@ -76,7 +78,15 @@ class DiversityObjective(nn.Module):
             The 0-dim loss, and {name: detached 0-dim tensor} with the raw value of "classification", of its parts
             "cls_ce", "mixing" (the patch tokens' mean cross-entropy) and "distillation", and of every active term. A
             key with "_share" appended holds the part's share of the loss; the shares of the parts sum to 1.
+
+        Raises:
+            TypeError: `output` is the plain logits of eval mode.
+            ValueError: mixing is on, and patch logits and patch labels are not there for the same patches.
         """
+        if not isinstance(output, TapOutput):
+            raise TypeError(
+                f"the objective needs the TapOutput of a TappedViT in training mode; got {type(output).__name__}"
+            )
         raw, weighted = self._classification(output, target, samples)
         classification = sum(weighted.values())
         for name, coef in self.coefs.items():
@@ -100,6 +110,12 @@ class DiversityObjective(nn.Module):
         ).mean()
         raw, weights = {"cls_ce": cls_ce}, {"cls_ce": 1.0}
         if MIXING in self.coefs:
+            logits, lam = (None if t is None else [*t.shape[:2]] for t in (output.patch_logits, target.patch_lam))
+            if logits is None or logits != lam:
+                raise ValueError(
+                    f"mixing needs patch logits and labels of the same [batch, patches]; got {logits} and {lam}. Build "
+                    "TappedViT with patch_logits=True and PatchMixup with the model's patch grid"
+                )
             patch_ce = token_cross_entropy(
                 output.patch_logits, target.labels, target.partner, target.patch_lam, self.smoothing
             )

@@ -63,7 +63,7 @@ def spectral_spread(weights: torch.Tensor, probes: torch.Tensor) -> torch.Tensor
         probes: [2, M, Dout, 1], the start vectors for the largest and for the smallest eigenvalue.
 
     Returns:
-        [M], at most 0: smallest - largest. One step underestimates the spread.
+        [M], normally negative: smallest - largest. Its size never exceeds the exact spread; one step underestimates it.
     """
 
     def gram(x):

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
+from timm.layers import PatchDropout
+from timm.models import VisionTransformer
 from torch import nn
 
 TAPS = ("first", "last", "attention", "weights")
@@ -51,7 +53,8 @@ class TappedViT(nn.Module):
     fused attention never shows its maps. Usable as a context manager that calls `close()`.
 
     Args:
-        model: a timm model. One with taps needs `blocks` with a joint `attn.qkv`, as VisionTransformer has.
+        model: a timm model; one with taps or patch logits must be a VisionTransformer. Copy the stock model, not the
+            wrapper, whose hooks a copy would share.
         reads: names of the taps to hand out, see `TAPS`. Nothing is hooked for the others.
         patch_logits: also apply the head to every patch token.
 
@@ -65,19 +68,17 @@ class TappedViT(nn.Module):
 
     def __init__(self, model: nn.Module, reads: Collection[str] = (), patch_logits: bool = False):
         super().__init__()
+        reads = (reads,) if isinstance(reads, str) else reads
         unknown = sorted(set(reads) - set(TAPS))
         if unknown:
             raise ValueError(f"unknown tap {unknown[0]!r}; there are {', '.join(TAPS)}")
         self.model = model
         self.reads = tuple(tap for tap in TAPS if tap in reads)
         self.patch_logits = patch_logits
-        self._captured: dict[str, torch.Tensor] = {}
+        self._captured: dict[str, torch.Tensor] | None = None  # None outside forward: hooks then keep nothing
         self._handles = []
         self._unfused = []
-        for tap in self.reads:
-            self._require_blocks(tap)
-        if patch_logits:
-            self._require_head()
+        self._require_support()
         if "first" in self.reads:
             self._capture_input("first", model.blocks[0])
         if "last" in self.reads:
@@ -92,7 +93,7 @@ class TappedViT(nn.Module):
         """samples [B, 3, S, S] -> `TapOutput` in training mode, [B, C] in eval mode."""
         if not self.training:
             return self.model(samples)
-        self._captured.clear()
+        self._captured = {}
         logits = self.model(samples)
         taken = {tap: self._take(tap) for tap in self.reads if tap != "weights"}
         if "weights" in self.reads:
@@ -101,6 +102,7 @@ class TappedViT(nn.Module):
             taken["patch_logits"] = self._classify(self._take("normed"))
         if isinstance(logits, tuple):
             logits, taken["dist_logits"] = logits
+        self._captured = None
         return TapOutput(logits, **taken)
 
     def close(self):
@@ -132,14 +134,14 @@ class TappedViT(nn.Module):
 
     def _capture_input(self, name: str, module: nn.Module):
         def hook(module, inputs):
-            if self.training:
+            if self._captured is not None:
                 self._captured[name] = inputs[0]
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def _capture_output(self, name: str, module: nn.Module):
         def hook(module, inputs, output):
-            if self.training:
+            if self._captured is not None:
                 self._captured[name] = output
 
         self._handles.append(module.register_forward_hook(hook))
@@ -148,18 +150,22 @@ class TappedViT(nn.Module):
         self._unfused.append((attn, attn.fused_attn))
         attn.fused_attn = False
 
-    def _require_blocks(self, tap: str):
-        blocks = getattr(self.model, "blocks", None)
-        if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not hasattr(self.model, "num_prefix_tokens"):
-            raise TapError(tap, self.model, "it has no sequence of transformer blocks")
-        attn = getattr(blocks[0], "attn", None)
-        if tap == "attention" and not (hasattr(attn, "fused_attn") and hasattr(attn, "attn_drop")):
-            raise TapError(tap, self.model, "its first block has no attention with an `attn_drop` to hook")
-        if tap == "weights" and not all(hasattr(getattr(block, "attn", None), "qkv") for block in blocks):
-            raise TapError(tap, self.model, "its blocks have no joint `attn.qkv` projection")
+    def _require_support(self):
+        """Raise `TapError` for the first thing asked for that the model does not have."""
+        asked = [*self.reads, *(["patch_logits"] if self.patch_logits else [])]
+        if asked and not isinstance(self.model, VisionTransformer):
+            raise TapError(asked[0], self.model, "it is not a VisionTransformer with a sequence of transformer blocks")
+        for tap in asked:
+            attn = getattr(self.model.blocks[0], "attn", None)
+            if tap == "attention" and not (hasattr(attn, "fused_attn") and hasattr(attn, "attn_drop")):
+                raise TapError(tap, self.model, "its first block has no attention with an `attn_drop` to hook")
+            if tap == "weights" and any(_qkv(block) is None for block in self.model.blocks):
+                raise TapError(tap, self.model, "its blocks have no joint `attn.qkv` projection")
+            if tap == "patch_logits" and not isinstance(self.model.head, nn.Linear):
+                raise TapError(tap, self.model, "it has no linear `head` to classify patch tokens with")
+            if tap == "patch_logits" and isinstance(self.model.patch_drop, PatchDropout):
+                raise TapError(tap, self.model, "patches are dropped (patch_drop_rate), so their labels would not fit")
 
-    def _require_head(self):
-        needed = ("norm", "fc_norm", "head_drop", "head", "num_prefix_tokens")
-        missing = [name for name in needed if not hasattr(self.model, name)]
-        if missing:
-            raise TapError("patch_logits", self.model, f"it has no `{missing[0]}` to classify patch tokens with")
+
+def _qkv(block: nn.Module) -> nn.Module | None:
+    return getattr(getattr(block, "attn", None), "qkv", None)

@@ -41,7 +41,7 @@ def run_main(*words):
 
 def run_process(*words, timeout=240, environment=None) -> subprocess.CompletedProcess:
     """A real Python process in the repository with one thread, its output captured as text."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=timeout)
 

@@ -110,15 +110,6 @@ def test_data_path_holds_something_else(refused, tmp_path, name):
     assert f"--data-set {name}" in line and str(tmp_path) in line
 
 
-def test_hugging_face_set_is_missing(tmp_path):
-    """In a process of its own, since Hugging Face's package and datasets.py share a name."""
-    words = ("--data-set", f"hfds/{tmp_path}/missing", "--data-path", tmp_path)
-    process = run_process("main.py", *TINY, *words)
-    assert process.returncode == 1
-    assert process.stderr.splitlines()[-1].startswith(f"error: --data-set hfds/{tmp_path}/missing")
-    assert "Traceback" not in process.stderr
-
-
 @pytest.mark.parametrize("missing", ["train", "val"])
 def test_image_folder_without_a_part(refused, tmp_path, missing):
     make_image_folder(tmp_path, splits=({"train", "val"} - {missing}))

@@ -35,12 +35,10 @@ def test_two_ranks_take_the_steps_of_one_process_with_all_terms(tmp_path):
 
 def test_main_under_torchrun_skips_a_step_on_both_ranks_and_names_the_rank(tmp_path):
     # The learning rate makes the loss overflow; both ranks must agree on every skipped step to finish.
-    flags = (
-        "--data-set FAKE --num-classes 4 --model deit_tiny_patch16_224_diverse --input-size 32 --patch-size 8 "
-        "--model-kwargs depth=1 embed_dim=24 num_heads=3 --num-workers 0 --batch-size 64 --epochs 1 --aa none "
-        "--no-repeated-aug --emb_cos_within_coef 1 --lr 1e30 --warmup-epochs 0 --opt sgd --max-nonfinite-steps 99 --unscale-lr"
-    ).split()
-    result = run([*TORCHRUN, "main.py", *flags])
+    model = "--model deit_tiny_patch16_224_diverse --input-size 32 --patch-size 8 --model-kwargs depth=1 embed_dim=24"
+    data = "--data-set FAKE --num-classes 4 --num-workers 0 --batch-size 64 --epochs 1 --aa none --no-repeated-aug"
+    steps = "--emb_cos_within_coef 1 --opt sgd --lr 1e30 --unscale-lr --warmup-epochs 0 --max-nonfinite-steps 99"
+    result = run([*TORCHRUN, "main.py", *f"{model} {data} {steps}".split()])
     assert result.returncode == 0, result.stderr
     skipped = [line for line in result.stdout.splitlines() if "step skipped" in line]
     assert any("rank 0" in line for line in skipped)
