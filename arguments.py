@@ -120,7 +120,7 @@ def _run(parser):
     add("--model-ema-force-cpu", action=argparse.BooleanOptionalAction, default=False,
         help="keep the average in main memory; it is evaluated there too")  # fmt: skip
     add("--max-nonfinite-steps", type=_whole, default=100, help="skipped non-finite steps before training stops")
-    add("--log-interval", type=_count, default=50, help="optimizer steps between console lines")
+    add("--log-interval", type=_whole, default=50, help="optimizer steps between console lines; 0 = one line an epoch")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write events into the run folder")
 
 

@@ -92,7 +92,7 @@ def train_one_epoch(
         state: what the steps change.
         accum_steps: batches per optimizer step; a last, shorter group is averaged over the batches it has.
         clip_grad: largest gradient norm, or None.
-        log_interval: optimizer steps between console lines.
+        log_interval: optimizer steps between console lines; 0 = none.
 
     Returns:
         Means over steps and processes: loss, every term and its share, lr, grad_norm; and images_per_s of all
@@ -221,7 +221,7 @@ class Progress:
     def finished_step(self, step: int) -> bool:
         """Count an optimizer step; True when a console line is due."""
         self.bar.update()
-        return step % self.log_interval == 0 or step == self.num_steps - 1
+        return self.log_interval > 0 and (step % self.log_interval == 0 or step == self.num_steps - 1)
 
     def report(self, step: int, lr: float, averages: dict[str, float]):
         """One console line in DeiT's form, and the same values to TensorBoard."""

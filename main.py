@@ -27,7 +27,7 @@ from utils import RunLog, World, environment_lines, joined_world, quiet_warnings
 
 def main(args: Namespace, world: World):
     quiet_warnings()
-    seed_everything(args.seed + world.rank)
+    seed_everything(args.seed)  # the same initial weights, and so the same average of them, on every rank
     amp_dtype = autocast_dtype(args.amp, world.device)
 
     data = build_data(args, world)
@@ -38,6 +38,7 @@ def main(args: Namespace, world: World):
     notes = checkpoint.load_weights(model, args.finetune, "--finetune") if args.finetune else []
     resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
     model.to(world.device)
+    seed_everything(args.seed + world.rank)
     model_ema = None
     if args.model_ema:
         model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)

@@ -6,9 +6,12 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import TINY, run_main, run_process
+from helpers import TINY, parse, run_main, run_process, world
 
+from datasets import build_data
 from diversity import REGULARIZERS
+from engine import evaluate
+from models import build_model
 
 TERMS = ("--mixing_coef", "1", *(word for name in REGULARIZERS for word in (f"--{name}_coef", "0.01")))
 
@@ -97,6 +100,14 @@ def test_two_processes_train_accumulate_and_evaluate_each_image_once(tmp_path):
     assert record["test_images"] == record["test_images_ema"] == 360
     assert "192 images per optimizer step" in result.stdout
     assert result.stdout.count("run folder") == 1
+
+    args = parse()
+    model = build_model(args.model, 10, args.input_size, args.patch_size, **args.model_kwargs)
+    stored = torch.load(tmp_path / "two" / "checkpoint.pth", weights_only=True)
+    for name, loss in (("model", "test_loss"), ("model_ema", "test_loss_ema")):
+        model.load_state_dict(stored[name])
+        alone = evaluate(model, build_data(args, world()).val, world())
+        assert alone["loss"] == pytest.approx(record[loss], rel=1e-5), "the ranks evaluated different weights"
 
 
 OPTIONS = {
