@@ -5,25 +5,16 @@ The names are DeiT's and the released code's. `--output_dir` and `--output-dir` 
 
 import argparse
 import difflib
-import math
 import sys
-from pathlib import Path
 
-import yaml
-from timm.utils import ParseKwargs
+import timm.optim
 
 from diversity import REGULARIZERS
 from diversity.mixing import MODES
 from diversity.objective import MIXING
+from parsing import KeyValues, Parser, below_one, coefficient, count, flag_of, or_none, positive, share, whole
 
 DISTILLATION_TYPES = ("none", "soft", "hard")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that takes hyphens and underscores alike and answers a wrong flag with one line."""
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,15 +23,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     Raises:
         SystemExit: an unknown flag, a value out of range, or flags that contradict each other.
     """
-    argv = [_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = build_parser()
-    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    path = config.parse_known_args(argv)[0].config
-    args, unknown = parser.parse_known_args((_config_words(parser, path) if path else []) + argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, n=3)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    args = parser.parse(sys.argv[1:] if argv is None else argv)
     _check(parser, args)
     return args
 
@@ -53,29 +37,36 @@ def coefficients(args: argparse.Namespace) -> dict[str, float]:
 def without_effect(args: argparse.Namespace) -> list[str]:
     """One line for each flag that was set and that another flag makes idle."""
     default = build_parser().parse_args([])
-    mixing_images = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax
-    augmented = args.input_size > 32
+    cutmix = args.cutmix > 0 or args.cutmix_minmax
+    small = args.input_size <= 32
+    optimizer = _optimizer_info(args.opt)
     idle = [
         (args.distillation_type == "none", "teacher_model teacher_path distillation_alpha distillation_tau",
          "--distillation-type is none"),
         (args.distillation_type == "hard", "distillation_tau", "only soft distillation has a temperature"),
         (not args.model_ema, "model_ema_decay model_ema_force_cpu", "--no-model-ema"),
-        (not mixing_images, "mixup_prob mixup_switch_prob mixup_mode", "--mixup and --cutmix are 0"),
+        (not (args.mixup or cutmix), "mixup_prob mixup_mode", "--mixup and --cutmix are 0"),
+        (not (args.mixup and cutmix), "mixup_switch_prob", "--mixup or --cutmix is 0"),
         (args.cutmix_minmax, "cutmix", "--cutmix-minmax takes its place"),
         (not args.repeated_aug, "aug_repeats", "--no-repeated-aug"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) takes its place"),
-        (not augmented, "scale ratio", "sizes up to 32 px are cropped by padding"),
-        (not (args.data_set.startswith("INAT")), "inat_category", f"--data-set is {args.data_set}"),
+        (small, "scale ratio eval_crop_ratio", "inputs up to 32 px are resized whole"),
+        (args.data_set in ("DIGITS", "FAKE"), "data_path", f"--data-set is {args.data_set}"),
+        (not args.data_set.startswith("INAT"), "inat_category", f"--data-set is {args.data_set}"),
         (args.lr_noise is None, "lr_noise_pct lr_noise_std", "--lr-noise is off"),
         (args.sched != "step" and args.sched != "plateau", "decay_rate", f"--sched is {args.sched}"),
         (args.sched != "step", "decay_epochs", f"--sched is {args.sched}"),
         (args.sched != "plateau", "patience_epochs", f"--sched is {args.sched}"),
+        (args.warmup_epochs == 0, "warmup_lr", "--warmup-epochs is 0"),
+        (not optimizer.has_momentum, "momentum", f"--opt is {args.opt}"),
+        (not optimizer.has_eps, "opt_eps", f"--opt is {args.opt}"),
+        (not optimizer.has_betas, "opt_betas", f"--opt is {args.opt}"),
         (True, "resplit", "there are no augmentation splits"),
         (True, "world_size", "torchrun decides the number of processes"),
     ]  # fmt: skip
     return [
-        f"{_flag(name)} has no effect: {reason}"
+        f"{flag_of(name)} has no effect: {reason}"
         for condition, names, reason in idle
         if condition
         for name in names.split()
@@ -107,45 +98,45 @@ def _run(parser):
     add("--resume", default="", metavar="FILE", help="continue from a checkpoint.pth (or evaluate it, with --eval)")
     add("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is dropped")
     add("--eval", action=argparse.BooleanOptionalAction, default=False, help="evaluate only")
-    add("--epochs", type=_count, default=300, help="epochs of the schedule, before any cool-down")
-    add("--start-epoch", type=_whole, default=0, help="first epoch; --resume sets it")
-    add("--batch-size", type=_count, default=64, help="images per process and step")
-    add("--accum-steps", type=_count, default=1, help="batches accumulated per optimizer step; 1 = off")
-    add("--seed", type=_whole, default=0, help="of weights, data order, augmentation and mixing")
+    add("--epochs", type=count, default=300, help="epochs of the schedule, before any cool-down")
+    add("--start-epoch", type=whole, default=0, help="first epoch; --resume sets it")
+    add("--batch-size", type=count, default=64, help="images per process and step")
+    add("--accum-steps", type=count, default=1, help="batches accumulated per optimizer step; 1 = off")
+    add("--seed", type=whole, default=0, help="of weights, data order, augmentation and mixing")
     add("--device", default="auto", metavar="{auto,cuda,cpu}", help="auto = cuda where there is one")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="autocast; auto = bf16 on a GPU that has it, fp16 on another, off on CPU")  # fmt: skip
     add("--model-ema", action=argparse.BooleanOptionalAction, default=True, help="keep and evaluate averaged weights")
-    add("--model-ema-decay", type=_share, default=0.99996, help="per optimizer step")
+    add("--model-ema-decay", type=share, default=0.99996, help="per optimizer step")
     add("--model-ema-force-cpu", action=argparse.BooleanOptionalAction, default=False,
         help="keep the average in main memory; it is evaluated there too")  # fmt: skip
-    add("--max-nonfinite-steps", type=_whole, default=100, help="skipped non-finite steps before training stops")
-    add("--log-interval", type=_whole, default=50, help="optimizer steps between console lines; 0 = one line an epoch")
+    add("--max-nonfinite-steps", type=whole, default=100, help="skipped non-finite steps before training stops")
+    add("--log-interval", type=whole, default=50, help="optimizer steps between console lines; 0 = one line an epoch")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write events into the run folder")
 
 
 def _model(parser):
     add = parser.add_argument_group("model").add_argument
     add("--model", default="deit_base_patch16_224", help="any timm name; the paper's end in _diverse")
-    add("--input-size", type=_count, default=224, help="side of the square input in pixels")
-    add("--patch-size", type=_count, default=None, help="side of a patch in pixels; None = the model's own")
-    add("--model-kwargs", nargs="*", action=ParseKwargs, default={}, metavar="KEY=VALUE",
+    add("--input-size", type=count, default=224, help="side of the square input in pixels")
+    add("--patch-size", type=count, default=None, help="side of a patch in pixels; None = the model's own")
+    add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE",
         help="further arguments of the timm model, e.g. depth=6 embed_dim=96")  # fmt: skip
-    add("--drop", type=_share, default=0.0, help="dropout rate; 0 = off")
-    add("--drop-path", type=_share, default=0.1, help="stochastic depth rate; 0 = off")
+    add("--drop", type=below_one, default=0.0, help="dropout rate; 0 = off")
+    add("--drop-path", type=below_one, default=0.1, help="stochastic depth rate; 0 = off")
 
 
 def _diversity(parser):
     add = parser.add_argument_group(
         "diversity", "coefficients, finite and >= 0; 0 = not computed. In brackets the paper's value."
     ).add_argument
-    add(f"--{MIXING}-coef", type=_coefficient, default=0.0, metavar="COEF",
+    add(f"--{MIXING}-coef", type=coefficient, default=0.0, metavar="COEF",
         help="patch mixing: weight of each patch token's loss beside the class token's [1]")  # fmt: skip
     for term in REGULARIZERS.values():
         formula = term.formula.replace("%", "%%")
         add(
-            _flag(f"{term.name}_coef"),
-            type=_coefficient,
+            flag_of(f"{term.name}_coef"),
+            type=coefficient,
             default=0.0,
             metavar="COEF",
             help=f"{formula} [{term.coef:g}]",
@@ -155,18 +146,18 @@ def _diversity(parser):
 def _optimizer(parser):
     add = parser.add_argument_group("optimizer").add_argument
     add("--opt", default="adamw", help="any timm optimizer")
-    add("--opt-eps", type=_positive, default=1e-8, help="epsilon of Adam-like optimizers")
+    add("--opt-eps", type=positive, default=1e-8, help="epsilon of Adam-like optimizers")
     add("--opt-betas", type=float, nargs="+", default=None, metavar="BETA", help="None = the optimizer's own")
-    add("--momentum", type=_share, default=0.9, help="of SGD-like optimizers")
-    add("--weight-decay", type=_coefficient, default=0.05, help="none on biases, norms and tokens; 0 = off")
-    add("--clip-grad", type=_positive, default=None, metavar="NORM", help="largest gradient norm; None = no clipping")
+    add("--momentum", type=share, default=0.9, help="of SGD-like optimizers")
+    add("--weight-decay", type=coefficient, default=0.05, help="none on biases, norms and tokens; 0 = off")
+    add("--clip-grad", type=positive, default=None, metavar="NORM", help="largest gradient norm; None = no clipping")
 
 
 def _schedule(parser):
     add = parser.add_argument_group(
         "schedule", "stepped after each epoch, as DeiT does: epoch 1 repeats epoch 0's rate"
     ).add_argument
-    add("--lr", type=_positive, default=5e-4, help="learning rate at 512 images per optimizer step; scaled linearly")
+    add("--lr", type=positive, default=5e-4, help="learning rate at 512 images per optimizer step; scaled linearly")
     add("--unscale-lr", action=argparse.BooleanOptionalAction, default=False, help="take --lr as it is")
     add(
         "--sched",
@@ -174,47 +165,47 @@ def _schedule(parser):
         default="cosine",
         help="timm schedule",
     )
-    add("--warmup-lr", type=_positive, default=1e-6, help="rate at the start of warm-up, not scaled")
-    add("--warmup-epochs", type=_whole, default=5, help="0 = off")
-    add("--min-lr", type=_coefficient, default=1e-5, help="lowest rate, not scaled")
-    add("--cooldown-epochs", type=_whole, default=0, help="epochs at --min-lr after the schedule; 0 = off")
-    add("--decay-epochs", type=_positive, default=30, help="epochs between decays of --sched step")
-    add("--decay-rate", type=_share, default=0.1, help="factor of --sched step and plateau")
-    add("--patience-epochs", type=_whole, default=10, help="epochs without gain before --sched plateau decays")
+    add("--warmup-lr", type=positive, default=1e-6, help="rate at the start of warm-up, not scaled")
+    add("--warmup-epochs", type=whole, default=5, help="0 = off")
+    add("--min-lr", type=coefficient, default=1e-5, help="lowest rate, not scaled")
+    add("--cooldown-epochs", type=whole, default=0, help="epochs at --min-lr after the schedule; 0 = off")
+    add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step")
+    add("--decay-rate", type=share, default=0.1, help="factor of --sched step and plateau")
+    add("--patience-epochs", type=whole, default=10, help="epochs without gain before --sched plateau decays")
     add("--lr-noise", type=float, nargs="+", default=None, metavar="SHARE",
         help="where noise starts (and ends) as shares of the epochs; None = off")  # fmt: skip
-    add("--lr-noise-pct", type=_coefficient, default=0.67, help="limit of the noise as a share of the rate")
-    add("--lr-noise-std", type=_coefficient, default=1.0, help="standard deviation of the noise")
+    add("--lr-noise-pct", type=coefficient, default=0.67, help="limit of the noise as a share of the rate")
+    add("--lr-noise-std", type=coefficient, default=1.0, help="standard deviation of the noise")
 
 
 def _augmentation(parser):
     add = parser.add_argument_group("augmentation").add_argument
-    add("--aa", type=_or_none, default="rand-m9-mstd0.5-inc1", metavar="NAME", help="timm auto-augment; none = off")
-    add("--color-jitter", type=_coefficient, default=0.4, help="where --aa is not RandAugment; 0 = off")
+    add("--aa", type=or_none, default="rand-m9-mstd0.5-inc1", metavar="NAME", help="timm auto-augment; none = off")
+    add("--color-jitter", type=coefficient, default=0.4, help="where --aa is not RandAugment; 0 = off")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic", help="of training crops")
-    add("--scale", type=_share, nargs=2, default=[0.08, 1.0], metavar=("LOW", "HIGH"), help="area of random crops")
+    add("--scale", type=share, nargs=2, default=[0.08, 1.0], metavar=("LOW", "HIGH"), help="area of random crops")
     add(
         "--ratio",
-        type=_positive,
+        type=positive,
         nargs=2,
         default=[0.75, 4 / 3],
         metavar=("LOW", "HIGH"),
         help="aspect of random crops",
     )
-    add("--hflip", type=_share, default=0.5, help="probability of a horizontal flip; 0 = off")
+    add("--hflip", type=share, default=0.5, help="probability of a horizontal flip; 0 = off")
     add("--repeated-aug", action=argparse.BooleanOptionalAction, default=True,
         help="show each drawn image several times, differently augmented")  # fmt: skip
-    add("--aug-repeats", type=_count, default=3, help="copies of each image under --repeated-aug")
-    add("--reprob", type=_share, default=0.25, help="probability of random erasing; 0 = off")
+    add("--aug-repeats", type=count, default=3, help="copies of each image under --repeated-aug")
+    add("--reprob", type=share, default=0.25, help="probability of random erasing; 0 = off")
     add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what random erasing fills with")
-    add("--recount", type=_count, default=1, help="most boxes erased per image")
-    add("--smoothing", type=_share, default=0.1, help="label smoothing; 0 = off")
-    add("--mixup", type=_coefficient, default=0.8, metavar="ALPHA", help="0 = off")
-    add("--cutmix", type=_coefficient, default=1.0, metavar="ALPHA", help="0 = off")
-    add("--cutmix-minmax", type=_share, nargs=2, default=None, metavar=("LOW", "HIGH"),
+    add("--recount", type=count, default=1, help="most boxes erased per image")
+    add("--smoothing", type=below_one, default=0.1, help="label smoothing; 0 = off")
+    add("--mixup", type=coefficient, default=0.8, metavar="ALPHA", help="0 = off")
+    add("--cutmix", type=coefficient, default=1.0, metavar="ALPHA", help="0 = off")
+    add("--cutmix-minmax", type=share, nargs=2, default=None, metavar=("LOW", "HIGH"),
         help="side of the CutMix box as a share of the image's, in place of --cutmix")  # fmt: skip
-    add("--mixup-prob", type=_share, default=1.0, help="probability of mixing at all")
-    add("--mixup-switch-prob", type=_share, default=0.5, help="probability of CutMix where both are on")
+    add("--mixup-prob", type=share, default=1.0, help="probability of mixing at all")
+    add("--mixup-switch-prob", type=share, default=0.5, help="probability of CutMix where both are on")
     add("--mixup-mode", choices=MODES, default="batch", help="one draw per batch, pair or element")
 
 
@@ -223,8 +214,8 @@ def _distillation(parser):
     add("--distillation-type", choices=DISTILLATION_TYPES, default="none", help="none = off")
     add("--teacher-model", default="regnety_160", help="timm name of the teacher")
     add("--teacher-path", default="", metavar="FILE", help="weights of the teacher")
-    add("--distillation-alpha", type=_share, default=0.5, help="share of the teacher in the classification loss")
-    add("--distillation-tau", type=_positive, default=1.0, help="temperature of soft distillation")
+    add("--distillation-alpha", type=share, default=0.5, help="share of the teacher in the classification loss")
+    add("--distillation-tau", type=positive, default=1.0, help="temperature of soft distillation")
 
 
 def _data(parser):
@@ -236,14 +227,14 @@ def _data(parser):
     add("--train-split", "--train-dir", default="train", metavar="NAME", help="sub-folder or split to train on")
     add("--val-split", "--val-dir", default=None, metavar="NAME",
         help="sub-folder or split to evaluate on; None = val (folders) or validation (timm names)")  # fmt: skip
-    add("--num-classes", type=_count, default=None, help="None = counted; needed where a data set does not say")
+    add("--num-classes", type=count, default=None, help="None = counted; needed where a data set does not say")
     add("--inat-category", default="name", help="iNaturalist label",
         choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
-    add("--eval-crop-ratio", type=_positive, default=0.875, help="centre crop over resized side, above 32 px")
-    add("--max-bad-images", type=_whole, default=100, help="unreadable training images replaced before training stops")
+    add("--eval-crop-ratio", type=positive, default=0.875, help="centre crop over resized side, above 32 px")
+    add("--max-bad-images", type=whole, default=100, help="unreadable training images replaced before training stops")
     add(
         "--num-workers",
-        type=_whole,
+        type=whole,
         default=None,
         help="loader processes per rank; None = cores / local ranks, up to 10",
     )
@@ -257,13 +248,20 @@ def _launcher(parser):
         "launcher", "kept for DeiT's command lines; torchrun's variables decide"
     ).add_argument
     add("--dist-url", default="env://", help="rendezvous of the process group")
-    add("--world-size", type=_count, default=1, help="no effect")
+    add("--world-size", type=count, default=1, help="no effect")
     add("--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     add("--resplit", action=argparse.BooleanOptionalAction, default=False, help="no effect")
 
 
 def _check(parser, args):
     """Flags that contradict each other."""
+    try:
+        _optimizer_info(args.opt)
+    except ValueError:
+        near = difflib.get_close_matches(args.opt, timm.optim.list_optimizers(), n=3) or [
+            "see timm.optim.list_optimizers()"
+        ]
+        parser.error(f"--opt {args.opt} is unknown; did you mean {', '.join(near)}?")
     if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         parser.error(
             f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "
@@ -289,71 +287,5 @@ def _check(parser, args):
         parser.error(f"--device is auto, cuda or cpu; got {args.device}")
 
 
-def _hyphens(word: str) -> str:
-    """--output_dir=a_b -> --output-dir=a_b; values are left alone."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _config_words(parser: Parser, path: str) -> list[str]:
-    """A YAML file of flags as command-line words, so that both are checked alike."""
-    try:
-        config = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
-    if not isinstance(config, dict):
-        parser.error(f"--config {path} must hold one `flag: value` pair per line")
-    words = []
-    for name, value in config.items():
-        flag = _flag(str(name))
-        if value is None or value == {} or value == "":
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, dict):
-            words += [flag, *(f"{key}={item}" for key, item in value.items())]
-        elif isinstance(value, list):
-            words += [flag, *map(str, value)]
-        else:
-            words.append(f"{flag}={value}")
-    return words
-
-
-def _number(text, kind, holds, what):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and holds(value)):
-        raise argparse.ArgumentTypeError(f"needs {what}; got {text!r}")
-    return value
-
-
-def _whole(text):
-    return _number(text, int, lambda value: value >= 0, "a whole number >= 0")
-
-
-def _count(text):
-    return _number(text, int, lambda value: value >= 1, "a whole number >= 1")
-
-
-def _coefficient(text):
-    return _number(text, float, lambda value: value >= 0, "a finite number >= 0")
-
-
-def _positive(text):
-    return _number(text, float, lambda value: value > 0, "a number > 0")
-
-
-def _share(text):
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _or_none(text):
-    return None if text.lower() in ("", "none") else text
+def _optimizer_info(name: str) -> timm.optim.OptimInfo:
+    return timm.optim.get_optimizer_info(name.lower().removeprefix("lookahead_"))

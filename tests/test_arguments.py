@@ -15,7 +15,7 @@ FLAGS = [
     for flag in action.option_strings
 ]
 NEEDS = {"--eval": ("--resume", "a.pth"), "--distillation-type": ("--teacher-path", "a.pth")}
-SPECIAL = {"--device": ["cpu"], "--model-kwargs": ["depth=4", "embed_dim=96"]}
+SPECIAL = {"--device": ["cpu"], "--opt": ["sgd"], "--model-kwargs": ["depth=4", "embed_dim=96"]}
 
 
 def accepts(action, word):
@@ -253,7 +253,7 @@ IDLE = {
     "--distillation-type hard --teacher-path a.pth --distillation-tau 3": "distillation-tau",
     "--no-model-ema --model-ema-decay 0.9 --model-ema-force-cpu": "model-ema-decay model-ema-force-cpu",
     "--mixup 0 --cutmix 0 --mixup-prob 0.5 --mixup-switch-prob 0.1 --mixup-mode pair": (
-        "mixup-prob mixup-switch-prob mixup-mode"
+        "mixup-prob mixup-mode mixup-switch-prob"
     ),
     "--cutmix-minmax 0.2 0.8 --cutmix 0.5": "cutmix",
     "--no-repeated-aug --aug-repeats 2": "aug-repeats",

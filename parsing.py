@@ -1,0 +1,117 @@
+"""argparse as this project wants it: flags from a file or the command line, values checked, one line for a mistake."""
+
+import argparse
+import difflib
+import math
+from pathlib import Path
+
+import yaml
+from timm.utils import ParseKwargs
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes hyphens and underscores alike and `--config FILE` as flags before the others."""
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Flags from `argv`, over those of its `--config`, over the defaults.
+
+        Raises:
+            SystemExit: a flag that is unknown or out of range, or a file that cannot be read.
+        """
+        argv = [_hyphens(word) for word in argv]
+        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        config.add_argument("--config")
+        path = config.parse_known_args(argv)[0].config
+        args, unknown = self.parse_known_args((self._words_of(path) if path else []) + argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        return args
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists every flag)\n")
+
+    def _words_of(self, path: str) -> list[str]:
+        """A YAML file of flags as command-line words, so that both are checked alike."""
+        try:
+            config = yaml.safe_load(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
+        if not isinstance(config, dict):
+            self.error(f"--config {path} must hold one `flag: value` pair per line")
+        words = []
+        for name, value in config.items():
+            name = str(name).replace("-", "_")
+            flag = flag_of(name)
+            if value == self.get_default(name):
+                continue
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            elif isinstance(value, dict):
+                words += [flag, *(f"{key}={item}" for key, item in value.items())]
+            elif isinstance(value, list):
+                words += [flag, *map(str, value)]
+            else:
+                words.append(f"{flag}={'none' if value is None else value}")
+        return words
+
+
+class KeyValues(ParseKwargs):
+    """KEY=VALUE ... as a dict, values read as Python literals where they are some."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        without_equals = [value for value in values if value and "=" not in value]
+        if without_equals:
+            parser.error(f"argument {option_string}: needs KEY=VALUE; got {without_equals[0]!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def flag_of(name: str) -> str:
+    """The flag of an argument: drop_path -> --drop-path."""
+    return "--" + name.replace("_", "-")
+
+
+def whole(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number >= 0")
+
+
+def count(text: str) -> int:
+    return _number(text, int, lambda value: value >= 1, "a whole number >= 1")
+
+
+def coefficient(text: str) -> float:
+    return _number(text, float, lambda value: value >= 0, "a finite number >= 0")
+
+
+def positive(text: str) -> float:
+    return _number(text, float, lambda value: value > 0, "a finite number > 0")
+
+
+def share(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def below_one(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def or_none(text: str) -> str | None:
+    return None if text.lower() in ("", "none") else text
+
+
+def _number(text, kind, holds, what):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and holds(value)):
+        raise argparse.ArgumentTypeError(f"needs {what}; got {text!r}")
+    return value
+
+
+def _hyphens(word: str) -> str:
+    """--output_dir=a_b -> --output-dir=a_b; values are left alone."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
