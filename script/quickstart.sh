@@ -6,8 +6,9 @@ cd "$(dirname "$0")/.."
 script/setup.sh
 
 run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
+export OMP_NUM_THREADS=1  # so small a model gains little from a second thread, and loses much when another program needs it
 .venv/bin/python main.py \
-  --data-set DIGITS --input-size 48 --patch-size 12 --num-workers 0 \
+  --data-set DIGITS --input-size 48 --patch-size 12 --num-workers 1 \
   --model deit_tiny_patch16_224_diverse --model-kwargs depth=4 embed_dim=96 num_heads=4 weight_init=jax \
   --mixing_coef 1 --emb_cos_within_coef 0.5 --emb_contrast_cross_coef 0.5 \
   --attn_cos_within_coef 1e-4 --weight_mha_cond_orth_coef 5e-4 \
