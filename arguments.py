@@ -53,6 +53,8 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) takes its place"),
         (small, "scale ratio eval_crop_ratio", "inputs up to 32 px are resized whole"),
         (args.data_set in ("DIGITS", "FAKE"), "data_path", f"--data-set is {args.data_set}"),
+        (args.data_set in ("DIGITS", "FAKE", "CIFAR", "CIFAR10"), "train_split val_split",
+         f"--data-set is {args.data_set}"),
         (not args.data_set.startswith("INAT"), "inat_category", f"--data-set is {args.data_set}"),
         (args.lr_noise is None, "lr_noise_pct lr_noise_std", "--lr-noise is off"),
         (args.sched != "step" and args.sched != "plateau", "decay_rate", f"--sched is {args.sched}"),
@@ -277,6 +279,8 @@ def _check(parser, args):
         parser.error("--resume and --finetune both say where to start; give one")
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         parser.error(f"--cutmix-minmax needs LOW < HIGH; got {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}")
+    if args.lr_noise and len(args.lr_noise) > 2:
+        parser.error(f"--lr-noise takes where noise starts and where it ends; got {len(args.lr_noise)} values")
     for name in ("scale", "ratio"):
         low, high = getattr(args, name)
         if low > high:

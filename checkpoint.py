@@ -76,12 +76,18 @@ class TrainState:
                 f"training continues from {LAST}, other weights start a new run with --finetune"
             )
         load_model_and_ema(self.model, self.model_ema, checkpoint, path)
+        stored, own = (
+            state["param_groups"][0].keys() for state in (checkpoint["optimizer"], self.optimizer.state_dict())
+        )
+        if stored != own:
+            raise SystemExit(f"error: --resume {path} was written with another optimizer, see --opt")
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             raise SystemExit(f"error: --resume {path} was written with another optimizer: {error}") from None
         self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        self.loss_scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty when the run so far did not scale its loss
+            self.loss_scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
         self.best = checkpoint.get("best", {})
 
@@ -126,8 +132,8 @@ def load(path: str, flag: str) -> dict:
     _require_file(path, flag)
     with _readable(path, flag):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
-        raise SystemExit(f"error: {flag} {path} holds no entry 'model'; it is not a checkpoint of this program")
+    if not isinstance(checkpoint, dict) or not _is_weights(checkpoint.get("model")):
+        raise SystemExit(f"error: {flag} {path} holds no weights under 'model'; it is not a checkpoint of this program")
     return checkpoint
 
 
@@ -160,22 +166,24 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True) 
     _require_file(path, flag)
     with _readable(path, flag):
         weights = timm.models.load_state_dict(path, use_ema=False, weights_only=True)
-    if not weights or not all(torch.is_tensor(value) for value in weights.values()):
+    if not _is_weights(weights):
         raise SystemExit(f"error: {flag} {path} holds no model weights")
     notes, own = [], model.state_dict()
     for name in _classifier_names(model):
         if new_head and _differs(name, weights, own):
             notes.append(f"{name} of shape {[*weights[name].shape]} dropped: the model needs {[*own[name].shape]}")
             del weights[name]
+        elif new_head and name not in weights:
+            notes.append(f"{name} is not in the file: it starts anew")
     resized = [name for name in ("pos_embed", "patch_embed.proj.weight") if _differs(name, weights, own)]
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
-        weights = adapt(weights, model)
+        with contextlib.suppress(RuntimeError):  # what cannot be resampled is named as a misfit below
+            weights = adapt(weights, model)
     for name in resized:
         if not _differs(name, weights, own):
             notes.append(f"{name} resampled to {[*own[name].shape]}")
-    dropped = [note.split()[0] for note in notes if " dropped" in note]
-    load_state_dict(model, weights, path, flag, may_miss=dropped)
+    load_state_dict(model, weights, path, flag, may_miss=[note.split()[0] for note in notes])
     return notes
 
 
@@ -210,6 +218,10 @@ def _classifier_names(model: nn.Module) -> list[str]:
         if any(module is head for head in heads)
         for parameter in module.state_dict()
     ]
+
+
+def _is_weights(value) -> bool:
+    return isinstance(value, dict) and bool(value) and all(torch.is_tensor(tensor) for tensor in value.values())
 
 
 def _differs(name: str, weights: dict, own: dict) -> bool:

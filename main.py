@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 import arguments
 import checkpoint
 import figures
-from datasets import BadImageError, build_data
+from datasets import build_data
 from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
 from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
 from losses import DistillationLoss
 from models import build_model
-from utils import RunLog, World, environment_lines, joined_world, quiet_warnings, seed_everything
+from utils import BadImageError, RunLog, World, environment_lines, joined_world, quiet_warnings, seed_everything
 
 
 def main(args: Namespace, world: World):
@@ -46,7 +46,7 @@ def main(args: Namespace, world: World):
     if args.eval:
         if resumed:
             checkpoint.load_model_and_ema(model, model_ema, resumed, args.resume)
-        test_stats = evaluate_both(model, model_ema, data.val, args, world, amp_dtype)
+        test_stats = evaluate_both(model, model_ema, data, args, world, amp_dtype)
         if world.is_main:
             print("\n".join([*environment_lines(world, args.seed), *notes, accuracy_line(test_stats)]))
         return
@@ -69,12 +69,16 @@ def main(args: Namespace, world: World):
 
     effective_batch = args.batch_size * world.size * args.accum_steps
     lr = args.lr if args.unscale_lr else args.lr * effective_batch / 512
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args) | {"lr": lr})
+    optimizer = build_optimizer(args, model, lr)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     loss_scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     state = checkpoint.TrainState(model, model_ema, optimizer, scheduler, loss_scaler, epoch=args.start_epoch)
     if resumed:
         state.restore(resumed, args.resume)
+        if state.epoch >= num_epochs:
+            raise SystemExit(
+                f"error: --resume {args.resume} has finished its {num_epochs} epochs; raise --epochs or use --eval"
+            )
 
     output_dir = prepare_output_dir(args, world)
     log = RunLog(output_dir, world, args.tensorboard)
@@ -108,7 +112,7 @@ def main(args: Namespace, world: World):
             clip_grad=args.clip_grad,
             log_interval=args.log_interval,
         )
-        test_stats = evaluate_both(model, model_ema, data.val, args, world, amp_dtype)
+        test_stats = evaluate_both(model, model_ema, data, args, world, amp_dtype)
         scheduler.step(epoch, test_stats["acc1"])
         state.epoch = epoch + 1
         if output_dir:
@@ -140,13 +144,26 @@ def build_objective(args: Namespace, world: World, model: nn.Module, num_classes
     return DiversityObjective(arguments.coefficients(args), args.smoothing, distillation)
 
 
-def evaluate_both(model, model_ema, loader, args, world, amp_dtype) -> dict[str, float]:
+def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer, without weight decay on biases, norms and what the model exempts."""
+    try:
+        return create_optimizer_v2(model, **optimizer_kwargs(args) | {"lr": lr})
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
+        raise SystemExit(
+            f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
+        ) from None
+
+
+def evaluate_both(model, model_ema, data, args, world, amp_dtype) -> dict[str, float]:
     """`evaluate` of the raw weights and, with `_ema` appended to its names, of their average."""
     if not args.dist_eval:
         world = dataclasses.replace(world, size=1)
-    stats = evaluate(model, loader, world, amp_dtype)
+    stats = evaluate(model, data.val, world, amp_dtype)
+    if stats["images"] != data.num_val:
+        raise SystemExit(f"error: {data.num_val - stats['images']} of {data.num_val} validation images are unreadable")
     if model_ema is not None:
-        stats |= {f"{name}_ema": value for name, value in evaluate(model_ema.module, loader, world, amp_dtype).items()}
+        averaged = evaluate(model_ema.module, data.val, world, amp_dtype)
+        stats |= {f"{name}_ema": value for name, value in averaged.items()}
     return stats
 
 
@@ -200,7 +217,7 @@ def command_line(argv: list[str] | None = None):
             raise SystemExit(f"error: --model {args.model} does not serve the chosen terms: {error}") from None
         except BadImageError as error:  # a loader worker's arrives with its traceback in the message
             raise SystemExit(
-                f"error: {str(error).strip().splitlines()[-1].removeprefix('datasets.BadImageError: ')}"
+                f"error: {str(error).strip().splitlines()[-1].removeprefix('utils.BadImageError: ')}"
             ) from None
 
 

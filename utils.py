@@ -20,6 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+class BadImageError(RuntimeError):
+    """An image cannot be read and may not, or no longer, be replaced."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those of the run."""
@@ -68,11 +72,18 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
     if device == "cuda":
         device = f"cuda:{local_rank}"
     if device.startswith("cuda"):
+        _require_gpu(device)
         torch.cuda.set_device(device)
     if size > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=size)
     return World(rank, size, local_rank, local_size, torch.device(device))
+
+
+def _require_gpu(device: str):
+    index = device.removeprefix("cuda:")
+    if not index.isdigit() or int(index) >= torch.cuda.device_count():
+        raise SystemExit(f"error: --device {device}: there are {torch.cuda.device_count()} GPUs, cuda:0 and up")
 
 
 @contextlib.contextmanager

@@ -11,21 +11,16 @@ import pytest
 import timm.data
 import torch
 import torchvision
-from helpers import make_image_folder, parse, photo, run_process, world
+from helpers import TINY, make_image_folder, parse, photo, run_main, run_process, world
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch.utils.data import DistributedSampler
 from torchvision.transforms import RandomHorizontalFlip
 
-from datasets import (
-    BadImageError,
-    Digits,
-    ReadableImages,
-    SeededRepeatAugSampler,
-    build_data,
-    build_transform,
-)
+from datasets import ReadableImages, SeededRepeatAugSampler, build_data, build_transform
+from sources import Digits
+from utils import BadImageError
 
 PLAIN = ("--aa", "none", "--color-jitter", 0, "--hflip", 0, "--reprob", 0, "--no-repeated-aug")
 
@@ -220,7 +215,8 @@ HUGGING_FACE = """
 import faulthandler, json, sys
 sys.path.insert(0, "tests")
 from helpers import parse, world
-from datasets import BadImageError, build_data
+from datasets import build_data
+from utils import BadImageError
 
 good, bad, cache = sys.argv[1:]
 faulthandler.dump_traceback_later(40, exit=True)  # a loader that waits for ever
@@ -302,11 +298,14 @@ def test_webdataset(tmp_path, num_workers, shards):
 
 def test_unreadable_image_of_a_webdataset(tmp_path, monkeypatch):
     """timm would leave it out, and the accuracy would be that of the other images."""
-    monkeypatch.setattr(Image.Image, "save", lambda self, file, kind: file.write(b"no image"))
-    words = write_webdataset(tmp_path, train=(4,), validation=(2,))
-    data = build(*words, "--num-classes", 3)
-    with pytest.raises((BadImageError, SystemExit), match="unreadable"):
-        list(data.val)
+    words = write_webdataset(tmp_path, train=(4,), validation=(3,))
+    good = photo(0).tobytes()
+    save = Image.Image.save
+    broken = lambda image, file, kind: file.write(b"x") if image.tobytes() == good else save(image, file, kind)  # noqa: E731
+    monkeypatch.setattr(Image.Image, "save", broken)
+    write_shards(tmp_path, "validation", (3,))
+    with pytest.raises(SystemExit, match="error: 1 of 3 validation images are unreadable"):
+        run_main(*TINY, *words, "--num-classes", 3, "--batch-size", 2)
 
 
 # Transforms
