@@ -23,7 +23,9 @@ def mean_cosine(items: torch.Tensor) -> torch.Tensor:
     Returns:
         [...], in [0, 1]: 1 for parallel items, 1/items for orthogonal ones.
     """
-    return unit(items).mean(dim=-2).square().sum(dim=-1)
+    lengths = torch.linalg.vector_norm(items, dim=-1, keepdim=True).clamp_min(1e-8)
+    mean_unit = (lengths.reciprocal().mT @ items).squeeze(-2) / items.shape[-2]  # no normalised copy of the items
+    return mean_unit.square().sum(dim=-1)
 
 
 def contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -66,17 +68,36 @@ def spectral_spread(weights: torch.Tensor, probes: torch.Tensor) -> torch.Tensor
         [M], normally negative: smallest - largest. Its size never exceeds the exact spread; one step underestimates it.
     """
 
-    def gram(x):
-        return weights @ (weights.mT @ x)
+    start = probes.squeeze(-1).transpose(0, 1)  # [M, 2, Dout]
+    pushed = _GramProduct.apply(weights, start)
+    towards_largest, second = pushed[:, :1], pushed[:, 1:]
+    largest = _rayleigh_quotient(towards_largest, _GramProduct.apply(weights, towards_largest))
+    shifted = second - largest * start[:, 1:]
+    farthest = _rayleigh_quotient(shifted, _GramProduct.apply(weights, shifted) - largest * shifted)
+    return farthest[:, 0, 0]
 
-    pushed = gram(torch.cat((probes[0], probes[1]), dim=-1))
-    towards_largest, second = pushed[..., :1], pushed[..., 1:]
-    largest = _rayleigh_quotient(towards_largest, gram(towards_largest))
-    shifted = second - largest * probes[1]
-    return _rayleigh_quotient(shifted, gram(shifted) - largest * shifted)[:, 0, 0]
+
+class _GramProduct(torch.autograd.Function):
+    """x W W^T for rows x [M, k, Dout] and W [M, Dout, Din].
+
+    Autograd alone would form the gradient of W twice, once transposed, and add the two; this forms it in one product.
+    """
+
+    @staticmethod
+    def forward(ctx, weights, x):
+        inner = x @ weights
+        ctx.save_for_backward(weights, x, inner)
+        return inner @ weights.mT
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, x, inner = ctx.saved_tensors
+        grad_inner = grad @ weights
+        grad_weights = torch.cat((grad, x), dim=1).mT @ torch.cat((inner, grad_inner), dim=1)
+        return grad_weights, grad_inner @ weights.mT if ctx.needs_input_grad[1] else None
 
 
 def _rayleigh_quotient(x: torch.Tensor, gram_x: torch.Tensor) -> torch.Tensor:
-    """<G x, x> / <x, x> over axis -2, kept as [M, 1, 1]; 0 where x is 0."""
-    norm = x.square().sum(dim=-2, keepdim=True)
-    return (gram_x * x).sum(dim=-2, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    """<G x, x> / <x, x> for rows [M, 1, D], as [M, 1, 1]; 0 where x is 0."""
+    norm = x.square().sum(dim=-1, keepdim=True)
+    return (gram_x * x).sum(dim=-1, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
