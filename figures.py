@@ -1,5 +1,6 @@
 """Every plot, in one style."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-COLOURS = plt.get_cmap("tab10").colors
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito, colour-blind safe
+STYLES = ("-", "--", ":")
 plt.rcParams.update(
     {
         "figure.dpi": 120,
@@ -47,28 +57,32 @@ def curves(output_dir: Path, terms: list[str]) -> Path | None:
     records = read_log(output_dir / "log.txt")
     if not records:
         return None
-    figure, (loss, accuracy, *below) = plt.subplots(1, 3 if terms else 2, figsize=(13 if terms else 9, 3.6))
+    columns = 3 if terms else 2
+    figure, (loss, accuracy, *raw) = plt.subplots(1, columns, figsize=(4.4 * columns, 4.2), layout="constrained")
     _draw(loss, records, {"train_loss": "train, all terms", "test_loss": "test, raw", "test_loss_ema": "test, EMA"})
     loss.set(title="Loss", ylabel="nats per image")
     _draw(accuracy, records, {"test_acc1": "raw", "test_acc1_ema": "EMA"})
     accuracy.set(title="Top-1 accuracy on the test set", ylabel="percent")
     if terms:
-        _draw(below[0], records, {f"train_{name}": name for name in terms})
-        below[0].set(title="Terms, before their coefficients", ylabel="raw value (log scale)", yscale="log")
-    for axis in (loss, accuracy, *below):
+        _draw(raw[0], records, {f"train_{name}": name for name in terms})
+        raw[0].set(title="Terms, before their coefficients", ylabel="raw value (log scale)", yscale="log")
+    for axis in (loss, accuracy, *raw):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=8)
     path = output_dir / "curves.png"
-    figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
     return path
 
 
 def _draw(axis, records: list[dict], columns: dict[str, str]):
+    """One curve a column, with a look of its own for each."""
     marker = "o" if len(records) < 20 else None
-    for colour, (column, label) in zip(COLOURS, columns.items(), strict=False):
+    looks = [(colour, style) for style in STYLES for colour in COLOURS]
+    for (colour, style), (column, label) in zip(itertools.cycle(looks), columns.items(), strict=False):
         points = [(record["epoch"], record[column]) for record in records if record.get(column) is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=3)
+            axis.plot(
+                *zip(*points, strict=True), color=colour, linestyle=style, label=label, marker=marker, markersize=3
+            )

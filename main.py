@@ -73,6 +73,8 @@ def main(args: Namespace, world: World):
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     loss_scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     state = checkpoint.TrainState(model, model_ema, optimizer, scheduler, loss_scaler, epoch=args.start_epoch)
+    if args.start_epoch:
+        scheduler.step(args.start_epoch - 1)
     if resumed:
         state.restore(resumed, args.resume)
         if state.epoch >= num_epochs:
@@ -119,7 +121,8 @@ def main(args: Namespace, world: World):
             state.save(output_dir, test_stats, vars(args))
         record = {f"train_{name}": value for name, value in train_stats.items()}
         record |= {f"test_{name}": value for name, value in test_stats.items()}
-        record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": data.num_bad_images}
+        bad_images = world.sum(torch.tensor(data.num_bad_images, device=world.device)).item()
+        record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": bad_images}
         log.epoch(record)
         log.print(epoch_line(record, objective, num_epochs))
 

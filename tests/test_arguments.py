@@ -242,7 +242,7 @@ def test_wrong_command_lines(capsys, words, named):
     "words", ["--batch-size 33 --mixup 0 --cutmix 0", "--start-epoch 10 --epochs 10 --cooldown-epochs 1"]
 )
 def test_right_command_lines(words):
-    parse_args(words.split())
+    assert parse_args(words.split()).epochs > 0
 
 
 IDLE = {
