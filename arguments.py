@@ -12,9 +12,23 @@ import timm.optim
 from diversity import REGULARIZERS
 from diversity.mixing import MODES
 from diversity.objective import MIXING
-from parsing import KeyValues, Parser, below_one, coefficient, count, flag_of, or_none, positive, share, whole
+from parsing import KeyValues, Parser, below_one, coefficient, count, flag_of, or_none, positive, seed, share, whole
 
 DISTILLATION_TYPES = ("none", "soft", "hard")
+HAVE_FLAGS = {
+    "img_size": "--input-size",
+    "input_size": "--input-size",
+    "patch_size": "--patch-size",
+    "num_classes": "--num-classes",
+    "drop": "--drop",
+    "drop_rate": "--drop",
+    "drop_path": "--drop-path",
+    "drop_path_rate": "--drop-path",
+    "pretrained": "--finetune",
+    "checkpoint_path": "--finetune",
+    "name": "--model",
+    "flag": "--model",
+}  # what --model-kwargs may not hold
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +63,10 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (not (args.mixup and cutmix), "mixup_switch_prob", "--mixup or --cutmix is 0"),
         (args.cutmix_minmax, "cutmix", "--cutmix-minmax takes its place"),
         (not args.repeated_aug, "aug_repeats", "--no-repeated-aug"),
+        (args.data_set.lower().startswith("wds/"), "repeated_aug aug_repeats max_bad_images dist_eval",
+         "--data-set streams: its reader skips unreadable images"),
+        (args.resume, "start_epoch", "--resume sets it"),
+        (not args.output_dir, "tensorboard", "nothing is written without --output-dir"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) takes its place"),
         (small, "scale ratio eval_crop_ratio", "inputs up to 32 px are resized whole"),
@@ -104,7 +122,7 @@ def _run(parser):
     add("--start-epoch", type=whole, default=0, help="first epoch; --resume sets it")
     add("--batch-size", type=count, default=64, help="images per process and step")
     add("--accum-steps", type=count, default=1, help="batches accumulated per optimizer step; 1 = off")
-    add("--seed", type=whole, default=0, help="of weights, data order, augmentation and mixing")
+    add("--seed", type=seed, default=0, help="of weights, data order, augmentation and mixing")
     add("--device", default="auto", metavar="{auto,cuda,cpu}", help="auto = cuda where there is one")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="autocast; auto = bf16 on a GPU that has it, fp16 on another, off on CPU")  # fmt: skip
@@ -167,12 +185,12 @@ def _schedule(parser):
         default="cosine",
         help="timm schedule",
     )
-    add("--warmup-lr", type=positive, default=1e-6, help="rate at the start of warm-up, not scaled")
+    add("--warmup-lr", type=coefficient, default=1e-6, help="rate at the start of warm-up, not scaled")
     add("--warmup-epochs", type=whole, default=5, help="0 = off")
     add("--min-lr", type=coefficient, default=1e-5, help="lowest rate, not scaled")
     add("--cooldown-epochs", type=whole, default=0, help="epochs at --min-lr after the schedule; 0 = off")
     add("--decay-epochs", type=positive, default=30, help="epochs between decays of --sched step")
-    add("--decay-rate", type=share, default=0.1, help="factor of --sched step and plateau")
+    add("--decay-rate", "--dr", type=share, default=0.1, help="factor of --sched step and plateau")
     add("--patience-epochs", type=whole, default=10, help="epochs without gain before --sched plateau decays")
     add("--lr-noise", type=float, nargs="+", default=None, metavar="SHARE",
         help="where noise starts (and ends) as shares of the epochs; None = off")  # fmt: skip
@@ -233,7 +251,12 @@ def _data(parser):
     add("--inat-category", default="name", help="iNaturalist label",
         choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
     add("--eval-crop-ratio", type=positive, default=0.875, help="centre crop over resized side, above 32 px")
-    add("--max-bad-images", type=whole, default=100, help="unreadable training images replaced before training stops")
+    add(
+        "--max-bad-images",
+        type=whole,
+        default=100,
+        help="unreadable training images a process replaces before training stops",
+    )
     add(
         "--num-workers",
         type=whole,
@@ -264,11 +287,16 @@ def _check(parser, args):
             "see timm.optim.list_optimizers()"
         ]
         parser.error(f"--opt {args.opt} is unknown; did you mean {', '.join(near)}?")
-    if args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+    if not args.eval and args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         parser.error(
             f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "
             "take an even size or --mixup 0 --cutmix 0"
         )
+    for name in args.model_kwargs:
+        if name in HAVE_FLAGS:
+            parser.error(f"--model-kwargs {name}: say it with {HAVE_FLAGS[name]}")
+    if _optimizer_info(args.opt).second_order:
+        parser.error(f"--opt {args.opt} needs second derivatives, which the training step does not keep")
     if args.patch_size and args.input_size % args.patch_size:
         parser.error(f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}")
     if args.distillation_type != "none" and not args.teacher_path:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr"}  # of an optimizer's group, from the flags
 LAST = "checkpoint.pth"
 BEST = {"acc1": "checkpoint_best.pth", "acc1_ema": "checkpoint_best_ema.pth"}
 
@@ -52,7 +54,7 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.scheduler.state_dict(),
             "scaler": self.loss_scaler.state_dict(),
-            "epoch": self.epoch,
+            "epoch": self.epoch - 1,  # the finished one, as DeiT writes it
             "best": self.best,
             "args": args,
         }
@@ -60,11 +62,14 @@ class TrainState:
             whole["model_ema"] = weights["acc1_ema"]
         save(whole, output_dir / LAST)
         for name in improved:
-            best = {"model": weights[name], "acc1": accuracies[name], "epoch": self.epoch, "args": args}
+            best = {"model": weights[name], "acc1": accuracies[name], "epoch": self.epoch - 1, "args": args}
             save(best, output_dir / BEST[name])
 
     def restore(self, checkpoint: dict, path: str):
         """Continue from a loaded checkpoint.pth, weights included.
+
+        The schedule and the optimizer's settings stay those of the flags; timm's schedules depend on the epoch alone,
+        except plateau's.
 
         Raises:
             SystemExit: it is of another model, of another optimizer, or holds weights alone.
@@ -81,14 +86,20 @@ class TrainState:
         )
         if stored != own:
             raise SystemExit(f"error: --resume {path} was written with another optimizer, see --opt")
+        settings = [{key: group[key] for key in SETTINGS & group.keys()} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:
             raise SystemExit(f"error: --resume {path} was written with another optimizer: {error}") from None
-        self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        self.epoch = checkpoint["epoch"] + 1
+        if isinstance(self.scheduler, PlateauLRScheduler):
+            self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        else:
+            self.scheduler.step(checkpoint["epoch"])
         if checkpoint["scaler"]:  # empty when the run so far did not scale its loss
             self.loss_scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch = checkpoint["epoch"]
         self.best = checkpoint.get("best", {})
 
 
@@ -124,12 +135,12 @@ def save(state: dict, path: Path):
 
 
 def load(path: str, flag: str) -> dict:
-    """A checkpoint of this program for `--resume`.
+    """A checkpoint of this program or of DeiT for `--resume`, from a file or an https URL.
 
     Raises:
         SystemExit: the file is missing, damaged, or not one of this program's.
     """
-    _require_file(path, flag)
+    path = _local_file(path, flag)
     with _readable(path, flag):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or not _is_weights(checkpoint.get("model")):
@@ -154,16 +165,7 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True) 
     Raises:
         SystemExit: the file is missing or damaged, or does not fit beyond the head.
     """
-    if path.startswith("https://"):
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        path_or_url, path = path, str(folder / Path(path).name)
-        if not Path(path).exists():
-            try:
-                torch.hub.download_url_to_file(path_or_url, path, progress=False)
-            except OSError as error:
-                raise SystemExit(f"error: {flag} {path_or_url} cannot be downloaded: {error}") from None
-    _require_file(path, flag)
+    path = _local_file(path, flag)
     with _readable(path, flag):
         weights = timm.models.load_state_dict(path, use_ema=False, weights_only=True)
     if not _is_weights(weights):
@@ -228,9 +230,20 @@ def _differs(name: str, weights: dict, own: dict) -> bool:
     return name in weights and name in own and weights[name].shape != own[name].shape
 
 
-def _require_file(path: str, flag: str):
-    if not Path(path).is_file():
-        raise SystemExit(f"error: {flag} {path}: there is no such file")
+def _local_file(path: str, flag: str) -> str:
+    """A file on this machine: `path` itself, or what an https URL names, kept in torch's hub folder."""
+    if not path.startswith("https://"):
+        if not Path(path).is_file():
+            raise SystemExit(f"error: {flag} {path}: there is no such file")
+        return path
+    local = Path(torch.hub.get_dir()) / "checkpoints" / path.rsplit("/", 1)[-1]
+    if not local.is_file():
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(path, str(local), progress=False)
+        except OSError as error:
+            raise SystemExit(f"error: {flag} {path} cannot be downloaded: {error}") from None
+    return str(local)
 
 
 @contextlib.contextmanager
@@ -241,4 +254,4 @@ def _readable(path: str, flag: str):
             yield
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise SystemExit(f"error: {flag} {path} cannot be read, it is truncated or no checkpoint: {reason}") from None
+        raise SystemExit(f"error: {flag} {path} cannot be read, it is truncated or no checkpoint ({reason})") from None

@@ -4,6 +4,8 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import timm.data
 import torch
@@ -35,9 +37,17 @@ class Data:
         shuffler = self.train.dataset if isinstance(self.train.dataset, IterableDataset) else self.train.sampler
         shuffler.set_epoch(epoch)
 
+    def num_bad_images(self, world: World) -> int:
+        """Distinct unreadable training images that any process has met; every process must call it."""
+        if isinstance(self.train.dataset, IterableDataset):
+            return 0
+        is_bad = self.train.dataset.is_bad.to(world.device, torch.int32)
+        return int(world.sum(is_bad).count_nonzero())
+
     @property
-    def num_bad_images(self) -> int:
-        return getattr(self.train.dataset, "num_bad", 0)
+    def val_is_shared(self) -> bool:
+        """Whether the processes evaluate parts; otherwise each evaluates all of the validation set."""
+        return isinstance(self.val.dataset, Subset)
 
 
 def build_data(args: Namespace, world: World) -> Data:
@@ -49,9 +59,9 @@ def build_data(args: Namespace, world: World) -> Data:
     train = None if args.eval else build_source(args, is_training=True)
     val = build_source(args, is_training=False)
     num_classes = count_classes(args, train, val)
-    train_loader = None if train is None else _train_loader(args, world, train)
+    train_loader = None if train is None else _train_loader(args, world, train, num_classes)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
-    return Data(train_loader, _val_loader(args, world, val), num_classes, num_val)
+    return Data(train_loader, _val_loader(args, world, val, num_classes), num_classes, num_val)
 
 
 def build_transform(args: Namespace, is_training: bool) -> Callable:
@@ -105,12 +115,12 @@ class ReadableImages(Dataset):
         self.source = source
         self.transform = transform
         self.max_bad = max_bad
-        self._is_bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # one for all loader workers
+        self.is_bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # one for all loader workers
 
     @property
     def num_bad(self) -> int:
         """Distinct unreadable images this process and its workers have met."""
-        return int(self._is_bad.sum())
+        return int(self.is_bad.count_nonzero())
 
     def __len__(self):
         return len(self.source)
@@ -118,7 +128,7 @@ class ReadableImages(Dataset):
     def __getitem__(self, index: int):
         for step in range(len(self)):
             candidate = (index + step) % len(self)
-            if self._is_bad[candidate]:
+            if self.is_bad[candidate]:
                 continue
             try:
                 image, label = self._read(candidate)
@@ -137,7 +147,7 @@ class ReadableImages(Dataset):
         return image.convert("RGB"), label
 
     def _report(self, index: int, error: Exception):
-        self._is_bad[index] = 1
+        self.is_bad[index] = 1
         message = f"unreadable image {image_name(self.source, index)}: {' '.join(str(error).split())}"
         if self.num_bad > self.max_bad:
             raise BadImageError(f"{message} (number {self.num_bad}; {self.max_bad} may be replaced)") from None
@@ -155,9 +165,9 @@ class SeededRepeatAugSampler(RepeatAugSampler):
         super().set_epoch(epoch + 1_000_003 * self.seed)
 
 
-def _train_loader(args: Namespace, world: World, source: Dataset) -> DataLoader:
+def _train_loader(args: Namespace, world: World, source: Dataset, num_classes: int) -> DataLoader:
     if isinstance(source, IterableDataset):
-        return _stream_loader(args, world, source, is_training=True)
+        return _stream_loader(args, world, source, num_classes, is_training=True)
     images = ReadableImages(source, build_transform(args, is_training=True), args.max_bad_images)
     split = {"num_replicas": world.size, "rank": world.rank, "shuffle": True, "seed": args.seed}
     if args.repeated_aug:
@@ -173,38 +183,57 @@ def _train_loader(args: Namespace, world: World, source: Dataset) -> DataLoader:
     return DataLoader(images, batch_size=args.batch_size, sampler=sampler, drop_last=True, **options)
 
 
-def _val_loader(args: Namespace, world: World, source: Dataset) -> DataLoader:
+def _val_loader(args: Namespace, world: World, source: Dataset, num_classes: int) -> DataLoader:
     """Each rank's share without padding: images rank, rank + size, rank + 2 size, ..."""
     if isinstance(source, IterableDataset):
-        return _stream_loader(args, world, source, is_training=False)
+        return _stream_loader(args, world, source, num_classes, is_training=False)
     images = ReadableImages(source, build_transform(args, is_training=False), max_bad=0)
     if args.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
     return DataLoader(images, batch_size=int(1.5 * args.batch_size), **_loader_options(args, world))
 
 
-def _stream_loader(args: Namespace, world: World, source: IterableDataset, is_training: bool) -> DataLoader:
-    """timm's reader shares the shards of a streamed set among ranks and workers, so there must be one for each."""
+def _stream_loader(
+    args: Namespace, world: World, source: IterableDataset, num_classes: int, is_training: bool
+) -> DataLoader:
+    """Training shards are shared among ranks and workers, one at least for each; every rank evaluates all of the rest.
+
+    timm's reader would share validation shards too, but then counts images twice or never where shards are unequal.
+    """
     options = _loader_options(args, world)
-    shards = len(source.reader.split_info.filenames) // world.size
-    if shards == 0 or (world.size > 1 and not args.dist_eval):
-        wrong = "--no-dist-eval" if shards else f"fewer shards than the {world.size} processes"
+    reader = source.reader
+    missing = [name for name in reader.split_info.filenames if not (Path(args.data_path) / name).is_file()]
+    if missing:
         raise SystemExit(
-            f"error: --data-set {args.data_set}: a streamed set is shared among the processes; got {wrong}"
+            f"error: --data-path {args.data_path} lacks the shard {missing[0]} of --data-set {args.data_set}"
         )
+    if not is_training:
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+    shards = len(reader.split_info.filenames) // reader.dist_num_replicas
+    if shards == 0:
+        raise SystemExit(f"error: --data-set {args.data_set} has fewer training shards than the {world.size} processes")
     if options["num_workers"] > shards:
         options |= {"num_workers": shards}
     source.transform = build_transform(args, is_training)
+    source.target_transform = partial(_known_label, num_classes=num_classes)
     source.set_loader_cfg(num_workers=options["num_workers"])
     return DataLoader(source, batch_size=args.batch_size, drop_last=is_training, **options)
+
+
+def _known_label(label: int, num_classes: int) -> int:
+    if not 0 <= label < num_classes:
+        raise BadImageError(f"an image is labelled {label}, but --num-classes is {num_classes}")
+    return label
 
 
 def _loader_options(args: Namespace, world: World) -> dict:
     num_workers = args.num_workers
     if num_workers is None:
         num_workers = min(10, max(1, cpu_count() // world.local_size))
+    by_name = args.data_set.lower().startswith("hfds/") and num_workers > 0
     return {
         "num_workers": num_workers,
+        "multiprocessing_context": "fork" if by_name else None,  # our classes have lost their module's name
         "pin_memory": args.pin_mem and world.device.type == "cuda",
         "persistent_workers": num_workers > 0,
     }

@@ -22,7 +22,7 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
@@ -59,7 +59,7 @@ class FiniteGuard:
         if finite_everywhere:
             return True
         self.skipped += 1
-        names = [name for name, ok in zip(values, finite.tolist(), strict=True) if not ok and "_share" not in name]
+        names = [name for name, ok in zip(values, finite.tolist(), strict=True) if not ok]
         if names:
             print(f"{where}: step skipped, not finite on rank {self.world.rank}: {', '.join(names)}", flush=True)
         if self.skipped > self.budget:
@@ -96,7 +96,8 @@ def train_one_epoch(
 
     Returns:
         Means over steps and processes: loss, every term and its share, lr, grad_norm; and images_per_s of all
-        processes, data_wait (share of the time spent waiting for the loader) and skipped_steps.
+        processes, data_wait (share of the time spent waiting for the loader), skipped_steps, and overflows (steps that
+        fp16's loss scale skipped to settle, which is no fault).
     """
     model.train()
     optimizer, loss_scaler, epoch = state.optimizer, state.loss_scaler, state.epoch
@@ -105,7 +106,7 @@ def train_one_epoch(
     num_steps = -(-num_batches // accum_steps)
     epoch_meters, window, group = Meters(), Meters(), Meters()
     progress = Progress(epoch, num_steps, log, world, log_interval)
-    skipped_before = guard.skipped
+    skipped_before, overflows = guard.skipped, 0
     for index, (samples, labels) in enumerate(progress.timed(loader)):
         step = index // accum_steps
         group_size = min(accum_steps, num_batches - step * accum_steps)
@@ -130,14 +131,18 @@ def train_one_epoch(
         values = {**group.local_averages(), "grad_norm": grad_norm}
         group = Meters()
         scale_still_settles = loss_scaler.is_enabled() and loss_scaler.get_scale() >= 1
-        checked = {name: value for name, value in values.items() if name != "grad_norm" or not scale_still_settles}
+        checked = {name: value for name, value in values.items() if not name.endswith("_share")}
+        if scale_still_settles:
+            del checked["grad_norm"]
         if guard.allows(checked, f"epoch {epoch} step {step}"):
-            loss_scaler.step(optimizer)
-            if state.model_ema is not None:
-                state.model_ema.update(state.model)
+            loss_scaler.step(optimizer)  # which skips a step whose scaled gradients overflowed
             if grad_norm.isfinite():
                 epoch_meters.add(values)
                 window.add(values)
+                if state.model_ema is not None:
+                    state.model_ema.update(state.model)
+            else:
+                overflows += 1
         loss_scaler.update()
         optimizer.zero_grad()
 
@@ -151,6 +156,7 @@ def train_one_epoch(
         "images_per_s": progress.images / progress.seconds,
         "data_wait": progress.waited / progress.seconds,
         "skipped_steps": guard.skipped - skipped_before,
+        "overflows": overflows,
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -24,6 +25,8 @@ from losses import DistillationLoss
 from models import build_model
 from utils import BadImageError, RunLog, World, environment_lines, joined_world, quiet_warnings, seed_everything
 
+NOT_REPEATED = ("config", "resume", "start_epoch", "local_rank")  # left out of args.yaml, which starts the run anew
+
 
 def main(args: Namespace, world: World):
     quiet_warnings()
@@ -40,7 +43,7 @@ def main(args: Namespace, world: World):
     model.to(world.device)
     seed_everything(args.seed + world.rank)
     model_ema = None
-    if args.model_ema:
+    if args.model_ema and (not args.eval or "model_ema" in resumed):
         model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
 
     if args.eval:
@@ -77,6 +80,7 @@ def main(args: Namespace, world: World):
         scheduler.step(args.start_epoch - 1)
     if resumed:
         state.restore(resumed, args.resume)
+        resumed = None  # its tensors are copied by now
         if state.epoch >= num_epochs:
             raise SystemExit(
                 f"error: --resume {args.resume} has finished its {num_epochs} epochs; raise --epochs or use --eval"
@@ -121,8 +125,7 @@ def main(args: Namespace, world: World):
             state.save(output_dir, test_stats, vars(args))
         record = {f"train_{name}": value for name, value in train_stats.items()}
         record |= {f"test_{name}": value for name, value in test_stats.items()}
-        bad_images = world.sum(torch.tensor(data.num_bad_images, device=world.device)).item()
-        record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": bad_images}
+        record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": data.num_bad_images(world)}
         log.epoch(record)
         log.print(epoch_line(record, objective, num_epochs))
 
@@ -159,7 +162,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
 
 def evaluate_both(model, model_ema, data, args, world, amp_dtype) -> dict[str, float]:
     """`evaluate` of the raw weights and, with `_ema` appended to its names, of their average."""
-    if not args.dist_eval:
+    if not data.val_is_shared:
         world = dataclasses.replace(world, size=1)
     stats = evaluate(model, data.val, world, amp_dtype)
     if stats["images"] != data.num_val:
@@ -174,22 +177,26 @@ def prepare_output_dir(args: Namespace, world: World) -> Path | None:
     """The run folder, made by the main process, holding the flags as args.yaml; None on the others or without one.
 
     Raises:
-        SystemExit: it cannot be written, or holds another run that is not being resumed.
+        SystemExit: on all processes, if it cannot be written, or holds another run that is not being resumed.
     """
-    if not args.output_dir or not world.is_main:
+    if not args.output_dir:
         return None
-    output_dir = Path(args.output_dir)
-    if not args.resume and (output_dir / "log.txt").exists():
-        raise SystemExit(
+    output_dir, error = Path(args.output_dir), None
+    if world.is_main and not args.resume and (output_dir / "log.txt").exists():
+        error = (
             f"error: --output-dir {output_dir} already holds a run; continue it with "
             f"--resume {output_dir / checkpoint.LAST}, or choose another folder"
         )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "args.yaml").write_text(yaml.safe_dump(vars(args), sort_keys=False))
-    except OSError as error:
-        raise SystemExit(f"error: --output-dir {output_dir} cannot be written: {error.strerror}") from None
-    return output_dir
+    elif world.is_main:
+        flags = {name: value for name, value in vars(args).items() if name not in NOT_REPEATED}
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / "args.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
+        except OSError as failure:
+            error = f"error: --output-dir {output_dir} cannot be written: {failure.strerror}"
+    if error := world.same_error(error):
+        raise SystemExit(error)
+    return output_dir if world.is_main else None
 
 
 def epoch_line(record: dict, objective: DiversityObjective, num_epochs: int) -> str:
@@ -198,8 +205,9 @@ def epoch_line(record: dict, objective: DiversityObjective, num_epochs: int) -> 
     shares = ", ".join(
         f"{name.removeprefix('train_')} {record[name]:.4f} ({100 * record[f'{name}_share']:.1f} %)" for name in parts
     )
+    loss = f"loss {record['train_loss']:.4f}: {shares}" if parts else "no step taken"
     return (
-        f"epoch {record['epoch']} of {num_epochs}: loss {record['train_loss']:.4f} = {shares}; "
+        f"epoch {record['epoch']} of {num_epochs}: {loss}; "
         f"{accuracy_line({name.removeprefix('test_'): value for name, value in record.items()})}; "
         f"{record['train_images_per_s']:.0f} images/s, waiting for data {100 * record['train_data_wait']:.0f} %"
     )
@@ -225,4 +233,10 @@ def command_line(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    command_line()
+    try:
+        command_line()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")  # in one piece, where several processes say it
+            sys.exit(1)
+        raise

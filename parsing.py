@@ -79,6 +79,10 @@ def count(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "a whole number >= 1")
 
 
+def seed(text: str) -> int:
+    return _number(text, int, lambda value: 0 <= value < 2**31, "a whole number from 0 to below 2^31")
+
+
 def coefficient(text: str) -> float:
     return _number(text, float, lambda value: value >= 0, "a finite number >= 0")
 

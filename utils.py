@@ -44,9 +44,12 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def barrier(self):
+    def same_error(self, error: str | None) -> str | None:
+        """The main process's error message, told to all."""
+        message = [error]
         if self.size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(message, device=self.device)
+        return message[0]
 
 
 def init_world(device: str = "auto", dist_url: str = "env://") -> World:
@@ -61,14 +64,13 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
     Raises:
         SystemExit: CUDA was asked for and there is none.
     """
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    rank, size, local_rank, local_size = _launched()
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(f"error: --device {device}, but torch {torch.__version__} finds no CUDA GPU; use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda:") and size > 1:
+        raise SystemExit(f"error: --device {device} puts {size} processes on one GPU; --device cuda gives each its own")
     if device == "cuda":
         device = f"cuda:{local_rank}"
     if device.startswith("cuda"):
@@ -80,6 +82,21 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
     return World(rank, size, local_rank, local_size, torch.device(device))
 
 
+def _launched() -> tuple[int, int, int, int]:
+    """Rank, number of processes, and the same on this machine, as torchrun says them; 0, 1, 0, 1 without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, 0, 1
+    try:
+        rank, size, local_rank = (int(os.environ[name]) for name in names[:3])
+        return rank, size, local_rank, int(os.environ.get(names[3], size))
+    except (KeyError, ValueError):
+        raise SystemExit(
+            f"error: {', '.join(names[:3])} in the environment do not describe a process; "
+            "start with torchrun, or unset them"
+        ) from None
+
+
 def _require_gpu(device: str):
     index = device.removeprefix("cuda:")
     if not index.isdigit() or int(index) >= torch.cuda.device_count():
@@ -88,13 +105,13 @@ def _require_gpu(device: str):
 
 @contextlib.contextmanager
 def joined_world(device: str, dist_url: str):
-    """`init_world`, and leave the process group at the end."""
-    world = init_world(device, dist_url)
-    try:
-        yield world
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """`init_world`, and leave the process group at a good end.
+
+    After an error the process just ends: leaving may wait for ranks that wait for this one.
+    """
+    yield init_world(device, dist_url)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def seed_everything(seed: int):

@@ -16,7 +16,7 @@ def attn_cos_within(attention: torch.Tensor) -> torch.Tensor:
     Returns:
         0-dim, in [1/H, 1]: 1 when all heads of an image attend alike, 1/H when no two heads attend to a common place.
 
-    Source: The Principle of Diversity, section 3.2, attention diversity.
+    Source: The Principle of Diversity, attention diversity.
     Differs: computed as the squared norm of the mean unit map, which equals the mean over pairs.
     """
     return mean_cosine(attention.flatten(start_dim=2)).mean()

@@ -18,7 +18,7 @@ def emb_cos_within(last: torch.Tensor) -> torch.Tensor:
     Returns:
         0-dim, in [0, 1]: 1 when all tokens of an image are parallel, 1/P when they are orthogonal.
 
-    Source: The Principle of Diversity, section 3.2, within-layer patch diversity.
+    Source: The Principle of Diversity, within-layer patch diversity.
     Differs: computed as the squared norm of the mean unit token, which equals the mean over pairs.
     """
     return mean_cosine(last).mean()
@@ -40,7 +40,7 @@ def emb_contrast_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: fewer than two patch tokens.
 
-    Source: The Principle of Diversity, section 3.2, cross-layer patch diversity.
+    Source: The Principle of Diversity, cross-layer patch diversity.
     Differs: negatives are summed once per image, not pair by pair; the value is the same.
     """
     return contrast(first, last).mean()

@@ -28,7 +28,10 @@ class MixedTarget(NamedTuple):
 class PatchMixup:
     """timm's Mixup and CutMix, with the share of every patch kept. Image i is mixed with image B-1-i.
 
-    Draws come from numpy's global generator.
+    Draws come from numpy's global generator, in timm's order for the modes pair and elem.
+
+    Source: Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019); labels per patch: The Principle of Diversity.
+    Differs: any image size and grid; prob, switch_prob, mode and minmax are honoured.
 
     Args:
         mixup_alpha: Beta parameter of Mixup; 0 = no Mixup.
@@ -150,6 +153,9 @@ def patch_lam(bbox: tuple[int, int, int, int], image_size: tuple[int, int], grid
 
     Returns:
         [P], float64, row by row, in [0, 1]: 1 outside the box, 0 inside.
+
+    Source: The Principle of Diversity, mixing-based patch diversity.
+    Differs: none for square grids of square patches; others work too.
     """
     yl, yh, xl, xh = bbox
     rows = _overlap(yl, yh, image_size[0], grid[0])
@@ -180,6 +186,9 @@ def token_cross_entropy(
 
     Returns:
         [B, T], in nats.
+
+    Source: the mixing loss of The Principle of Diversity, for one token.
+    Differs: no [B, T, C] target is built; the value is the same.
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -31,6 +31,9 @@ class DiversityObjective(nn.Module):
     Raises:
         ValueError: an unknown name, a coefficient that is negative or not finite, a smoothing outside [0, 1).
 
+    Source: The Principle of Diversity; coefficients of its runs are each term's `coef`.
+    Differs: the mixing coefficient is a multiplier, where the released code reads it as a switch.
+
     Attributes:
         coefs: the active coefficients.
         reads: names of the taps the active terms need, for `TappedViT`.

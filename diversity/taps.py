@@ -64,6 +64,9 @@ class TappedViT(nn.Module):
 
     Attributes:
         model: the stock model, unchanged.
+
+    Source: the released code's own ViT, which returned these tensors.
+    Differs: hooks on timm's model, whose keys and eval output stay its own.
     """
 
     def __init__(self, model: nn.Module, reads: Collection[str] = (), patch_logits: bool = False):
@@ -156,6 +159,8 @@ class TappedViT(nn.Module):
         if asked and not isinstance(self.model, VisionTransformer):
             raise TapError(asked[0], self.model, "it is not a VisionTransformer with a sequence of transformer blocks")
         for tap in asked:
+            if tap in ("first", "last") and self.model.patch_embed.num_patches < 2:
+                raise TapError(tap, self.model, "it has a single patch, and terms on patch embeddings compare patches")
             attn = getattr(self.model.blocks[0], "attn", None)
             if tap == "attention" and not (hasattr(attn, "fused_attn") and hasattr(attn, "attn_drop")):
                 raise TapError(tap, self.model, "its first block has no attention with an `attn_drop` to hook")

@@ -19,7 +19,7 @@ def weight_mha_cond_orth(weights: torch.Tensor, *, probes: torch.Tensor | None =
     Returns:
         0-dim, >= 0, in the unit of the weights to the fourth power; grows with the number of matrices.
 
-    Source: The Principle of Diversity, section 3.2, weight diversity by condition number.
+    Source: The Principle of Diversity, weight diversity by condition number.
     Differs: matrix-vector products only, all matrices in one batch. As in the released code a single power step
         estimates each end of the spectrum, which is biased low.
     """

@@ -47,7 +47,7 @@ def build_model(
             if "img_size" not in str(error):
                 raise
             model = timm.create_model(name, **model_kwargs)  # a model of free input size
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # what a model makes of arguments it did not expect
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SystemExit(f"error: {flag} {name} cannot be built with {model_kwargs}: {reason}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))

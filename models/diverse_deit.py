@@ -13,7 +13,7 @@ from timm.models import register_model
 def _diverse(stock_name, pretrained, **kwargs):
     """The stock model, its class token as the paper draws it unless trained weights are loaded."""
     model = timm.create_model(stock_name, pretrained=pretrained, **kwargs)
-    if not pretrained:
+    if not pretrained and model.cls_token is not None:
         trunc_normal_(model.cls_token, std=0.02)
     return model
 

@@ -13,6 +13,6 @@ if cat requirements.txt constraints.txt | cmp -s - .venv/installed; then
   exit 0
 fi
 echo "Installing into .venv: torch, torchvision, timm and what they need (several GB, once)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 cat requirements.txt constraints.txt > .venv/installed

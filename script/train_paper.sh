@@ -25,11 +25,9 @@ if [[ $model == *_diverse ]]; then
     --weight_mha_cond_orth_coef 5e-4
   )
 fi
-if [ -z "${NGPU:-}" ]; then
-  NGPU=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-fi
 python=python3
 [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
+NGPU=${NGPU:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$((NGPU > 0 ? NGPU : 1))" "$root/main.py" \
   --model "$model" --data-path "$data" --batch-size 128 --epochs 300 --lr 5e-4 \
-  --output_dir "runs/$model" "${terms[@]}" "$@"
+  --output_dir "runs/$model" ${terms[@]+"${terms[@]}"} "$@"

@@ -231,6 +231,9 @@ def test_a_missing_file_of_flags(tmp_path, capsys):
         ("--epoch 3", "--epoch --epochs"),
         ("stray", "stray"),
         ("--model-kwargs depth", "--model-kwargs"),
+        ("--model-kwargs patch_size=4", "--model-kwargs --patch-size"),
+        ("--opt adahessian", "--opt"),
+        ("--seed 99999999999999999999", "--seed"),
     ],
 )
 def test_wrong_command_lines(capsys, words, named):
@@ -239,7 +242,13 @@ def test_wrong_command_lines(capsys, words, named):
 
 
 @pytest.mark.parametrize(
-    "words", ["--batch-size 33 --mixup 0 --cutmix 0", "--start-epoch 10 --epochs 10 --cooldown-epochs 1"]
+    "words",
+    [
+        "--batch-size 33 --eval --resume a.pth",
+        "--warmup-lr 0 --dr 0.5",
+        "--batch-size 33 --mixup 0 --cutmix 0",
+        "--start-epoch 10 --epochs 10 --cooldown-epochs 1",
+    ],
 )
 def test_right_command_lines(words):
     assert parse_args(words.split()).epochs > 0

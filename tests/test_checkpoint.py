@@ -44,8 +44,8 @@ def train(state):
     state.optimizer.zero_grad()
     if state.model_ema is not None:
         state.model_ema.update(state.model)
-    state.epoch += 1
     state.scheduler.step(state.epoch, metric=state.epoch)
+    state.epoch += 1
 
 
 def assert_equal(first, second):
@@ -65,8 +65,9 @@ def assert_equal(first, second):
 
 
 def contents(state):
-    parts = (state.model, state.model_ema.module, state.optimizer, state.scheduler, state.loss_scaler)
-    return [*(part.state_dict() for part in parts), state.epoch, state.best]
+    parts = (state.model, state.model_ema.module, state.optimizer, state.loss_scaler)
+    schedule = {key: value for key, value in state.scheduler.state_dict().items() if key != "metric"}
+    return [*(part.state_dict() for part in parts), schedule, state.epoch, state.best]
 
 
 def one_line(caught, *named):
@@ -98,7 +99,7 @@ def test_files_load_without_running_code(tmp_path):
     assert_equal(files["checkpoint_best.pth"]["model"], state.model.state_dict())
     assert_equal(files["checkpoint_best_ema.pth"]["model"], state.model_ema.module.state_dict())
     assert [files[name]["acc1"] for name in ("checkpoint_best.pth", "checkpoint_best_ema.pth")] == [50.0, 40.0]
-    assert all(file["epoch"] == 2 and file["args"] == args for file in files.values())
+    assert all(file["epoch"] == 1 and file["args"] == args for file in files.values())
 
 
 def test_best_files_keep_the_best(tmp_path):
@@ -109,7 +110,7 @@ def test_best_files_keep_the_best(tmp_path):
         state.save(tmp_path, {"acc1": acc1, "acc1_ema": acc1_ema}, {})
     assert state.best == {"acc1": 20.0, "acc1_ema": 40.0}
     epochs = {path.name: torch.load(path)["epoch"] for path in tmp_path.iterdir()}
-    assert epochs == {"checkpoint.pth": 3, "checkpoint_best.pth": 2, "checkpoint_best_ema.pth": 3}
+    assert epochs == {"checkpoint.pth": 2, "checkpoint_best.pth": 1, "checkpoint_best_ema.pth": 2}
 
 
 def test_without_an_average_none_is_written(tmp_path):

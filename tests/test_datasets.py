@@ -296,6 +296,23 @@ def test_webdataset(tmp_path, num_workers, shards):
     assert len(set(images_of(data.val))) == 5
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_evaluates_the_whole_webdataset(tmp_path, rank):
+    words = write_webdataset(tmp_path, train=(4, 4), validation=(3, 2))
+    data = build(*words, "--num-classes", 3, rank=rank, size=2)
+    assert not data.val_is_shared
+    assert data.num_val == len(set(images_of(data.val))) == len(images_of(data.val)) == 5
+
+
+def test_webdataset_without_a_shard_or_with_an_unknown_label_is_refused(tmp_path):
+    words = write_webdataset(tmp_path, train=(4, 4), validation=(3,))
+    with pytest.raises(BadImageError, match="labelled 2, but --num-classes is 2"):
+        list(build(*words, "--num-classes", 2).val)
+    (tmp_path / "train-1.tar").unlink()
+    with pytest.raises(SystemExit, match=r"lacks the shard train-1\.tar"):
+        build(*words, "--num-classes", 3)
+
+
 def test_unreadable_image_of_a_webdataset(tmp_path, monkeypatch):
     """timm would leave it out, and the accuracy would be that of the other images."""
     words = write_webdataset(tmp_path, train=(4,), validation=(3,))
@@ -489,7 +506,7 @@ def test_unreadable_training_images_are_replaced_named_and_counted_once(tmp_path
     for epoch in range(3):
         data.set_epoch(epoch)
         assert len(list(data.train)) == len(data.train) == 5
-    assert data.num_bad_images == 3
+    assert data.num_bad_images(world()) == 3
     lines = capfd.readouterr().err.splitlines()
     assert all(line.startswith("unreadable image") and "replaced" in line for line in lines)
     for path in bad:

@@ -90,6 +90,37 @@ def test_resume_continues_log_and_schedule_and_eval_repeats_the_last_accuracy(di
     assert accuracy in capsys.readouterr().out
 
 
+def test_resume_takes_schedule_and_settings_from_the_flags(digits_run, tmp_path, capsys):
+    folder, _ = digits_run
+    (tmp_path / "run").mkdir()
+    words = ["--resume", folder / "checkpoint.pth", "--output_dir", tmp_path / "run", "--epochs", 4]
+    run_main(*TINY, *TERMS, *words, "--lr", 0.5, "--unscale-lr", "--warmup-epochs", 0, "--weight-decay", 0.3)
+    assert [record["epoch"] for record in log_of(tmp_path / "run")] == [2, 3]
+    assert log_of(tmp_path / "run")[0]["train_lr"] > 0.1
+    groups = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert "resume" not in yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+
+
+def test_an_epoch_without_a_step_is_said(tmp_path, capsys):
+    run_main(
+        *TINY,
+        *TERMS,
+        "--lr",
+        1e30,
+        "--unscale-lr",
+        "--warmup-epochs",
+        0,
+        "--opt",
+        "sgd",
+        "--epochs",
+        2,
+        "--max-nonfinite-steps",
+        999,
+    )
+    assert "epoch 1 of 2: no step taken" in capsys.readouterr().out
+
+
 def test_two_processes_train_accumulate_and_evaluate_each_image_once(tmp_path):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py")
     result = run_process(

@@ -120,10 +120,13 @@ def test_fp16_overflow_lowers_the_scale_without_a_step_and_without_the_budget():
     model = small_vit()
     before = weights(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    stats = train(model, [images(4)], state=make_state(model, loss_scaler=scaler), amp_dtype=torch.float16)
+    ema = ModelEmaV3(model, decay=0.5)
+    state = make_state(model, ema=ema, loss_scaler=scaler)
+    stats = train(model, [images(4)], state=state, amp_dtype=torch.float16)
     assert torch.equal(weights(model), before)
     assert scaler.get_scale() == 2.0**39
-    assert stats["skipped_steps"] == 0
+    assert (stats["skipped_steps"], stats["overflows"]) == (0, 1)
+    assert torch.equal(weights(ema.module), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

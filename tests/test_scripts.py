@@ -32,13 +32,10 @@ def launched(script, *flags, tmp_path, **environment):
     (copy / ".venv" / "bin").mkdir(parents=True)
     (copy / "script").symlink_to(REPOSITORY / "script")
     python = copy / ".venv" / "bin" / "python"
-    python.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
+    count_gpus = 'if [ "$1" = -c ]; then echo 2; exit; fi'
+    python.write_text(f'#!/bin/sh\n{count_gpus}\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
     python.chmod(0o755)
-    (copy / "bin").mkdir()
-    gpus = copy / "bin" / "nvidia-smi"
-    gpus.write_text('#!/bin/sh\necho "GPU 0: a"\necho "GPU 1: b"\n')
-    gpus.chmod(0o755)
-    env = {**os.environ, "PATH": f"{copy / 'bin'}:{os.environ['PATH']}", **environment}
+    env = {**os.environ, **environment}
     command = ["bash", copy / "script" / script, *flags]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
