@@ -193,9 +193,27 @@ def token_cross_entropy(
     with torch.autocast(device_type=logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         lam = lam.to(logits.dtype)
-        of_labels, of_partner = (
-            logits.gather(2, index[:, None, None].expand(-1, logits.shape[1], 1)).squeeze(2)
-            for index in (labels, partner)
-        )
-        hit = lam * of_labels + (1 - lam) * of_partner
-        return logits.logsumexp(dim=2) - (1 - smoothing) * hit - smoothing * logits.mean(dim=2)
+        classes = torch.stack((labels, partner), dim=-1)[:, None].expand(-1, logits.shape[1], -1)
+        shares = (1 - smoothing) * torch.stack((lam, 1 - lam), dim=-1)
+        return _MixedCrossEntropy.apply(logits, classes, shares, smoothing)
+
+
+class _MixedCrossEntropy(torch.autograd.Function):
+    """logsumexp(z) - sum_k shares_k z[classes_k] - smoothing * mean(z), over the last axis of z.
+
+    The gradient, softmax(z) - targets, is built in one buffer; autograd alone would add four of that size.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, classes, shares, smoothing):
+        normaliser = logits.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, classes, shares, normaliser)
+        ctx.smoothing = smoothing
+        return normaliser - (shares * logits.gather(-1, classes)).sum(dim=-1) - smoothing * logits.mean(dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, classes, shares, normaliser = ctx.saved_tensors
+        softmax = (logits - normaliser.unsqueeze(-1)).exp_()
+        towards_targets = softmax.sub_(ctx.smoothing / logits.shape[-1]).scatter_add_(-1, classes, -shares)
+        return towards_targets.mul_(grad.unsqueeze(-1)), None, None, None
