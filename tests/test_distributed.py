@@ -43,3 +43,13 @@ def test_main_under_torchrun_skips_a_step_on_both_ranks_and_names_the_rank(tmp_p
     skipped = [line for line in result.stdout.splitlines() if "step skipped" in line]
     assert any("rank 0" in line for line in skipped)
     assert any("rank 1" in line for line in skipped)
+
+
+def test_an_error_of_the_main_process_ends_all_with_the_same_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = "--data-set DIGITS --model deit_tiny_patch16_224 --input-size 32 --patch-size 8 --model-kwargs depth=1"
+    result = run([*TORCHRUN, "main.py", *flags.split(), "--output_dir", tmp_path / "file" / "run"])
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: --output-dir")]
+    assert len(lines) == 2
+    assert "Connection closed" not in result.stderr

@@ -102,6 +102,17 @@ def test_resume_takes_schedule_and_settings_from_the_flags(digits_run, tmp_path,
     assert "resume" not in yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
 
 
+def test_a_run_is_repeated_and_continued_from_its_args_yaml(tmp_path):
+    run_main(*TINY, *TERMS, "--seed", 3, "--output_dir", tmp_path / "run")
+    record = ["--config", tmp_path / "run" / "args.yaml"]
+    run_main(*record, "--output_dir", tmp_path / "again")
+    run_main(*record, "--resume", tmp_path / "run" / "checkpoint.pth", "--epochs", 2)
+    first, second = log_of(tmp_path / "run")
+    (again,) = log_of(tmp_path / "again")
+    assert again["train_loss"] == first["train_loss"]
+    assert second["epoch"] == 1
+
+
 def test_an_epoch_without_a_step_is_said(tmp_path, capsys):
     run_main(
         *TINY,
