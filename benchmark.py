@@ -19,6 +19,7 @@ from timm.optim import create_optimizer_v2
 import models  # noqa: F401  (registers the paper's models)
 from diversity import REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
 from engine import autocast, autocast_dtype
+from utils import keep_freed_memory
 
 NUM_CLASSES = 1000
 
@@ -94,6 +95,8 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     dtype = autocast_dtype(args.amp, device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as main.py does, for both steps
     coefs = {"mixing": 1.0} | {name: term.coef for name, term in REGULARIZERS.items()}
     steps = {
         "plain timm": plain_step(args.model, device, dtype),

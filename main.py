@@ -23,13 +23,24 @@ from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
 from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
 from losses import DistillationLoss
 from models import build_model
-from utils import BadImageError, RunLog, World, environment_lines, joined_world, quiet_warnings, seed_everything
+from utils import (
+    BadImageError,
+    RunLog,
+    World,
+    environment_lines,
+    joined_world,
+    keep_freed_memory,
+    quiet_warnings,
+    seed_everything,
+)
 
 NOT_REPEATED = ("config", "resume", "start_epoch", "local_rank")  # left out of args.yaml, which starts the run anew
 
 
 def main(args: Namespace, world: World):
     quiet_warnings()
+    if world.device.type == "cpu":
+        keep_freed_memory()
     seed_everything(args.seed)  # the same initial weights, and so the same average of them, on every rank
     amp_dtype = autocast_dtype(args.amp, world.device)
 

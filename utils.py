@@ -1,6 +1,7 @@
 """The ground the run stands on: processes and devices, seeds, meters, and the records in DeiT's format."""
 
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -212,6 +213,21 @@ def _commit() -> str:
 def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep the large buffers that a training step frees, for the next step on the CPU.
+
+    By default it returns them to the system, and each step pays for their pages again. What a run holds at most stays
+    the same.
+
+    Returns:
+        Whether the setting was taken; False where the C library is another one.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    settings = ((trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20), (mmap_max, 0))
+    return mallopt is not None and all(mallopt(*setting) for setting in settings)
 
 
 def quiet_warnings():

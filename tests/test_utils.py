@@ -1,0 +1,64 @@
+"""The process: memory, launch variables, seeds."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import REPOSITORY
+
+from utils import Meters, cpu_count, init_world, seed_everything
+
+FREED = """
+import sys, torch
+sys.path.insert(0, ".")
+import utils
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+kept = utils.keep_freed_memory() if sys.argv[1] == "keep" else None
+before = resident()
+buffer = torch.ones(64 * 2**20 // 4)
+del buffer
+print(kept, resident() - before > 60 * 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+@pytest.mark.parametrize(("mode", "printed"), [("keep", "True True"), ("leave", "None False")])
+def test_freed_memory_is_kept(mode, printed):
+    command = [sys.executable, "-c", FREED, mode]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == printed
+
+
+@pytest.mark.parametrize(
+    "variables", [{"WORLD_SIZE": "2"}, {"RANK": "0"}, {"RANK": "a", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}]
+)
+def test_half_a_launch_is_refused(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="torchrun"):
+        init_world("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(SystemExit, match="--device cuda"):
+        init_world("cuda")
+
+
+def test_a_seed_fixes_numpy_and_torch():
+    draws = []
+    for _ in range(2):
+        seed_everything(5)
+        draws.append((np.random.rand(), torch.rand(()).item()))
+    assert draws[0] == draws[1]
+
+
+def test_meters_average_over_steps():
+    meters = Meters()
+    for value in (1.0, 2.0, 6.0):
+        meters.add({"loss": torch.tensor(value)})
+    assert meters.averages(init_world("cpu")) == {"loss": 3.0}
+    assert cpu_count() >= 1
