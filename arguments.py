@@ -281,7 +281,7 @@ def _launcher(parser):
 def _check(parser, args):
     """Flags that contradict each other."""
     try:
-        _optimizer_info(args.opt)
+        optimizer = _optimizer_info(args.opt)
     except ValueError:
         near = difflib.get_close_matches(args.opt, timm.optim.list_optimizers(), n=3) or [
             "see timm.optim.list_optimizers()"
@@ -295,7 +295,7 @@ def _check(parser, args):
     for name in args.model_kwargs:
         if name in HAVE_FLAGS:
             parser.error(f"--model-kwargs {name}: say it with {HAVE_FLAGS[name]}")
-    if _optimizer_info(args.opt).second_order:
+    if optimizer.second_order:
         parser.error(f"--opt {args.opt} needs second derivatives, which the training step does not keep")
     if args.patch_size and args.input_size % args.patch_size:
         parser.error(f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}")

@@ -85,6 +85,7 @@ def _now(device: torch.device) -> float:
 
 
 def main(argv: list[str] | None = None):
+    """Time the steps that the command line names and print their medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("step",))
     parser.add_argument("--model", default="deit_small_patch16_224_diverse", help="a 224 px timm vision transformer")

@@ -38,6 +38,7 @@ NOT_REPEATED = ("config", "resume", "start_epoch", "local_rank")  # left out of 
 
 
 def main(args: Namespace, world: World):
+    """One run: build what the flags describe, then train and evaluate it, or evaluate it only."""
     quiet_warnings()
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -138,7 +139,7 @@ def main(args: Namespace, world: World):
         record |= {f"test_{name}": value for name, value in test_stats.items()}
         record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": data.num_bad_images(world)}
         log.epoch(record)
-        log.print(epoch_line(record, objective, num_epochs))
+        log.print(epoch_line(record, num_epochs))
 
     log.print(f"training time {datetime.timedelta(seconds=round(time.time() - started))}")
     log.print(accuracy_line(test_stats))
@@ -210,7 +211,7 @@ def prepare_output_dir(args: Namespace, world: World) -> Path | None:
     return output_dir if world.is_main else None
 
 
-def epoch_line(record: dict, objective: DiversityObjective, num_epochs: int) -> str:
+def epoch_line(record: dict, num_epochs: int) -> str:
     """One epoch on one line: the loss and the share of every part in it, accuracies and throughput."""
     parts = [name.removesuffix("_share") for name in record if name.endswith("_share")]
     shares = ", ".join(

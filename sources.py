@@ -41,10 +41,11 @@ def build_source(args: Namespace, is_training: bool) -> Dataset:
         known = [*BUILT_IN, *(f"{prefix}/" for prefix in TIMM_PREFIXES)]
         near = difflib.get_close_matches(name.upper(), BUILT_IN, n=2) or known
         raise SystemExit(f"error: --data-set {name} is unknown; did you mean {', '.join(near)}?")
-    if not args.data_path and not name.lower().startswith("hfds/"):
-        raise SystemExit(f"error: --data-set {name} needs --data-path, the folder that holds it")
-    if args.data_path and not name.lower().startswith("hfds/") and not Path(args.data_path).is_dir():
-        raise SystemExit(f"error: --data-path {args.data_path} is not a folder")
+    if not name.lower().startswith("hfds/"):  # whose --data-path is a cache that need not exist
+        if not args.data_path:
+            raise SystemExit(f"error: --data-set {name} needs --data-path, the folder that holds it")
+        if not Path(args.data_path).is_dir():
+            raise SystemExit(f"error: --data-path {args.data_path} is not a folder")
     try:
         if from_timm:
             return _timm_source(args, is_training)
@@ -82,9 +83,8 @@ def count_classes(args: Namespace, train: Dataset | None, val: Dataset) -> int:
 
 def image_name(source: Dataset, index: int) -> str:
     """Path of an image, or its number where it has none."""
-    for attribute in ("samples", "imgs"):
-        if hasattr(source, attribute):
-            return getattr(source, attribute)[index][0]
+    if hasattr(source, "samples"):
+        return source.samples[index][0]
     if isinstance(source, timm.data.ImageDataset):
         return str(source.filename(index))
     return f"number {index}"

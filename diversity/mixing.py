@@ -120,13 +120,10 @@ class PatchMixup:
                 yl, yh, xl, xh = bbox
                 mixed[images, :, yl:yh, xl:xh] = flipped[images, :, yl:yh, xl:xh]
             else:
-                bbox = None
                 mixed[images] = samples[images] * share + flipped[images] * (1 - share)
             lam[images] = float(share)
             if kept is not None:
-                kept[images] = (
-                    patch_lam(bbox, samples.shape[-2:], self.grid).to(kept) if cut else torch.tensor(share).to(kept)
-                )
+                kept[images] = patch_lam(bbox, samples.shape[-2:], self.grid).to(kept) if cut else float(share)
         return mixed
 
     def _draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
