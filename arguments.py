@@ -9,10 +9,24 @@ import sys
 
 import timm.optim
 
-from diversity import REGULARIZERS
+from diversity import MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS
 from diversity.mixing import MODES
 from diversity.objective import MIXING
-from parsing import KeyValues, Parser, below_one, coefficient, count, flag_of, or_none, positive, seed, share, whole
+from parsing import (
+    KeyValues,
+    Parser,
+    below_one,
+    coefficient,
+    count,
+    flag_of,
+    layers,
+    or_none,
+    positive,
+    seed,
+    share,
+    weight_groups,
+    whole,
+)
 
 DISTILLATION_TYPES = ("none", "soft", "hard")
 HAVE_FLAGS = {
@@ -48,13 +62,26 @@ def coefficients(args: argparse.Namespace) -> dict[str, float]:
     return {name: getattr(args, f"{name}_coef") for name in (MIXING, *REGULARIZERS)}
 
 
+def term_options(args: argparse.Namespace) -> dict[str, object]:
+    """{option: value} for every setting that some term has."""
+    return {option: getattr(args, option) for term in REGULARIZERS.values() for option in term.options}
+
+
 def without_effect(args: argparse.Namespace) -> list[str]:
     """One line for each flag that was set and that another flag makes idle."""
-    default = build_parser().parse_args([])
+    default = build_parser().parse(["--preset", args.preset or "none"])
     cutmix = args.cutmix > 0 or args.cutmix_minmax
     small = args.input_size <= 32
     optimizer = _optimizer_info(args.opt)
+    active = [term for name, term in REGULARIZERS.items() if coefficients(args)[name] > 0]
+    reads = {tap for term in active for tap in term.reads}
     idle = [
+        (not args.mixing_coef, "mixing_balance", "--mixing-coef is 0"),
+        ("last" not in reads, "emb_layers", "no term that reads chosen embeddings is on"),
+        ("attention" not in reads, "attn_layers", "no term that reads chosen attention maps is on"),
+        ("weights" not in reads, "weight_groups", "no term on weights is on"),
+        *((not any(option in term.options for term in active), option, "no term that has it is on")
+          for option in term_options(args)),
         (args.distillation_type == "none", "teacher_model teacher_path distillation_alpha distillation_tau",
          "--distillation-type is none"),
         (args.distillation_type == "hard", "distillation_tau", "only soft distillation has a temperature"),
@@ -100,6 +127,10 @@ def build_parser() -> Parser:
         description="Train or evaluate a timm vision transformer with diversity regularizers.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
+        presets={
+            name: {f"{term}_coef": coef for term, coef in preset.coefs.items()} | preset.settings
+            for name, preset in PRESETS.items()
+        },
     )
     for add_group in (_run, _model, _diversity, _optimizer, _schedule, _augmentation, _distillation, _data, _launcher):
         add_group(parser)
@@ -147,20 +178,45 @@ def _model(parser):
 
 
 def _diversity(parser):
-    add = parser.add_argument_group(
+    group = parser.add_argument_group(
         "diversity", "coefficients, finite and >= 0; 0 = not computed. In brackets the paper's value."
-    ).add_argument
+    )
+    add = group.add_argument
+    presets = "; ".join(f"{name} = {preset.doc}" for name, preset in PRESETS.items())
+    add("--preset", type=_preset, default=None, help=f"defaults for the flags of this group: {presets}; None = all off")
     add(f"--{MIXING}-coef", type=coefficient, default=0.0, metavar="COEF",
         help="patch mixing: weight of each patch token's loss beside the class token's [1]")  # fmt: skip
+    add("--mixing-balance", choices=MIXING_BALANCES, default="tokens",
+        help="tokens = all tokens weigh alike, as released; equal = the patches' mean as the class token")  # fmt: skip
     for term in REGULARIZERS.values():
-        formula = term.formula.replace("%", "%%")
+        paper = f"[{term.coef:g}]" if term.coef else "[off]"
         add(
             flag_of(f"{term.name}_coef"),
             type=coefficient,
             default=0.0,
             metavar="COEF",
-            help=f"{formula} [{term.coef:g}]",
+            help=f"{term.formula} {paper}".replace("%", "%%"),
         )
+    add("--emb-layers", type=layers, default="last", metavar="LAYERS",
+        help="blocks whose output embedding terms read: first, last, all, or a list such as 0,5,11")  # fmt: skip
+    add("--attn-layers", type=layers, default="first", metavar="LAYERS",
+        help="blocks whose maps attention terms read, likewise; cross-layer terms take first and last")  # fmt: skip
+    add("--weight-groups", type=weight_groups, default="qkv", metavar="GROUPS",
+        help=f"matrices that weight terms read, some of {','.join(WEIGHT_GROUPS)}")  # fmt: skip
+    add("--cond-orth-steps", type=count, default=1, help="power steps of the cond_orth terms; 1 as released")
+    add("--cond-orth-exact", action=argparse.BooleanOptionalAction, default=False,
+        help="eigenvalues by a dense solver in the cond_orth terms, in place of power steps")  # fmt: skip
+    add("--cond-orth-normalize", action=argparse.BooleanOptionalAction, default=False,
+        help="weight cond_orth terms as the mean of (spread / width)^2 over the matrices, not the sum")  # fmt: skip
+    add("--mhs-collapse-aware", action=argparse.BooleanOptionalAction, default=False,
+        help="distances in place of squared ones in the mhs terms, which also parts items that coincide")  # fmt: skip
+
+
+def _preset(text: str) -> str | None:
+    name = or_none(text)
+    if name not in (None, *PRESETS):
+        raise argparse.ArgumentTypeError(f"unknown preset {text!r}; there are {', '.join(PRESETS)}")
+    return name
 
 
 def _optimizer(parser):
@@ -292,6 +348,8 @@ def _check(parser, args):
             f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "
             "take an even size or --mixup 0 --cutmix 0"
         )
+    if args.cond_orth_exact and args.cond_orth_steps > 1:
+        parser.error(f"--cond-orth-exact takes no power steps; leave out --cond-orth-steps {args.cond_orth_steps}")
     for name in args.model_kwargs:
         if name in HAVE_FLAGS:
             parser.error(f"--model-kwargs {name}: say it with {HAVE_FLAGS[name]}")

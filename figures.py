@@ -65,7 +65,10 @@ def curves(output_dir: Path, terms: list[str]) -> Path | None:
     accuracy.set(title="Top-1 accuracy on the test set", ylabel="percent")
     if terms:
         _draw(raw[0], records, {f"train_{name}": name for name in terms})
-        raw[0].set(title="Terms, before their coefficients", ylabel="raw value (log scale)", yscale="log")
+        below_zero = any(record.get(f"train_{name}", 1) <= 0 for record in records for name in terms)
+        raw[0].set_yscale(**{"value": "symlog", "linthresh": 1e-2} if below_zero else {"value": "log"})
+        scale = "linear below 0.01, log beyond" if below_zero else "log scale"
+        raw[0].set(title="Terms, before their coefficients", ylabel=f"raw value ({scale})")
     for axis in (loss, accuracy, *raw):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

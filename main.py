@@ -23,6 +23,7 @@ from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
 from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
 from losses import DistillationLoss
 from models import build_model
+from parsing import flag_of
 from utils import (
     BadImageError,
     RunLog,
@@ -67,7 +68,7 @@ def main(args: Namespace, world: World):
         return
 
     objective = build_objective(args, world, model, data.num_classes)
-    tapped = TappedViT(model, objective.reads, objective.patch_logits)
+    tapped = build_tapped(args, model, objective)
     mixup_fn = PatchMixup(
         args.mixup,
         args.cutmix,
@@ -75,7 +76,7 @@ def main(args: Namespace, world: World):
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         mode=args.mixup_mode,
-        grid=model.patch_embed.grid_size if objective.patch_logits else None,
+        grid=tapped.grid if objective.patch_logits else None,
     )
     ddp_or_tapped = tapped
     if world.size > 1:
@@ -98,7 +99,8 @@ def main(args: Namespace, world: World):
                 f"error: --resume {args.resume} has finished its {num_epochs} epochs; raise --epochs or use --eval"
             )
 
-    output_dir = prepare_output_dir(args, world)
+    tables = "\n".join(filter(None, [args.preset and f"preset {args.preset}", objective.table(), tapped.table()]))
+    output_dir = prepare_output_dir(args, world, tables)
     log = RunLog(output_dir, world, args.tensorboard)
     num_parameters = sum(p.numel() for p in model.parameters())
     log.print("\n".join([
@@ -108,7 +110,7 @@ def main(args: Namespace, world: World):
         f"{effective_batch} images per optimizer step, learning rate {lr:g}, epochs {state.epoch} to {num_epochs - 1}",
         *notes,
         *(f"warning: {line}" for line in arguments.without_effect(args)),
-        objective.table(),
+        tables,
     ]))  # fmt: skip
 
     guard = FiniteGuard(args.max_nonfinite_steps, world)
@@ -159,7 +161,35 @@ def build_objective(args: Namespace, world: World, model: nn.Module, num_classes
         distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     if hasattr(model, "set_distilled_training"):
         model.set_distilled_training(distillation is not None)
-    return DiversityObjective(arguments.coefficients(args), args.smoothing, distillation)
+    return DiversityObjective(
+        arguments.coefficients(args),
+        args.smoothing,
+        distillation,
+        mixing_balance=args.mixing_balance,
+        **arguments.term_options(args),
+    )
+
+
+def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjective) -> TappedViT:
+    """The model with the hooks that the objective needs.
+
+    Raises:
+        SystemExit: the model lacks what a term needs.
+    """
+    try:
+        return TappedViT(
+            model,
+            objective.reads,
+            objective.patch_logits,
+            emb_layers=args.emb_layers,
+            attn_layers=args.attn_layers,
+            weight_groups=args.weight_groups,
+        )
+    except TapError as error:
+        flags = [flag_of(f"{name}_coef") for name in objective.readers(error.tap)]
+        if error.argument:
+            flags.insert(0, f"{flag_of(error.argument)} {getattr(args, error.argument)}")
+        raise SystemExit(f"error: --model {args.model} does not serve {', '.join(flags)}: {error}") from None
 
 
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -185,8 +215,10 @@ def evaluate_both(model, model_ema, data, args, world, amp_dtype) -> dict[str, f
     return stats
 
 
-def prepare_output_dir(args: Namespace, world: World) -> Path | None:
-    """The run folder, made by the main process, holding the flags as args.yaml; None on the others or without one.
+def prepare_output_dir(args: Namespace, world: World, tables: str) -> Path | None:
+    """The run folder, made by the main process; None on the others or without one.
+
+    It holds the flags as args.yaml and `tables`, the terms and what they read, as objective.txt.
 
     Raises:
         SystemExit: on all processes, if it cannot be written, or holds another run that is not being resumed.
@@ -204,6 +236,7 @@ def prepare_output_dir(args: Namespace, world: World) -> Path | None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "args.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
+            (output_dir / "objective.txt").write_text(f"{tables}\n")
         except OSError as failure:
             error = f"error: --output-dir {output_dir} cannot be written: {failure.strerror}"
     if error := world.same_error(error):
@@ -236,8 +269,6 @@ def command_line(argv: list[str] | None = None):
     with joined_world(args.device, args.dist_url) as world:
         try:
             main(args, world)
-        except TapError as error:
-            raise SystemExit(f"error: --model {args.model} does not serve the chosen terms: {error}") from None
         except BadImageError as error:  # a loader worker's arrives with its traceback in the message
             raise SystemExit(
                 f"error: {str(error).strip().splitlines()[-1].removeprefix('utils.BadImageError: ')}"

@@ -8,21 +8,32 @@ from pathlib import Path
 import yaml
 from timm.utils import ParseKwargs
 
+from diversity.backbones import parse_layers, parse_weight_groups
+
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes hyphens and underscores alike and `--config FILE` as flags before the others."""
+    """An argument parser that takes hyphens and underscores alike and `--config FILE` as flags before the others.
+
+    Args:
+        presets: {value of `--preset`: {flag: its default}}.
+    """
+
+    def __init__(self, presets: dict[str, dict], **kwargs):
+        super().__init__(**kwargs)
+        self.presets = presets
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Flags from `argv`, over those of its `--config`, over the defaults.
+        """Flags from `argv`, over those of its `--config`, over those of its `--preset`, over the defaults.
 
         Raises:
             SystemExit: a flag that is unknown or out of range, or a file that cannot be read.
         """
         argv = [_hyphens(word) for word in argv]
-        config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        config.add_argument("--config")
-        path = config.parse_known_args(argv)[0].config
-        args, unknown = self.parse_known_args((self._words_of(path) if path else []) + argv)
+        path = _value_of("--config", argv)
+        config = self._read(path) if path else {}
+        preset = _value_of("--preset", argv) or config.get("preset")
+        self.set_defaults(**self.presets.get(str(preset), {}))
+        args, unknown = self.parse_known_args(self._words_of(config) + argv)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
             self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
@@ -31,17 +42,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists every flag)\n")
 
-    def _words_of(self, path: str) -> list[str]:
-        """A YAML file of flags as command-line words, so that both are checked alike."""
+    def _read(self, path: str) -> dict:
         try:
             config = yaml.safe_load(Path(path).read_text())
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
         if not isinstance(config, dict):
             self.error(f"--config {path} must hold one `flag: value` pair per line")
+        return {str(name).replace("-", "_"): value for name, value in config.items()}
+
+    def _words_of(self, config: dict) -> list[str]:
+        """Flags from a file as command-line words, so that both are checked alike."""
         words = []
         for name, value in config.items():
-            name = str(name).replace("-", "_")
             flag = flag_of(name)
             if value == self.get_default(name):
                 continue
@@ -99,8 +112,25 @@ def below_one(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
+def layers(text: str) -> str:
+    return _read_by(parse_layers, text)
+
+
+def weight_groups(text: str) -> str:
+    return _read_by(parse_weight_groups, text)
+
+
 def or_none(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
+
+
+def _read_by(parse, text: str) -> str:
+    """`text` as it is, once `parse` has understood it."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _number(text, kind, holds, what):
@@ -111,6 +141,16 @@ def _number(text, kind, holds, what):
     if not (math.isfinite(value) and holds(value)):
         raise argparse.ArgumentTypeError(f"needs {what}; got {text!r}")
     return value
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """The value of one flag, before the others are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument(flag)
+    try:
+        return getattr(parser.parse_known_args(argv)[0], flag.removeprefix("--"))
+    except argparse.ArgumentError:  # no value: the full parser says so
+        return None
 
 
 def _hyphens(word: str) -> str:

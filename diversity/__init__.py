@@ -8,18 +8,24 @@ weights, and label mixing per patch. Importing the package enters every term int
 from . import embedding  # isort: skip
 from . import attention  # isort: skip
 from . import weight  # isort: skip
+from .backbones import WEIGHT_GROUPS, TapError
 from .mixing import MixedTarget, PatchMixup, patch_lam, token_cross_entropy
-from .objective import DiversityObjective
+from .objective import MIXING_BALANCES, DiversityObjective
+from .presets import PRESETS, Preset
 from .regularizers import LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer
-from .taps import TAPS, TapError, TapOutput, TappedViT
+from .taps import TAPS, TapOutput, TappedViT
 
 __all__ = [
     "LEVELS",
+    "MIXING_BALANCES",
+    "PRESETS",
     "REGULARIZERS",
     "TAPS",
+    "WEIGHT_GROUPS",
     "DiversityObjective",
     "MixedTarget",
     "PatchMixup",
+    "Preset",
     "Regularizer",
     "TapError",
     "TapOutput",

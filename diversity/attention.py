@@ -1,17 +1,38 @@
-"""Terms on attention maps, [B, H, N, N]: after the softmax, before dropout, prefix tokens included."""
+"""Terms on attention maps, with the heads as items: maps after the softmax, before dropout, prefix tokens included.
+
+`attention` holds the maps of the first block (or of each chosen block, stacked in front); cross-layer terms compare the
+first block with the last. A term is the mean over images, and over layers.
+"""
 
 import torch
 
 from .regularizers import regularizer
-from .similarity import mean_cosine
+from .similarity import (
+    contrast,
+    cosines,
+    exact_spectral_spread,
+    log_gram_determinant,
+    mean_cosine,
+    mean_cross_cosine,
+    orthogonality_gap,
+    separation,
+    spectral_spread,
+    unit,
+    without_diagonal,
+)
+
+
+def _flat(attention: torch.Tensor) -> torch.Tensor:
+    """[..., H, N, N] -> [..., H, N * N]."""
+    return attention.flatten(start_dim=-2)
 
 
 @regularizer(level="attention", coef=1e-4)
 def attn_cos_within(attention: torch.Tensor) -> torch.Tensor:
-    """Mean cosine between all pairs of heads' attention maps of the tapped block, a head with itself included.
+    """Mean cosine between all pairs of heads' attention maps of the first block, a head with itself included.
 
     Args:
-        attention: [B, H, N, N], rows sum to 1.
+        attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
 
     Returns:
         0-dim, in [1/H, 1]: 1 when all heads of an image attend alike, 1/H when no two heads attend to a common place.
@@ -19,4 +40,178 @@ def attn_cos_within(attention: torch.Tensor) -> torch.Tensor:
     Source: The Principle of Diversity, attention diversity.
     Differs: computed as the squared norm of the mean unit map, which equals the mean over pairs.
     """
-    return mean_cosine(attention.flatten(start_dim=2)).mean()
+    return mean_cosine(_flat(attention)).mean()
+
+
+@regularizer(level="attention")
+def attn_abscos_within(attention: torch.Tensor) -> torch.Tensor:
+    """Mean absolute cosine between all pairs of heads' maps; equal to attn_cos_within, since maps are not negative.
+
+    Args:
+        attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
+
+    Returns:
+        0-dim, in [1/H, 1], as attn_cos_within.
+
+    Source: The Principle of Diversity, attention diversity; a variant in the released code.
+    Differs: none.
+    """
+    return cosines(_flat(attention)).abs().mean()
+
+
+@regularizer(level="attention")
+def attn_offdiag_cos_within(attention: torch.Tensor) -> torch.Tensor:
+    """Mean cosine between the attention maps of two different heads of the first block.
+
+    Args:
+        attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1, H >= 2.
+
+    Returns:
+        0-dim, in [0, 1]: 1 when all heads of an image attend alike, 0 when no two heads attend to a common place.
+
+    Raises:
+        ValueError: a single head.
+
+    Source: attn_cos_within without the constant part that a head's cosine with itself adds.
+    Differs: not in the released code.
+    """
+    maps = _flat(attention)
+    return without_diagonal(mean_cosine(maps), maps).mean()
+
+
+@regularizer(level="attention")
+def attn_cos_cross(attention_first: torch.Tensor, attention_last: torch.Tensor) -> torch.Tensor:
+    """Mean cosine between all heads' attention maps of the first block and all of the last block.
+
+    Args:
+        attention_first, attention_last: [B, H, N, N], rows sum to 1.
+
+    Returns:
+        0-dim, in [0, 1]: 1 when all heads of both blocks attend alike, 0 when no two of them attend to a common place.
+
+    Source: The Principle of Diversity, attention diversity across layers; a variant in the released code.
+    Differs: computed as the inner product of the two mean unit maps, which equals the mean over pairs.
+    """
+    return mean_cross_cosine(_flat(attention_first), _flat(attention_last)).mean()
+
+
+@regularizer(level="attention")
+def attn_abscos_cross(attention_first: torch.Tensor, attention_last: torch.Tensor) -> torch.Tensor:
+    """Mean absolute cosine between the heads' maps of two blocks; equal to attn_cos_cross, since maps are not negative.
+
+    Args:
+        attention_first, attention_last: [B, H, N, N], rows sum to 1.
+
+    Returns:
+        0-dim, in [0, 1], as attn_cos_cross.
+
+    Source: The Principle of Diversity, attention diversity across layers; a variant in the released code.
+    Differs: none.
+    """
+    return cosines(_flat(attention_first), _flat(attention_last)).abs().mean()
+
+
+@regularizer(level="attention")
+def attn_contrast_cross(attention_first: torch.Tensor, attention_last: torch.Tensor) -> torch.Tensor:
+    """Contrast across blocks: each head's last-block map keeps closer to its own first-block map than to the others.
+
+    Mean over images and heads of softplus(neg_h - pos_h), as emb_contrast_cross with the heads as tokens.
+
+    Args:
+        attention_first, attention_last: [B, H, N, N], rows sum to 1, H >= 2.
+
+    Returns:
+        0-dim, in [softplus(-1), softplus(1)]; log 2 when a head is as close to the others as to its own.
+
+    Raises:
+        ValueError: a single head.
+
+    Source: The Principle of Diversity, attention diversity across layers; a variant in the released code.
+    Differs: negatives are summed once per image, not pair by pair; the value is the same.
+    """
+    return contrast(unit(_flat(attention_first)), unit(_flat(attention_last))).mean()
+
+
+@regularizer(level="attention")
+def attn_so(attention: torch.Tensor) -> torch.Tensor:
+    """Soft orthogonality of heads: squared Frobenius norm of (A A^T - I), A the heads' flattened maps, not normalised.
+
+    Args:
+        attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
+
+    Returns:
+        0-dim, >= 0: 0 when the heads' maps are orthogonal and of length 1; a map has length between 1 and sqrt(N).
+
+    Source: The Principle of Diversity, orthogonality regularization; a variant in the released code.
+    Differs: none.
+    """
+    return orthogonality_gap(_flat(attention)).mean()
+
+
+@regularizer(level="attention")
+def attn_cond_orth(
+    attention: torch.Tensor,
+    *,
+    probes: torch.Tensor | None = None,
+    cond_orth_steps: int = 1,
+    cond_orth_exact: bool = False,
+) -> torch.Tensor:
+    """Spread of the spectrum of A A^T: (largest - smallest eigenvalue)^2, A the heads' flattened maps, not normalised.
+
+    Args:
+        attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
+        probes: [2, B, H, 1] (or [2, layers, B, H, 1]) start vectors of the power iterations; standard normal when None.
+        cond_orth_steps: power steps; one, as released, is biased low.
+        cond_orth_exact: eigenvalues by a dense solver, without probes and steps.
+
+    Returns:
+        0-dim, >= 0: 0 when the heads' maps are orthogonal and of one length.
+
+    Source: The Principle of Diversity, conditional orthogonality; a variant in the released code.
+    Differs: more steps and the exact spread are options.
+    """
+    maps = _flat(attention)
+    if cond_orth_exact:
+        return exact_spectral_spread(maps).square().mean()
+    if probes is None:
+        probes = maps.new_empty(2, *maps.shape[:-1], 1).normal_()
+    gram = maps @ maps.mT  # H x H: the long maps are read once
+    return spectral_spread(lambda x: x @ gram, probes, cond_orth_steps, eps=1e-6).square().mean()
+
+
+@regularizer(level="attention")
+def attn_mhs(attention: torch.Tensor, *, mhs_collapse_aware: bool = False) -> torch.Tensor:
+    """Maximum hyperspherical separation: pushes apart the two closest heads' unit maps of the first block.
+
+    Minus the smallest squared distance 2 - 2 cos between two heads of an image.
+
+    Args:
+        attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1, H >= 2.
+        mhs_collapse_aware: the distance in place of its square, which also parts maps that coincide.
+
+    Returns:
+        0-dim, in [-2, 0] ([-sqrt 2, 0] when collapse-aware): 0 when two heads of each image attend alike.
+
+    Raises:
+        ValueError: a single head.
+
+    Source: The Principle of Diversity, maximum hyperspherical separation; a variant in the released code.
+    Differs: no 1e-8 inside the norms; the collapse-aware form is an option.
+    """
+    return -separation(_flat(attention), mhs_collapse_aware).mean()
+
+
+@regularizer(level="attention")
+def attn_mgd(attention: torch.Tensor) -> torch.Tensor:
+    """Maximum Gram determinant: -logdet(exp(-(2 - 2 cos)) + 1e-6 I) over the heads' maps of the first block.
+
+    Args:
+        attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
+
+    Returns:
+        0-dim, >= -H log(1 + 1e-6); highest when all heads of an image attend alike.
+
+    Source: The Principle of Diversity, maximum Gram determinant; a variant in the released code.
+    Differs: no 1e-8 inside the norms; the determinant is taken in float64.
+    """
+    return -log_gram_determinant(_flat(attention)).mean()

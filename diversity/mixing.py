@@ -198,7 +198,8 @@ def token_cross_entropy(
 class _MixedCrossEntropy(torch.autograd.Function):
     """logsumexp(z) - sum_k shares_k z[classes_k] - smoothing * mean(z), over the last axis of z.
 
-    The gradient, softmax(z) - targets, is built in one buffer; autograd alone would add four of that size.
+    The gradient, softmax(z) - targets, is built in one buffer; autograd alone would add four of that size. When the
+    gradient is to be differentiated itself (create_graph), nothing is done in place.
     """
 
     @staticmethod
@@ -211,6 +212,10 @@ class _MixedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         logits, classes, shares, normaliser = ctx.saved_tensors
+        floor = ctx.smoothing / logits.shape[-1]
+        if torch.is_grad_enabled():
+            difference = (logits.softmax(dim=-1) - floor).scatter_add(-1, classes, -shares)
+            return difference * grad.unsqueeze(-1), None, None, None
         softmax = (logits - normaliser.unsqueeze(-1)).exp_()
-        towards_targets = softmax.sub_(ctx.smoothing / logits.shape[-1]).scatter_add_(-1, classes, -shares)
-        return towards_targets.mul_(grad.unsqueeze(-1)), None, None, None
+        difference = softmax.sub_(floor).scatter_add_(-1, classes, -shares)
+        return difference.mul_(grad.unsqueeze(-1)), None, None, None

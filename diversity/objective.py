@@ -12,14 +12,18 @@ from .regularizers import REGULARIZERS
 from .taps import TapOutput
 
 MIXING = "mixing"
+MIXING_BALANCES = ("tokens", "equal")
+TAP_BEHIND = {"grad": "tokens"}
+"""What a term reads that the forward pass cannot give: the tap from which the objective makes it."""
 
 
 class DiversityObjective(nn.Module):
     """loss = classification + sum over terms of coefficient * term.
 
     classification = (CE_cls + c * sum_p CE_p) / (1 + c * P) with c the "mixing" coefficient: the class token and the P
-    patch tokens through one shared head, each against its own mixed label. With distillation, classification is
-    (1 - alpha) of the above plus alpha times the distillation loss.
+    patch tokens through one shared head, each against its own mixed label. Every token weighs alike there, which leaves
+    the class token 1 / (1 + c * P); "equal" balance is (CE_cls + c * mean_p CE_p) / (1 + c). With distillation,
+    classification is (1 - alpha) of the above plus alpha times the distillation loss.
 
     Args:
         coefs: {name of a term in REGULARIZERS, or "mixing": coefficient >= 0}. A term at 0 is not computed, and `reads`
@@ -27,15 +31,20 @@ class DiversityObjective(nn.Module):
         smoothing: label smoothing, in [0, 1).
         distillation: None, or a callable (samples, logits) -> 0-dim loss with an attribute `alpha` in [0, 1]; it is
             given the logits of the distillation head where the model has one, the class logits otherwise.
+        mixing_balance: "tokens" or "equal".
+        options: settings of the terms, such as cond_orth_steps=5; each goes to the terms that have it.
 
     Raises:
-        ValueError: an unknown name, a coefficient that is negative or not finite, a smoothing outside [0, 1).
+        ValueError: an unknown name, a coefficient that is negative or not finite, a smoothing outside [0, 1), or
+            options that contradict each other.
+        TypeError: an unknown option.
 
     Source: The Principle of Diversity; coefficients of its runs are each term's `coef`.
-    Differs: the mixing coefficient is a multiplier, where the released code reads it as a switch.
+    Differs: the mixing coefficient is a multiplier, where the released code reads it as a switch; equal balance.
 
     Attributes:
         coefs: the active coefficients.
+        options: the settings of the active terms that were given.
         reads: names of the taps the active terms need, for `TappedViT`.
         patch_logits: whether they need patch logits.
     """
@@ -45,6 +54,8 @@ class DiversityObjective(nn.Module):
         coefs: Mapping[str, float],
         smoothing: float = 0.0,
         distillation: Callable[..., torch.Tensor] | None = None,
+        mixing_balance: str = "tokens",
+        **options,
     ):
         super().__init__()
         known = (MIXING, *REGULARIZERS)
@@ -56,11 +67,25 @@ class DiversityObjective(nn.Module):
                 raise ValueError(f"the coefficient of {name} must be a finite number >= 0; got {coef}")
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must lie in [0, 1); got {smoothing}")
+        if mixing_balance not in MIXING_BALANCES:
+            raise ValueError(f"unknown mixing_balance {mixing_balance!r}; there are {', '.join(MIXING_BALANCES)}")
+        unknown = sorted(set(options) - {option for term in REGULARIZERS.values() for option in term.options})
+        if unknown:
+            raise TypeError(f"no term has an option {unknown[0]!r}")
+        steps = options.get("cond_orth_steps", 1)
+        if steps < 1 or (steps > 1 and options.get("cond_orth_exact")):
+            raise ValueError(f"cond_orth_steps must be >= 1, and 1 with cond_orth_exact, which takes none; got {steps}")
         self.coefs = {name: float(coefs[name]) for name in known if coefs.get(name)}
         self.smoothing = smoothing
         self.distillation = distillation
+        self.mixing_balance = mixing_balance
+        self.terms = {name: REGULARIZERS[name] for name in self.coefs if name != MIXING}
+        self.options = {
+            name: {option: options[option] for option in term.options if option in options}
+            for name, term in self.terms.items()
+        }
         self.patch_logits = MIXING in self.coefs
-        self.reads = sorted({tap for name in self.coefs if name != MIXING for tap in REGULARIZERS[name].reads})
+        self.reads = sorted({TAP_BEHIND.get(tap, tap) for term in self.terms.values() for tap in term.reads})
 
     def forward(
         self,
@@ -92,14 +117,13 @@ class DiversityObjective(nn.Module):
             )
         raw, weighted = self._classification(output, target, samples)
         classification = sum(weighted.values())
-        for name, coef in self.coefs.items():
-            if name == MIXING:
-                continue
-            taps = {tap: getattr(output, tap) for tap in REGULARIZERS[name].reads}
-            if probes and name in probes:
-                taps["probes"] = probes[name]
-            raw[name] = REGULARIZERS[name](**taps)
-            weighted[name] = coef * raw[name]
+        taps = output._asdict()
+        if output.tokens is not None:
+            taps["grad"] = _token_gradient(classification, output.tokens)
+        for name, term in self.terms.items():
+            fixed = {"probes": probes[name]} if probes and name in probes else {}
+            raw[name] = term(**{tap: taps.get(tap) for tap in term.reads}, **self.options[name], **fixed)
+            weighted[name] = self.coefs[name] * raw[name]
         loss = sum(weighted.values())
         terms = {"classification": classification, **raw}
         terms |= {f"{name}_share": part / loss for name, part in weighted.items()}
@@ -122,8 +146,8 @@ class DiversityObjective(nn.Module):
             patch_ce = token_cross_entropy(
                 output.patch_logits, target.labels, target.partner, target.patch_lam, self.smoothing
             )
-            patches = self.coefs[MIXING] * patch_ce.shape[1]
             raw[MIXING] = patch_ce.mean()
+            patches = self.coefs[MIXING] * (patch_ce.shape[1] if self.mixing_balance == "tokens" else 1)
             weights = {"cls_ce": 1 / (1 + patches), MIXING: patches / (1 + patches)}
         if self.distillation is not None:
             student = output.logits if output.dist_logits is None else output.dist_logits
@@ -132,10 +156,30 @@ class DiversityObjective(nn.Module):
             weights["distillation"] = self.distillation.alpha
         return raw, {name: weights[name] * raw[name] for name in raw}
 
+    def readers(self, tap: str) -> list[str]:
+        """Names of the active terms that need a tap of `reads`, or "patch_logits"."""
+        if tap == "patch_logits":
+            return [MIXING]
+        return [name for name, term in self.terms.items() if tap in [TAP_BEHIND.get(read, read) for read in term.reads]]
+
     def table(self) -> str:
-        """The active terms, one line each: name, coefficient and what it reads."""
-        lines = [f"{'term':<24}{'coefficient':>12}  reads"]
+        """The active terms, one line each: name, coefficient, what it reads and its settings."""
+        lines = [f"{'term':<28}{'coefficient':>12}  reads"]
         for name, coef in self.coefs.items():
-            reads = "patch logits, per-patch labels" if name == MIXING else ", ".join(REGULARIZERS[name].reads)
-            lines.append(f"{name:<24}{coef:>12g}  {reads}")
+            if name == MIXING:
+                reads = f"patch logits, per-patch labels; mixing_balance={self.mixing_balance}"
+            else:
+                settings = [f"{option}={value}" for option, value in self.options[name].items()]
+                reads = "; ".join([", ".join(self.terms[name].reads), *settings])
+            lines.append(f"{name:<28}{coef:>12g}  {reads}")
         return "\n".join(lines if self.coefs else ["no diversity term: plain training"])
+
+
+def _token_gradient(classification: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Gradient of the classification loss at the output of the last block, [B, N, D], itself differentiable.
+
+    It passes the final norm and the head only. Times the number of tokens, so that half precision does not flush it
+    to zero.
+    """
+    count = tokens.shape[:-1].numel()
+    return torch.autograd.grad(classification * count, tokens, create_graph=True)[0].flatten(1, -2)

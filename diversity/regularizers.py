@@ -5,7 +5,7 @@ column, README row, tests) follows from its entry in `REGULARIZERS`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ class Regularizer:
         name: the term's name and the stem of its flag, `--<name>_coef`.
         level: "embedding", "attention" or "weight".
         reads: names of the taps it needs, in the order of its parameters.
+        options: names of its settings, which are flags too: `cond_orth_steps` is `--cond-orth-steps`.
         doc: its docstring.
         coef: coefficient in the paper's training runs; 0 where the paper's runs leave the term off.
         function: the decorated function.
@@ -32,6 +33,7 @@ class Regularizer:
     name: str
     level: str
     reads: tuple[str, ...]
+    options: tuple[str, ...]
     doc: str
     coef: float
     function: Callable[..., torch.Tensor]
@@ -40,7 +42,8 @@ class Regularizer:
         missing = [name for name in self.reads if taps.get(name) is None]
         if missing:
             raise TypeError(f"{self.name} reads {', '.join(self.reads)}; missing: {', '.join(missing)}")
-        with torch.autocast(device_type=taps[self.reads[0]].device.type, enabled=False):
+        device_type = next(_tensors(taps[self.reads[0]])).device.type
+        with torch.autocast(device_type=device_type, enabled=False):
             return self.function(**{name: _full_precision(value) for name, value in taps.items()})
 
     @property
@@ -55,7 +58,8 @@ REGULARIZERS: dict[str, Regularizer] = {}
 def regularizer(level: str, coef: float = 0.0):
     """Enter the decorated function into `REGULARIZERS` under its own name.
 
-    The function's positional parameters are the taps it reads; keyword-only parameters are options with a default.
+    The function's positional parameters are the taps it reads; keyword-only parameters are options with a default, and
+    `probes`, the random start vectors it draws when given none.
 
     Args:
         level: one of `LEVELS`.
@@ -66,8 +70,9 @@ def regularizer(level: str, coef: float = 0.0):
     def enter(function: Callable[..., torch.Tensor]) -> Regularizer:
         parameters = inspect.signature(function).parameters.values()
         reads = tuple(p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
+        options = tuple(p.name for p in parameters if p.name not in (*reads, "probes"))
         assert function.__name__ not in REGULARIZERS, f"{function.__name__} is entered twice"
-        term = Regularizer(function.__name__, level, reads, inspect.getdoc(function), coef, function)
+        term = Regularizer(function.__name__, level, reads, options, inspect.getdoc(function), coef, function)
         REGULARIZERS[term.name] = term
         return term
 
@@ -79,10 +84,18 @@ def markdown_table() -> str:
     rows = ["| flag | level | reads | paper's value | minimises |", "|---|---|---|---|---|"]
     for term in REGULARIZERS.values():
         reads = ", ".join(f"`{tap}`" for tap in term.reads)
-        rows.append(f"| `--{term.name}_coef` | {term.level} | {reads} | {term.coef:g} | {term.formula} |")
+        coef = f"{term.coef:g}" if term.coef else "off"
+        rows.append(f"| `--{term.name}_coef` | {term.level} | {reads} | {coef} | {term.formula} |")
     return "\n".join(rows)
 
 
+def _tensors(value) -> Iterator[torch.Tensor]:
+    """The tensors of a tap: one, or a sequence of them."""
+    return iter([value] if torch.is_tensor(value) else value)
+
+
 def _full_precision(value):
-    """Half-precision tensors as float32; everything else as it is."""
+    """Half-precision tensors, alone or in a sequence, as float32; everything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return [_full_precision(item) for item in value]
     return value.float() if torch.is_tensor(value) and value.dtype in (torch.float16, torch.bfloat16) else value

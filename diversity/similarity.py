@@ -3,13 +3,25 @@
 "Items" are the vectors that are to become diverse: tokens, flattened attention maps or weight rows, as [..., items, D].
 """
 
+from collections.abc import Callable
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+GRAM_JITTER = 1e-6
+"""Added to the diagonal of the kernel matrix of `log_gram_determinant`, so that identical items leave it definite."""
 
 
 def unit(items: torch.Tensor) -> torch.Tensor:
     """x / max(|x|, 1e-8) over the last axis: unit vectors, and zero vectors left at zero."""
     return F.normalize(items, dim=-1, eps=1e-8)
+
+
+def mean_unit(items: torch.Tensor) -> torch.Tensor:
+    """Mean of the unit items, [..., items, D] -> [..., D], without a normalised copy of them."""
+    lengths = torch.linalg.vector_norm(items, dim=-1, keepdim=True).clamp_min(1e-8)
+    return (lengths.reciprocal().mT @ items).squeeze(-2) / items.shape[-2]
 
 
 def mean_cosine(items: torch.Tensor) -> torch.Tensor:
@@ -23,81 +35,233 @@ def mean_cosine(items: torch.Tensor) -> torch.Tensor:
     Returns:
         [...], in [0, 1]: 1 for parallel items, 1/items for orthogonal ones.
     """
-    lengths = torch.linalg.vector_norm(items, dim=-1, keepdim=True).clamp_min(1e-8)
-    mean_unit = (lengths.reciprocal().mT @ items).squeeze(-2) / items.shape[-2]  # no normalised copy of the items
-    return mean_unit.square().sum(dim=-1)
+    return mean_unit(items).square().sum(dim=-1)
+
+
+def mean_cross_cosine(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Signed cosine averaged over all pairs of an item of `first` and an item of `last`.
+
+    Equal to the inner product of the two mean unit items, so the pairs are never formed.
+
+    Args:
+        first, last: [..., items, D], leading axes that broadcast.
+
+    Returns:
+        [...], in [-1, 1].
+    """
+    return (mean_unit(first) * mean_unit(last)).sum(dim=-1)
+
+
+def cosines(first: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+    """Cosine of every pair, [..., items, items]; among the items of `first` itself when `last` is None."""
+    first = unit(first)
+    return first @ (first if last is None else unit(last)).mT
+
+
+def without_diagonal(mean: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """A mean cosine over all pairs of items as the mean over pairs of two different items.
+
+    Args:
+        mean: [...], signed or absolute cosines averaged over all ordered pairs of `items`.
+        items: [..., items, D] with items >= 2.
+
+    Raises:
+        ValueError: there is only one item, and so no pair.
+    """
+    count = items.shape[-2]
+    _require_pairs(count)
+    lengths = torch.linalg.vector_norm(items.detach(), dim=-1)
+    with_itself = (lengths / lengths.clamp_min(1e-8)).square().mean(dim=-1)  # 1, and 0 for an item of zeros
+    return (count * mean - with_itself) / (count - 1)
 
 
 def contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """Contrastive loss that ties item i of `last` to item i of `first` and pushes it from the other items.
 
-    softplus(neg_i - pos_i), pos_i = cos(first_i, last_i), neg_i = mean over j != i of cos(first_i, last_j). The sum
-    over j needs only the sum of all unit items of `last`.
+    softplus(neg_i - pos_i), pos_i = <first_i, last_i>, neg_i = mean over j != i of <first_i, last_j>. The sum over j
+    needs only the sum of all items of `last`. Give unit items to contrast cosines.
 
     Args:
-        first, last: [..., items, D] with items >= 2.
+        first, last: [..., items, D] with items >= 2, leading axes that broadcast.
 
     Returns:
-        [..., items], in [softplus(-2), softplus(2)]; softplus(0) where an item is as close to the others as to its own.
+        [..., items], positive; log 2 where an item is as close to the others as to its own.
 
     Raises:
         ValueError: there is only one item, so there is nothing to push from.
     """
     items = first.shape[-2]
-    if items < 2:
-        raise ValueError(f"a contrast needs at least two items; got {items}")
-    first, last = unit(first), unit(last)
+    _require_pairs(items)
     positive = (first * last).sum(dim=-1)
     to_all = (first @ last.sum(dim=-2).unsqueeze(-1)).squeeze(-1)
     negative = (to_all - positive) / (items - 1)
     return F.softplus(negative - positive)
 
 
-def spectral_spread(weights: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
-    """Estimate of (largest - smallest) eigenvalue of W W^T, from one power step each.
-
-    With G = W W^T and a start vector x: y = G x, largest = <G y, y> / <y, y>. The same step on G - largest * I, from a
-    second start vector, finds the eigenvalue farthest from `largest`, which is smallest - largest. G itself is never
-    formed, and all matrices and both start vectors share each pass over W.
+def orthogonality_gap(items: torch.Tensor) -> torch.Tensor:
+    """Squared Frobenius norm of (X X^T - I) for items X as they are, computed on the smaller of X X^T and X^T X.
 
     Args:
-        weights: [M, Dout, Din].
-        probes: [2, M, Dout, 1], the start vectors for the largest and for the smallest eigenvalue.
+        items: [..., items, D].
 
     Returns:
-        [M], normally negative: smallest - largest. Its size never exceeds the exact spread; one step underestimates it.
+        [...], >= 0; 0 for orthonormal items.
     """
+    surplus = items.shape[-2] - items.shape[-1]
+    if surplus > 0:
+        items = items.mT
+    gram = items @ items.mT
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return (gram - identity).square().sum(dim=(-2, -1)) + max(surplus, 0)
 
-    start = probes.squeeze(-1).transpose(0, 1)  # [M, 2, Dout]
-    pushed = _GramProduct.apply(weights, start)
-    towards_largest, second = pushed[:, :1], pushed[:, 1:]
-    largest = _rayleigh_quotient(towards_largest, _GramProduct.apply(weights, towards_largest))
-    shifted = second - largest * start[:, 1:]
-    farthest = _rayleigh_quotient(shifted, _GramProduct.apply(weights, shifted) - largest * shifted)
-    return farthest[:, 0, 0]
+
+def separation(items: torch.Tensor, collapse_aware: bool = False) -> torch.Tensor:
+    """Squared distance 2 - 2 cos of the two unit items that are closest to each other.
+
+    Only this pair has a gradient, so only its search looks at all pairs.
+
+    Args:
+        items: [..., items, D] with items >= 2.
+        collapse_aware: take the distance, not its square. The gradient of the square vanishes as the pair meets; that
+            of the distance keeps its length, and at an exact meeting pulls the two apart along the coordinate axis
+            farthest from their common direction.
+
+    Returns:
+        [...], in [0, 4], or [0, 2] when collapse-aware; 0 when two items are parallel.
+
+    Raises:
+        ValueError: there is only one item.
+    """
+    count = items.shape[-2]
+    _require_pairs(count)
+    with torch.no_grad():
+        centred = unit(items)
+        centred = centred - centred.mean(dim=-2, keepdim=True)  # else items that nearly coincide drown in rounding
+        squares = centred.square().sum(dim=-1)
+        distances = squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * centred @ centred.mT
+        distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+        closest = distances.flatten(start_dim=-2).argmin(dim=-1)
+        pair = torch.stack((closest // count, closest % count), dim=-1)
+    one, other = unit(torch.take_along_dim(items, pair.unsqueeze(-1), dim=-2)).unbind(dim=-2)
+    difference = one - other
+    if not collapse_aware:
+        return difference.square().sum(dim=-1)
+    with torch.no_grad():
+        length = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
+        away = F.one_hot(one.abs().argmin(dim=-1), one.shape[-1]).to(one.dtype)
+        direction = torch.where(length > 0, difference / length, away)
+    return (direction * difference).sum(dim=-1)
+
+
+def log_gram_determinant(items: torch.Tensor) -> torch.Tensor:
+    """logdet(exp(-(2 - 2 cos)) + 1e-6 I), the log-volume that the items span under a Gaussian kernel.
+
+    Computed in float64, since identical items leave the matrix with a condition number of items x 10^6.
+
+    Args:
+        items: [..., items, D].
+
+    Returns:
+        [...], <= items x log(1 + 1e-6), in the dtype of `items`; lowest for parallel items.
+    """
+    similarity = cosines(items.double())
+    kernel = torch.exp(2 * similarity - 2)
+    jitter = GRAM_JITTER * torch.eye(items.shape[-2], dtype=kernel.dtype, device=kernel.device)
+    factor, _ = torch.linalg.cholesky_ex(kernel + jitter)  # not a number in, not a number out; `cholesky` would raise
+    diagonal = factor.diagonal(dim1=-2, dim2=-1)
+    return 2 * diagonal.log().sum(dim=-1).to(items.dtype)
+
+
+def gram_product(items: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rows x [..., k, items] -> x X X^T for items X [..., items, D], without forming X X^T."""
+    return lambda x: _GramProduct.apply(items, x)
+
+
+def spectral_spread(
+    product: Callable[[torch.Tensor], torch.Tensor], probes: torch.Tensor, steps: int = 1, eps: float = 0.0
+) -> torch.Tensor:
+    """Estimate of (smallest - largest) eigenvalue of a symmetric matrix G >= 0, by power iteration from each end.
+
+    From a start vector x: y = G x, largest = <G y, y> / <y, y>. The same step on G - largest * I, from a second start
+    vector, finds the eigenvalue farthest from `largest`, which is smallest - largest. Each step beyond the first
+    replaces the start vectors by better ones, which count as constants in the gradient.
+
+    Args:
+        product: rows x [..., k, items] -> x G.
+        probes: [2, ..., items, 1], the start vectors for the largest and for the smallest eigenvalue.
+        steps: power steps for each end of the spectrum, >= 1.
+        eps: added to the denominators <y, y>.
+
+    Returns:
+        [...], normally negative: smallest - largest. Its size never exceeds the exact spread; few steps underestimate
+        it.
+
+    Raises:
+        ValueError: no step.
+    """
+    if steps < 1:
+        raise ValueError(f"power iteration needs at least one step; got {steps}")
+    start = probes.squeeze(-1).movedim(0, -2)  # [..., 2, items]
+    if steps > 1:
+        start = _better_start(product, start, steps - 1, eps)
+    pushed = product(start)
+    towards_largest, second = pushed[..., :1, :], pushed[..., 1:, :]
+    largest = _rayleigh_quotient(towards_largest, product(towards_largest), eps)
+    shifted = second - largest * start[..., 1:, :]
+    farthest = _rayleigh_quotient(shifted, product(shifted) - largest * shifted, eps)
+    return farthest[..., 0, 0]
+
+
+def exact_spectral_spread(items: torch.Tensor) -> torch.Tensor:
+    """(smallest - largest) eigenvalue of X X^T for items X [..., items, D], by a dense eigenvalue solver."""
+    surplus = items.shape[-2] > items.shape[-1]
+    gram = items.mT @ items if surplus else items @ items.mT
+    not_finite = 0 * gram.sum(dim=(-2, -1))  # passed on, where the solver would raise
+    eigenvalues = torch.linalg.eigvalsh(gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    smallest = 0 if surplus else eigenvalues[..., 0]
+    return smallest - eigenvalues[..., -1] + not_finite
+
+
+@torch.no_grad()
+def _better_start(product, start, steps, eps):
+    """The start vectors [..., 2, items] after `steps` power steps on G and on G - largest * I, normalised."""
+    first, second = start[..., :1, :], start[..., 1:, :]
+    for _ in range(steps):
+        first = unit(product(first))
+    largest = _rayleigh_quotient(first, product(first), eps)
+    for _ in range(steps):
+        second = unit(product(second) - largest * second)
+    return torch.cat((first, second), dim=-2)
 
 
 class _GramProduct(torch.autograd.Function):
-    """x W W^T for rows x [M, k, Dout] and W [M, Dout, Din].
+    """x X X^T for rows x [..., k, items] and X [..., items, D].
 
-    Autograd alone would form the gradient of W twice, once transposed, and add the two; this forms it in one product.
+    Autograd alone would form the gradient of X twice, once transposed, and add the two; this forms it in one product.
+    It has no second derivative.
     """
 
     @staticmethod
-    def forward(ctx, weights, x):
-        inner = x @ weights
-        ctx.save_for_backward(weights, x, inner)
-        return inner @ weights.mT
+    def forward(ctx, items, x):
+        inner = x @ items
+        ctx.save_for_backward(items, x, inner)
+        return inner @ items.mT
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        weights, x, inner = ctx.saved_tensors
-        grad_inner = grad @ weights
-        grad_weights = torch.cat((grad, x), dim=1).mT @ torch.cat((inner, grad_inner), dim=1)
-        return grad_weights, grad_inner @ weights.mT if ctx.needs_input_grad[1] else None
+        items, x, inner = ctx.saved_tensors
+        grad_inner = grad @ items
+        grad_items = torch.cat((grad, x), dim=-2).mT @ torch.cat((inner, grad_inner), dim=-2)
+        return grad_items, grad_inner @ items.mT if ctx.needs_input_grad[1] else None
 
 
-def _rayleigh_quotient(x: torch.Tensor, gram_x: torch.Tensor) -> torch.Tensor:
-    """<G x, x> / <x, x> for rows [M, 1, D], as [M, 1, 1]; 0 where x is 0."""
-    norm = x.square().sum(dim=-1, keepdim=True)
+def _rayleigh_quotient(x: torch.Tensor, gram_x: torch.Tensor, eps: float) -> torch.Tensor:
+    """<G x, x> / (<x, x> + eps) for rows [..., 1, items], as [..., 1, 1]; 0 where x is 0."""
+    norm = x.square().sum(dim=-1, keepdim=True) + eps
     return (gram_x * x).sum(dim=-1, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def _require_pairs(items: int):
+    if items < 2:
+        raise ValueError(f"at least two items are needed to compare; got {items}")

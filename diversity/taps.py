@@ -1,27 +1,35 @@
 """TappedViT: hooks on a stock timm vision transformer that hand out what the diversity terms read."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
-from timm.layers import PatchDropout
-from timm.models import VisionTransformer
 from torch import nn
 
-TAPS = ("first", "last", "attention", "weights")
+from .backbones import Backbone, TapError, parse_weight_groups
+
+TAPS = ("first", "last", "tokens", "attention", "attention_first", "attention_last", "weights")
 
 
 class TapOutput(NamedTuple):
     """What one training forward hands out; a field that was not asked for is None.
+
+    "The blocks" are all blocks of a ViT, and those of the last stage of a Swin, whose patches are that stage's grid.
 
     Attributes:
         logits: [B, C], the class logits.
         dist_logits: [B, C], logits of the distillation head of a distilled model in distilled training.
         patch_logits: [B, P, C], the classification head applied to every patch token.
         first: [B, P, D], input of the first block (patch + position embedding), patch tokens only.
-        last: [B, P, D], output of the last block before the final norm, patch tokens only.
-        attention: [B, H, N, N], softmax maps of the first block before dropout, prefix tokens included.
-        weights: [3L, D, D], the q, k and v projections of every block, in the order of the blocks.
+        last: [B, P, D], output of the last block before the final norm, patch tokens only; with several `emb_layers`
+            [layers, B, P, D], the outputs of those blocks.
+        tokens: the output of the last block as the model holds it, prefix tokens included: [B, N, D] or
+            [B, rows, columns, D].
+        attention: [B, H, N, N], softmax maps of the first block before dropout, prefix tokens included; with several
+            `attn_layers` [layers, B, H, N, N], the maps of those blocks. A Swin's windows count as images.
+        attention_first, attention_last: [B, H, N, N], the maps of the first and of the last block.
+        weights: [M, Dout, Din], the matrices of `weight_groups` in all blocks of the model, in the order of the blocks;
+            a tuple of such stacks where shapes differ.
     """
 
     logits: torch.Tensor
@@ -29,47 +37,50 @@ class TapOutput(NamedTuple):
     patch_logits: torch.Tensor | None = None
     first: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
     attention: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
-
-
-class TapError(ValueError):
-    """The model cannot give a tap that was asked for.
-
-    Attributes:
-        tap: the tap's name, or "patch_logits".
-    """
-
-    def __init__(self, tap: str, model: nn.Module, missing: str):
-        super().__init__(f"{type(model).__name__} cannot give {tap}: {missing}")
-        self.tap = tap
+    attention_first: torch.Tensor | None = None
+    attention_last: torch.Tensor | None = None
+    weights: torch.Tensor | tuple[torch.Tensor, ...] | None = None
 
 
 class TappedViT(nn.Module):
     """A timm model whose training forward returns a `TapOutput` and whose eval forward returns plain class logits.
 
     Everything the terms read comes out of this one forward call, so wrap it (not `.model`) in DistributedDataParallel,
-    and save `.model.state_dict()`, which has timm's own keys. Attention is un-fused in the one tapped block only, since
+    and save `.model.state_dict()`, which has timm's own keys. Attention is un-fused in the tapped blocks only, since
     fused attention never shows its maps. Usable as a context manager that calls `close()`.
 
     Args:
-        model: a timm model; one with taps or patch logits must be a VisionTransformer. Copy the stock model, not the
-            wrapper, whose hooks a copy would share.
+        model: a timm model; one with taps or patch logits must be a ViT, DeiT, BEiT, EVA or Swin. Copy the stock model,
+            not the wrapper, whose hooks a copy would share.
         reads: names of the taps to hand out, see `TAPS`. Nothing is hooked for the others.
         patch_logits: also apply the head to every patch token.
+        emb_layers: the blocks whose outputs are `last`: "first", "last", "all", or indices as "0,5,11" or (0, 5, 11).
+        attn_layers: the blocks whose maps are `attention`, likewise.
+        weight_groups: the matrices in `weights`, some of qkv, proj, fc1, fc2, as "qkv,proj" or ("qkv", "proj").
 
     Raises:
-        ValueError: an unknown tap name.
-        TapError: the model lacks what a tap needs.
+        ValueError: an unknown tap name, or layers or groups that cannot be read.
+        TapError: the model lacks what a tap needs, or has no such layer.
 
     Attributes:
         model: the stock model, unchanged.
+        grid: (rows, columns) of the patches that have tokens and logits; None where nothing can be tapped.
 
     Source: the released code's own ViT, which returned these tensors.
-    Differs: hooks on timm's model, whose keys and eval output stay its own.
+    Differs: hooks on timm's model, whose keys and eval output stay its own; other backbones, layers and matrices.
     """
 
-    def __init__(self, model: nn.Module, reads: Collection[str] = (), patch_logits: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        reads: Collection[str] = (),
+        patch_logits: bool = False,
+        emb_layers: str | Sequence[int] = "last",
+        attn_layers: str | Sequence[int] = "first",
+        weight_groups: str | Sequence[str] = "qkv",
+    ):
         super().__init__()
         reads = (reads,) if isinstance(reads, str) else reads
         unknown = sorted(set(reads) - set(TAPS))
@@ -78,19 +89,19 @@ class TappedViT(nn.Module):
         self.model = model
         self.reads = tuple(tap for tap in TAPS if tap in reads)
         self.patch_logits = patch_logits
-        self._captured: dict[str, torch.Tensor] | None = None  # None outside forward: hooks then keep nothing
+        self.weight_groups = parse_weight_groups(weight_groups)
+        self.backbone = Backbone.of(model)
+        if self.backbone is None and (reads or patch_logits):
+            missing = "it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models"
+            raise TapError((*self.reads, "patch_logits")[0], model, missing)
+        self.grid = self.backbone.grid if self.backbone else None
+        self._sources = {tap: self._sources_of(tap, emb_layers, attn_layers) for tap in self.reads}
+        if patch_logits:
+            self.backbone.require_patch_head()
+        self._captured: dict[tuple, torch.Tensor] | None = None  # None outside forward: hooks then keep nothing
         self._handles = []
         self._unfused = []
-        self._require_support()
-        if "first" in self.reads:
-            self._capture_input("first", model.blocks[0])
-        if "last" in self.reads:
-            self._capture_output("last", model.blocks[-1])
-        if "attention" in self.reads:
-            self._unfuse(model.blocks[0].attn)
-            self._capture_input("attention", model.blocks[0].attn.attn_drop)
-        if patch_logits:
-            self._capture_output("normed", model.norm)
+        self._hook()
 
     def forward(self, samples: torch.Tensor):
         """samples [B, 3, S, S] -> `TapOutput` in training mode, [B, C] in eval mode."""
@@ -98,11 +109,9 @@ class TappedViT(nn.Module):
             return self.model(samples)
         self._captured = {}
         logits = self.model(samples)
-        taken = {tap: self._take(tap) for tap in self.reads if tap != "weights"}
-        if "weights" in self.reads:
-            taken["weights"] = torch.cat([block.attn.qkv.weight.unflatten(0, (3, -1)) for block in self.model.blocks])
+        taken = {tap: self._tap(tap) for tap in self.reads}
         if self.patch_logits:
-            taken["patch_logits"] = self._classify(self._take("normed"))
+            taken["patch_logits"] = self.backbone.classify(self.backbone.patch_tokens(self._take("norm", "final")))
         if isinstance(logits, tuple):
             logits, taken["dist_logits"] = logits
         self._captured = None
@@ -123,54 +132,96 @@ class TappedViT(nn.Module):
     def __exit__(self, *exception):
         self.close()
 
-    def _take(self, name: str) -> torch.Tensor:
-        """A captured tensor, without prefix tokens unless it is an attention map."""
-        tensor = self._captured.pop(name, None)
+    def table(self) -> str:
+        """The taps in use, one line each: name and what it holds."""
+        lines = []
+        for tap in self.reads:
+            if tap == "weights":
+                stacks = self.backbone.weight_stacks(self.weight_groups)
+                shapes = ", ".join(f"{len(stack)} of [{stack.shape[1]}, {stack.shape[2]}]" for stack in stacks)
+                lines.append(f"{tap:<24}{', '.join(self.weight_groups)} of all blocks: {shapes}")
+            else:
+                blocks = ", ".join(str(i) for _, i in self._sources[tap])
+                lines.append(f"{tap:<24}{self._sources[tap][0][0]} of block {blocks}")
+        if self.patch_logits:
+            lines.append(f"{'patch logits':<24}{self.grid[0]} x {self.grid[1]} patches")
+        heading = f"{'tap':<24}from the {len(self.backbone.blocks)} {self.backbone.blocks_are}" if lines else ""
+        return "\n".join([heading, *lines])
+
+    def _sources_of(self, tap: str, emb_layers, attn_layers) -> list[tuple[str, int]]:
+        """What the hooks have to keep for a tap, as (what, index of its block).
+
+        Raises:
+            TapError: the model lacks it.
+        """
+        backbone, final = self.backbone, len(self.backbone.blocks) - 1
+        match tap:
+            case "weights":
+                backbone.weight_stacks(self.weight_groups)
+                return []
+            case "first":
+                backbone.require_patches(tap)
+                return [("input", 0)]
+            case "last":
+                backbone.require_patches(tap)
+                return [("output", i) for i in backbone.layer_indices(tap, "emb_layers", emb_layers)]
+            case "tokens":
+                return [("output", final)]
+            case "attention":
+                indices = backbone.layer_indices(tap, "attn_layers", attn_layers)
+            case _:
+                backbone.require_two_comparable_blocks(tap)
+                indices = [0 if tap == "attention_first" else final]
+        backbone.require_attention(tap, indices)
+        return [("maps", i) for i in indices]
+
+    def _tap(self, tap: str):
+        """The value of a tap, from what the hooks kept or from the weights."""
+        if tap == "weights":
+            stacks = self.backbone.weight_stacks(self.weight_groups)
+            return stacks[0] if len(stacks) == 1 else stacks
+        tensors = [self._take(*source) for source in self._sources[tap]]
+        if tap in ("first", "last"):
+            tensors = [self.backbone.patch_tokens(tensor) for tensor in tensors]
+        return tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+
+    def _take(self, *source) -> torch.Tensor:
+        """What a hook kept."""
+        tensor = self._captured.get(source)
         if tensor is None:
-            raise RuntimeError(
-                f"the hook of {name!r} did not fire: {type(self.model).__name__} bypassed the hooked module"
-            )
-        return tensor if name == "attention" else tensor[:, self.model.num_prefix_tokens :]
+            what = f"{source[0]} of block {source[1]}"
+            raise RuntimeError(f"the hook for the {what} did not fire: {type(self.model).__name__} bypassed its module")
+        return tensor
 
-    def _classify(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.head(self.model.head_drop(self.model.fc_norm(tokens)))
+    def _hook(self):
+        """Hook what the taps need, and nothing else."""
+        for what, i in sorted({source for sources in self._sources.values() for source in sources}):
+            block = self.backbone.blocks[i]
+            if what == "input":
+                self._keep_input((what, i), block)
+            elif what == "output":
+                self._keep_output((what, i), block)
+            else:
+                self._unfuse(block.attn)
+                self._keep_input((what, i), block.attn.attn_drop)
+        if self.patch_logits:
+            self._keep_output(("norm", "final"), self.model.norm)
 
-    def _capture_input(self, name: str, module: nn.Module):
+    def _keep_input(self, source: tuple, module: nn.Module):
         def hook(module, inputs):
             if self._captured is not None:
-                self._captured[name] = inputs[0]
+                self._captured[source] = inputs[0]
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
-    def _capture_output(self, name: str, module: nn.Module):
+    def _keep_output(self, source: tuple, module: nn.Module):
         def hook(module, inputs, output):
             if self._captured is not None:
-                self._captured[name] = output
+                self._captured[source] = output
 
         self._handles.append(module.register_forward_hook(hook))
 
     def _unfuse(self, attn: nn.Module):
-        self._unfused.append((attn, attn.fused_attn))
-        attn.fused_attn = False
-
-    def _require_support(self):
-        """Raise `TapError` for the first thing asked for that the model does not have."""
-        asked = [*self.reads, *(["patch_logits"] if self.patch_logits else [])]
-        if asked and not isinstance(self.model, VisionTransformer):
-            raise TapError(asked[0], self.model, "it is not a VisionTransformer with a sequence of transformer blocks")
-        for tap in asked:
-            if tap in ("first", "last") and self.model.patch_embed.num_patches < 2:
-                raise TapError(tap, self.model, "it has a single patch, and terms on patch embeddings compare patches")
-            attn = getattr(self.model.blocks[0], "attn", None)
-            if tap == "attention" and not (hasattr(attn, "fused_attn") and hasattr(attn, "attn_drop")):
-                raise TapError(tap, self.model, "its first block has no attention with an `attn_drop` to hook")
-            if tap == "weights" and any(_qkv(block) is None for block in self.model.blocks):
-                raise TapError(tap, self.model, "its blocks have no joint `attn.qkv` projection")
-            if tap == "patch_logits" and not isinstance(self.model.head, nn.Linear):
-                raise TapError(tap, self.model, "it has no linear `head` to classify patch tokens with")
-            if tap == "patch_logits" and isinstance(self.model.patch_drop, PatchDropout):
-                raise TapError(tap, self.model, "patches are dropped (patch_drop_rate), so their labels would not fit")
-
-
-def _qkv(block: nn.Module) -> nn.Module | None:
-    return getattr(getattr(block, "attn", None), "qkv", None)
+        if hasattr(attn, "fused_attn"):  # Swin V2 has no fused form
+            self._unfused.append((attn, attn.fused_attn))
+            attn.fused_attn = False

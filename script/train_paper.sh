@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's recipe for any of its models: 300 epochs, 128 images per GPU (the paper: 8 GPUs), learning rate
-# 5e-4 x global batch / 512. A model whose name ends in _diverse trains with the paper's five terms.
+# 5e-4 x global batch / 512. A model whose name ends in _diverse trains with the paper's five terms (--preset released).
 #
 #   script/train_paper.sh MODEL DATA [flags of main.py]
 #
@@ -16,15 +16,7 @@ shift 2
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 terms=()
-if [[ $model == *_diverse ]]; then
-  terms=(
-    --mixing_coef 1
-    --emb_cos_within_coef 0.5
-    --emb_contrast_cross_coef 0.5
-    --attn_cos_within_coef 1e-4
-    --weight_mha_cond_orth_coef 5e-4
-  )
-fi
+[[ $model != *_diverse ]] || terms=(--preset released)
 python=python3
 [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 NGPU=${NGPU:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}

@@ -5,8 +5,8 @@ import argparse
 import pytest
 import yaml
 
-from arguments import build_parser, coefficients, parse_args, without_effect
-from diversity import REGULARIZERS
+from arguments import build_parser, coefficients, parse_args, term_options, without_effect
+from diversity import PRESETS, REGULARIZERS
 
 FLAGS = [
     (action, flag)
@@ -15,7 +15,13 @@ FLAGS = [
     for flag in action.option_strings
 ]
 NEEDS = {"--eval": ("--resume", "a.pth"), "--distillation-type": ("--teacher-path", "a.pth")}
-SPECIAL = {"--device": ["cpu"], "--opt": ["sgd"], "--model-kwargs": ["depth=4", "embed_dim=96"]}
+SPECIAL = {
+    "--device": ["cpu"],
+    "--opt": ["sgd"],
+    "--model-kwargs": ["depth=4", "embed_dim=96"],
+    "--preset": ["corrected"],
+    "--weight-groups": ["proj,fc1"],
+}
 
 
 def accepts(action, word):
@@ -129,6 +135,9 @@ ROUND_TRIPS = {
     "lists": ["--scale", "0.5", "1", "--ratio", "1", "1", "--lr-noise", "0.5", "--opt-betas", "0.9", "0.95"],
     "off": ["--no-model-ema", "--no-tensorboard", "--no-repeated-aug", "--no-dist-eval", "--mixup", "0"],
     "small": ["--lr", "1e-7", "--attn_cos_within_coef", "1e-9", "--opt-eps", "1e-16"],
+    "preset": ["--preset", "corrected"],
+    "preset and flags": ["--preset", "corrected", "--mixing_coef", "0", "--cond-orth-steps", "1", "--emb_so_coef", "2"],
+    "layers": ["--emb-layers", "0,5,11", "--attn-layers", "3", "--weight-groups", "fc1,qkv"],
     "words": ["--output-dir", "a folder/with: odd, names", "--data-set", "FAKE", "--num-classes", "10"],
 }
 
@@ -155,6 +164,38 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert (args.lr, args.batch_size, args.model_ema, args.repeated_aug) == (1e-3, 32, True, False)
     assert (args.mixing_coef, args.model_kwargs, args.scale) == (0.5, {"depth": 2}, [0.5, 1.0])
     assert parse_args([f"--config={path}"]).model_ema is False
+
+
+# Presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_sets_coefficients_and_settings(name):
+    args = parse_args(["--preset", name])
+    assert coefficients(args) == dict.fromkeys(("mixing", *REGULARIZERS), 0.0) | PRESETS[name].coefs
+    default = parse_args([])
+    for setting in ("mixing_balance", "cond_orth_steps", "cond_orth_exact", "mhs_collapse_aware"):
+        assert getattr(args, setting) == PRESETS[name].settings.get(setting, getattr(default, setting))
+
+
+def test_explicit_flags_override_a_preset_wherever_they_stand(tmp_path):
+    words = ["--emb_cos_within_coef", "0", "--preset", "released", "--mixing-coef=0.25"]
+    expected = PRESETS["released"].coefs | {"emb_cos_within": 0.0, "mixing": 0.25}
+    assert coefficients(parse_args(words)) == dict.fromkeys(REGULARIZERS, 0.0) | expected
+    path = config(tmp_path, "preset: released\nmixing_coef: 0.25\nemb_cos_within_coef: 0\n")
+    assert coefficients(parse_args(["--config", path])) == coefficients(parse_args(words))
+    assert coefficients(parse_args(["--config", path, "--emb-cos-within-coef", "2"]))["emb_cos_within"] == 2
+    assert coefficients(parse_args(["--config", path, "--preset", "diversepatch"]))["emb_dot_contrast_cross"] == 1
+    args = parse_args(["--config", path, "--preset", "none"])
+    assert coefficients(args) == dict.fromkeys(("mixing", *REGULARIZERS), 0.0) | {"mixing": 0.25}
+
+
+def test_every_option_of_a_term_is_a_flag():
+    options = {option for term in REGULARIZERS.values() for option in term.options}
+    assert set(term_options(parse_args([]))) == options
+    words = ["--cond-orth-steps", "3", "--cond-orth-normalize", "--mhs-collapse-aware"]
+    expected = {"cond_orth_steps": 3, "cond_orth_exact": False, "cond_orth_normalize": True, "mhs_collapse_aware": True}
+    assert term_options(parse_args(words)) == expected
 
 
 def error_of(capsys, words):
@@ -282,6 +323,13 @@ IDLE = {
     "--data-set FAKE --data-path images": "data-path",
     "--momentum 0.5": "momentum",
     "--opt sgd --opt-eps 1e-3": "opt-eps",
+    "--mixing-balance equal": "mixing-balance",
+    "--emb-layers all --emb_grad_diversity_coef 1": "emb-layers",
+    "--attn-layers all --attn_cos_cross_coef 1": "attn-layers",
+    "--weight-groups fc1 --emb_so_coef 1": "weight-groups",
+    "--cond-orth-steps 3 --weight_mha_so_coef 1": "cond-orth-steps",
+    "--cond-orth-exact --cond-orth-normalize --emb_cond_orth_coef 1": "cond-orth-normalize",
+    "--mhs-collapse-aware": "mhs-collapse-aware",
 }
 
 
@@ -304,6 +352,10 @@ def test_flags_without_effect_are_said(words, named):
         "--sched plateau --patience-epochs 3 --decay-rate 0.5",
         "--opt sgd --momentum 0.5",
         "--lr-noise 0.5 --lr-noise-pct 0.1",
+        "--preset corrected",
+        "--emb_mhs_coef 1 --mhs-collapse-aware --emb-layers all",
+        "--weight_mha_cond_orth_in_coef 1 --cond-orth-steps 3 --cond-orth-normalize --weight-groups fc2",
+        "--attn_so_coef 1 --attn-layers 0,2 --mixing_coef 1 --mixing-balance equal",
     ],
 )
 def test_flags_with_effect_are_not(words):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import BRIEF, TINY, TINY_MODEL, make_image_folder, run_main, run_process
 
+from diversity import REGULARIZERS
 from models import build_model
 
 FOLDER = ("--data-set", "IMNET", "--batch-size", 2, "--no-repeated-aug", "--data-path")
@@ -69,6 +70,22 @@ def weights(path, **kwargs):
         ("--batch-size 2000", "--batch-size 2000"),
         ("--eval", "--eval --resume"),
         ("--no-such-flag", "--no-such-flag"),
+        ("--preset paper", "--preset paper released corrected"),
+        ("--preset", "--preset"),
+        ("--mixing-balance half", "--mixing-balance tokens equal"),
+        ("--emb-layers -1", "--emb-layers"),
+        ("--emb-layers middle", "--emb-layers middle 0,5,11"),
+        ("--attn-layers 0,,1", "--attn-layers 0,,1"),
+        ("--weight-groups qkv,mlp", "--weight-groups mlp fc1"),
+        ("--weight-groups=", "--weight-groups"),
+        ("--cond-orth-steps 0", "--cond-orth-steps"),
+        ("--cond-orth-steps 5 --cond-orth-exact", "--cond-orth-steps --cond-orth-exact"),
+        ("--preset released --emb-layers 2", "--emb-layers deit_tiny --emb-cos-within-coef block 2 0 to 1"),
+        ("--attn_so_coef 1 --attn-layers 0,7", "--attn-layers --attn-so-coef block 7 0 to 1"),
+        ("--attn_mhs_coef 1 --model-kwargs num_heads=1 embed_dim=24", "--attn-mhs-coef deit_tiny single head"),
+        ("--attn_cos_cross_coef 1 --model-kwargs depth=1", "--attn-cos-cross-coef deit_tiny single block"),
+        ("--emb_so_coef 1 --patch-size 32", "--emb-so-coef deit_tiny single patch"),
+        ("--mixing_coef 1 --model-kwargs patch_drop_rate=0.5", "--mixing-coef deit_tiny patch_drop_rate"),
     ],
 )
 def test_flags(refused, words, named):
@@ -81,11 +98,11 @@ def test_size_that_the_models_own_patches_do_not_divide(refused):
     assert "--input-size 40" in line and "16" in line
 
 
-@pytest.mark.parametrize(
-    "term", ["mixing", "emb_cos_within", "emb_contrast_cross", "attn_cos_within", "weight_mha_cond_orth"]
-)
-def test_a_term_needs_transformer_blocks(refused, term):
-    assert "--model resnet10t" in refused(*CONVNET, f"--{term}_coef", 1, base=BRIEF)
+@pytest.mark.parametrize("term", ["mixing", *REGULARIZERS])
+def test_a_term_needs_a_transformer_that_it_knows(refused, term):
+    flag = f"--{term.replace('_', '-')}-coef"
+    line = refused(*CONVNET, flag, 1, base=BRIEF)
+    assert "--model resnet10t" in line and flag in line and "ViT" in line
 
 
 def test_a_convolutional_net_trains_without_terms(tmp_path, capsys):

@@ -35,7 +35,7 @@ def test_a_run_leaves_its_records(digits_run):
     folder, _ = digits_run
     names = {path.name.split(".out.tfevents")[0] for path in folder.iterdir()}
     assert names == {
-        "args.yaml", "log.txt", "events", "curves.png",
+        "args.yaml", "objective.txt", "log.txt", "events", "curves.png",
         "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth",
     }  # fmt: skip
     assert yaml.safe_load((folder / "args.yaml").read_text())["epochs"] == 2

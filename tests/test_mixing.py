@@ -270,6 +270,22 @@ def test_token_cross_entropy_against_the_textbook(shape, smoothing):
     torch.testing.assert_close(*(torch.autograd.grad((loss * weights).sum(), logits)[0] for loss in losses))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_token_cross_entropy_is_twice_differentiable(smoothing):
+    logits = normals(0, 3, 2, 4).requires_grad_()
+    labels, partner = torch.tensor([0, 1, 3]), torch.tensor([3, 1, 0])  # image 1 is mixed with its own class
+    lam = torch.tensor([[0.3, 0.7], [0.6, 0.2], [1.0, 0.0]], dtype=torch.float64)
+    loss = partial(token_cross_entropy, labels=labels, partner=partner, lam=lam, smoothing=smoothing)
+    assert torch.autograd.gradgradcheck(loss, logits)
+    weights = normals(1, 3, 2)
+    once, twice = (
+        torch.autograd.grad((loss(logits) * weights).sum(), logits, create_graph=create_graph)[0]
+        for create_graph in (False, True)
+    )
+    assert twice.requires_grad and not once.requires_grad
+    torch.testing.assert_close(twice, once, rtol=1e-12, atol=1e-14)
+
+
 def test_token_cross_entropy_is_timms_loss_for_the_class_token():
     logits, labels, lam = normals(0, 6, 10).float(), torch.tensor([3, 1, 4, 1, 5, 9]), 0.37
     expected = SoftTargetCrossEntropy()(logits, mixup_target(labels, 10, lam, smoothing=0.1))

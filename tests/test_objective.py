@@ -10,9 +10,18 @@ import textbook
 import timm
 import torch
 from golden_inputs import normals
+from test_backbones import attentions, build, classified, images, unrolled
 from torch import nn
 
-from diversity import REGULARIZERS, DiversityObjective, MixedTarget, TapOutput, TappedViT, token_cross_entropy
+from diversity import (
+    PRESETS,
+    REGULARIZERS,
+    DiversityObjective,
+    MixedTarget,
+    TapOutput,
+    TappedViT,
+    token_cross_entropy,
+)
 
 BATCH, PATCHES, CLASSES = 3, 6, 5
 COEFS = {
@@ -76,6 +85,32 @@ def test_mixing_coefficient_weighs_the_patch_tokens(coef, smoothing):
     assert terms["classification"].item() == loss.item()
     assert terms["cls_ce"].item() == pytest.approx(textbook_classification(0, smoothing), rel=1e-10)
     assert ("mixing" in terms) == (coef > 0)
+
+
+@pytest.mark.parametrize("coef", [0, 0.3, 1, 2])
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_equal_balance_weighs_the_patches_as_one(coef, alpha):
+    distillation = None if alpha is None else Distillation(alpha)
+    objective = DiversityObjective({"mixing": coef}, 0.1, distillation, mixing_balance="equal")
+    output, target = outputs(), targets()
+    loss, terms = objective(output, target, torch.ones(BATCH, 3, 2, 2, dtype=torch.float64))
+    labels = target.labels, target.partner
+    cls_ce = textbook.token_cross_entropy(output.logits[:, None], *labels, target.lam[:, None], 0.1).mean()
+    patch_ce = textbook.token_cross_entropy(output.patch_logits, *labels, target.patch_lam, 0.1).mean()
+    mixed = (cls_ce + coef * patch_ce) / (1 + coef)
+    expected = mixed if alpha is None else (1 - alpha) * mixed + alpha * terms["distillation"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    assert terms["cls_ce"].item() == pytest.approx(cls_ce.item(), rel=1e-10)
+    assert sum(value for name, value in terms.items() if name.endswith("_share")).item() == pytest.approx(1)
+    if coef and not alpha:
+        share = coef * patch_ce / (1 + coef) / mixed
+        assert terms["mixing"].item() == pytest.approx(patch_ce.item(), rel=1e-10)
+        assert terms["mixing_share"].item() == pytest.approx(share.item(), rel=1e-10)
+
+
+def test_unknown_balance_is_an_error():
+    with pytest.raises(ValueError, match="unknown mixing_balance 'even'; there are tokens, equal"):
+        DiversityObjective({"mixing": 1.0}, mixing_balance="even")
 
 
 def test_loss_is_classification_plus_coefficients_times_terms():
@@ -166,8 +201,20 @@ def test_distillation_is_weighed_against_the_rest_of_the_classification(dist_log
 def test_reads_is_what_the_active_terms_read(name):
     objective = DiversityObjective({other: float(other == name) for other in ("mixing", *REGULARIZERS)})
     assert objective.coefs == {name: 1.0}
-    assert objective.reads == sorted(REGULARIZERS[name].reads)
+    reads = ["tokens"] if name == "emb_grad_diversity" else sorted(REGULARIZERS[name].reads)
+    assert objective.reads == reads
+    assert all(objective.readers(tap) == [name] for tap in reads)
     assert not objective.patch_logits
+
+
+def test_readers_are_the_active_terms_that_need_a_tap():
+    objective = DiversityObjective({**COEFS, "emb_grad_diversity": 1, "emb_so": 0})
+    assert objective.readers("last") == ["emb_cos_within", "emb_contrast_cross"]
+    assert objective.readers("first") == ["emb_contrast_cross"]
+    assert objective.readers("tokens") == ["emb_grad_diversity"]
+    assert objective.readers("weights") == ["weight_mha_cond_orth"]
+    assert objective.readers("patch_logits") == ["mixing"]
+    assert objective.readers("attention_last") == []
 
 
 def test_a_term_at_0_is_not_computed():
@@ -215,6 +262,192 @@ def test_table_has_a_line_for_each_active_term():
         for tap in REGULARIZERS[name].reads if name in REGULARIZERS else ["patch"]:
             assert tap in line
     assert DiversityObjective({}).table() == "no diversity term: plain training"
+
+
+def test_table_shows_settings():
+    coefs = {"mixing": 1, "emb_so": 1, "emb_mhs": 1, "weight_mha_cond_orth": 1}
+    options = {"cond_orth_steps": 5, "cond_orth_normalize": True, "mhs_collapse_aware": True}
+    lines = DiversityObjective(coefs, mixing_balance="equal", **options).table().splitlines()
+    assert [line.split(maxsplit=2)[::2] for line in lines[1:]] == [
+        ["mixing", "patch logits, per-patch labels; mixing_balance=equal"],
+        ["emb_so", "last"],
+        ["emb_mhs", "last; mhs_collapse_aware=True"],
+        ["weight_mha_cond_orth", "weights; cond_orth_steps=5; cond_orth_normalize=True"],
+    ]
+
+
+# --- options
+
+OPTIONS = {"cond_orth_steps": 3, "cond_orth_exact": True, "cond_orth_normalize": True, "mhs_collapse_aware": True}
+
+
+def test_every_option_is_tested():
+    assert set(OPTIONS) == {option for term in REGULARIZERS.values() for option in term.options}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_reaches_the_terms_that_have_it(option):
+    output = outputs()
+    weights = normals(9, 2, 3, 4, 1)
+    probes = {"weight_mha_cond_orth": weights, "weight_mha_cond_orth_in": weights}
+    probes |= {"emb_cond_orth": normals(10, 2, BATCH, PATCHES, 1), "attn_cond_orth": normals(11, 2, BATCH, 2, 1)}
+    given = {"first", "last", "attention", "weights"}
+    coefs = {name: 0.1 for name, term in REGULARIZERS.items() if given.issuperset(term.reads)}
+    chosen = {option: OPTIONS[option]}
+    objective = DiversityObjective(coefs, **chosen)
+    plain = DiversityObjective(coefs)(output, targets(), probes=probes)[1]
+    terms = objective(output, targets(), probes=probes)[1]
+    for name in coefs:
+        term = REGULARIZERS[name]
+        assert objective.options[name] == (chosen if option in term.options else {})
+        fixed = {"probes": probes[name]} if name in probes else {}
+        direct = term(**{tap: getattr(output, tap) for tap in term.reads}, **objective.options[name], **fixed)
+        assert torch.equal(terms[name], direct), name
+        assert (terms[name] != plain[name]) == (option in term.options), name
+
+
+def test_unknown_option_is_an_error():
+    with pytest.raises(TypeError, match="no term has an option 'cond_orth_step'"):
+        DiversityObjective({"weight_mha_cond_orth": 1.0}, cond_orth_step=3)
+
+
+@pytest.mark.parametrize("options", [{"cond_orth_steps": 0}, {"cond_orth_steps": 2, "cond_orth_exact": True}])
+def test_contradicting_options_are_an_error(options):
+    with pytest.raises(ValueError, match="cond_orth_steps must be >= 1, and 1 with cond_orth_exact"):
+        DiversityObjective({"weight_mha_cond_orth": 1.0}, **options)
+    DiversityObjective({"weight_mha_cond_orth": 1.0}, cond_orth_steps=1, cond_orth_exact=True)
+
+
+# --- presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_an_objective(name):
+    preset = PRESETS[name]
+    objective = DiversityObjective(preset.coefs, **preset.settings)
+    assert objective.coefs == preset.coefs and preset.doc
+
+
+def test_released_is_the_paper():
+    assert PRESETS["released"].settings == {}
+    assert PRESETS["released"].coefs == {
+        "mixing": 1,
+        "emb_cos_within": 0.5,
+        "emb_contrast_cross": 0.5,
+        "attn_cos_within": 1e-4,
+        "weight_mha_cond_orth": 5e-4,
+    }
+
+
+def test_diversepatch_is_its_three_losses_with_weight_1():
+    assert PRESETS["diversepatch"].settings == {}
+    coefs = {"mixing": 1, "emb_offdiag_abscos_within": 1, "emb_dot_contrast_cross": 1}
+    assert PRESETS["diversepatch"].coefs == coefs
+
+
+def test_corrected_is_released_without_its_faults():
+    released, corrected = PRESETS["released"].coefs, PRESETS["corrected"].coefs
+    assert corrected == {
+        "mixing": released["mixing"],
+        "emb_offdiag_cos_within": released["emb_cos_within"],
+        "emb_contrast_cross": released["emb_contrast_cross"],
+        "attn_offdiag_cos_within": released["attn_cos_within"],
+        "weight_mha_cond_orth": released["weight_mha_cond_orth"],
+    }
+    settings = dict(PRESETS["corrected"].settings)
+    assert settings.pop("cond_orth_steps") > 1
+    assert settings == {"mixing_balance": "equal", "mhs_collapse_aware": True}
+
+
+# --- gradient diversity
+
+
+def token_gradient_case(name="deit", mixing=0.7, alpha=None):
+    """A model, its target, and a training step: a call that returns the loss and the terms."""
+    model, samples = build(name), images()
+    if name == "distilled":
+        model.set_distilled_training(True)
+    distillation = None if alpha is None else Distillation(alpha)
+    objective = DiversityObjective({"mixing": mixing, "emb_grad_diversity": 0.5}, 0.1, distillation)
+    tapped = TappedViT(model, objective.reads, objective.patch_logits)
+    labels, shares = torch.tensor([0, 3]), normals(5, 2, 1 + tapped.grid[0] * tapped.grid[1]).sigmoid()
+    target = MixedTarget(labels, labels.flip(0), shares[:, 0], shares[:, 1:])
+    return model, target, lambda: objective(tapped(samples), target, samples)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.3])
+@pytest.mark.parametrize("mixing", [0, 0.7])
+@pytest.mark.parametrize("name", ["deit", "average", "distilled", "beit", "swin_windows"])
+def test_gradient_diversity_is_that_of_the_classification_loss_at_every_token(name, mixing, alpha):
+    model, target, step = token_gradient_case(name, mixing, alpha)
+    loss, terms = step()
+    tokens = unrolled(name, model, images())["tokens"].detach().requires_grad_()
+    logits, patch_logits = classified(name, model, tokens)
+    logits, student = logits if name == "distilled" else (logits, logits)
+    classification = textbook.mixing_loss(logits, patch_logits, **target._asdict(), smoothing=0.1, coef=mixing)
+    if alpha is not None:
+        classification = (1 - alpha) * classification + alpha * Distillation(alpha)(images(), student)
+    (gradient,) = torch.autograd.grad(classification, tokens)
+    expected = textbook.TEXTBOOK["emb_grad_diversity"](gradient.reshape(2, -1, tokens.shape[-1])).item()
+    assert terms["emb_grad_diversity"].item() == pytest.approx(expected, rel=1e-9)
+    assert terms["classification"].item() == pytest.approx(classification.item(), rel=1e-9)
+    assert loss.item() == pytest.approx(classification.item() + 0.5 * expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.3])
+@pytest.mark.parametrize("mixing", [0, 0.7])
+@pytest.mark.parametrize("name", ["deit", "swin_windows"])
+def test_gradient_of_gradient_diversity_is_that_of_finite_differences(name, mixing, alpha):
+    model, _, step = token_gradient_case(name, mixing, alpha)
+    step()[0].backward()
+    everything = dict(model.named_parameters())
+    after = {name: p for name, p in everything.items() if name.startswith(("norm", "head"))}
+    before = {name: p for name, p in everything.items() if name not in after}
+    for parameters in (everything, before, after):
+        pairs = [(p, normals(seed, *p.shape)) for seed, p in enumerate(parameters.values())]
+        slope = sum((p.grad * direction).sum() for p, direction in pairs).item()
+        losses = []
+        for size in (1e-6, -2e-6, 1e-6):  # there, to the other side, and back
+            with torch.no_grad():
+                for p, direction in pairs:
+                    p.add_(direction, alpha=size)
+            losses.append(step()[0].item())
+        assert slope == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deit", "swin_windows"])
+def test_gradient_diversity_differentiates_no_block_twice(name):
+    gradients = {}
+    for is_fused in (False, True):  # fused attention has no second derivative
+        model, _, step = token_gradient_case(name)
+        for attn in attentions(model):
+            attn.fused_attn = is_fused
+        seen = []
+
+        def watch(module, inputs, output, seen=seen):
+            output.register_hook(seen.append)
+
+        last_blocks = model.layers[-1].blocks if name == "swin_windows" else model.blocks
+        last_blocks[-2].register_forward_hook(watch)
+        loss, _ = step()
+        assert seen == []
+        loss.backward()
+        assert len(seen) == 1
+        gradients[is_fused] = {name: p.grad for name, p in model.named_parameters()}
+    torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-8, atol=1e-10)
+
+
+def test_gradient_diversity_does_not_depend_on_the_size_of_the_loss():
+    _, _, step = token_gradient_case()
+    expected = step()[1]
+
+    def scaled(*arguments):
+        return 1000 * token_cross_entropy(*arguments)
+
+    with mock.patch("diversity.objective.token_cross_entropy", scaled):
+        terms = step()[1]
+    assert terms["classification"].item() == pytest.approx(1000 * expected["classification"].item())
+    assert terms["emb_grad_diversity"].item() == pytest.approx(expected["emb_grad_diversity"].item(), rel=1e-10)
 
 
 # --- all coefficients 0 are plain training

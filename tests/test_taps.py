@@ -1,4 +1,4 @@
-"""TappedViT on small timm models, against a forward pass unrolled by hand."""
+"""TappedViT: what is handed out and hooked, layers, errors and compilation. Values of all families: test_backbones."""
 
 import copy
 
@@ -6,104 +6,33 @@ import pytest
 import timm
 import torch
 from golden_inputs import normals
+from test_backbones import CLASSES, build, fused, hooks, images, unrolled
+from torch import nn
 
-from diversity import TAPS, DiversityObjective, MixedTarget, TapError, TapOutput, TappedViT
+from diversity import REGULARIZERS, TAPS, DiversityObjective, MixedTarget, TapError, TapOutput, TappedViT
+from diversity.backbones import parse_layers, parse_weight_groups
 
-CLASSES, PATCHES = 5, 16
-# model: (timm name, further arguments, number of prefix tokens)
-MODELS = {
-    "vit": ("vit_tiny_patch16_224", {}, 1),
-    "deit": ("deit_tiny_patch16_224", {}, 1),
-    "distilled": ("deit_tiny_distilled_patch16_224", {}, 2),
-    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 4}, 5),
-    "average": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}, 0),
-}
+PATCHES = 16
 
 
-def build(name="deit", **kwargs):
-    """A small timm model in float64 with lively weights, in training mode."""
-    timm_name, options, _ = MODELS[name]
-    size = dict(img_size=32, patch_size=8, depth=3, embed_dim=24, num_heads=3, num_classes=CLASSES)
-    torch.manual_seed(0)
-    model = timm.create_model(timm_name, **{**size, **options, **kwargs}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.train()
+def tapped_with(asked, model, **options):
+    """A TappedViT for one tap, or "patch_logits", or None for neither."""
+    return TappedViT(model, reads=[asked] if asked in TAPS else [], patch_logits=asked == "patch_logits", **options)
 
 
-def images(batch=2):
-    return normals(1, batch, 3, 32, 32)
-
-
-def unrolled(model, samples, num_prefix_tokens):
-    """The taps, written out from the model's weights; attention by hand from the q, k and v rows of each qkv."""
-    x = model._pos_embed(model.patch_embed(samples))
-    taps, weights = {"first": x[:, num_prefix_tokens:]}, []
-    for i, block in enumerate(model.blocks):
-        normed = block.norm1(x)
-        batch, tokens, dim = normed.shape
-        heads = []
-        for rows in range(3):  # q, k, v
-            weight = block.attn.qkv.weight[rows * dim : (rows + 1) * dim]
-            bias = block.attn.qkv.bias[rows * dim : (rows + 1) * dim]
-            weights.append(weight)
-            heads.append((normed @ weight.T + bias).reshape(batch, tokens, 3, dim // 3).transpose(1, 2))
-        q, k, v = heads
-        maps = torch.softmax(q @ k.transpose(2, 3) / (dim // 3) ** 0.5, dim=-1)
-        if i == 0:
-            taps["attention"] = maps
-        x = x + block.attn.proj((maps @ v).transpose(1, 2).reshape(batch, tokens, dim))
-        x = x + block.mlp(block.norm2(x))
-    taps["last"] = x[:, num_prefix_tokens:]
-    taps["weights"] = torch.stack(weights)
-    taps["patch_logits"] = model.head(model.fc_norm(model.norm(x)))[:, num_prefix_tokens:]
-    return taps
-
-
-def hooks(model):
-    return [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
-
-
-def fused(model):
-    return [block.attn.fused_attn for block in model.blocks]
+def given(output):
+    return {name for name, value in output._asdict().items() if value is not None}
 
 
 # --- values
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_taps_equal_an_unrolled_forward(name):
-    model, samples = build(name), images()
-    stock = copy.deepcopy(model)
-    output = TappedViT(model, reads=TAPS, patch_logits=True).train()(samples)
-    expected = unrolled(stock, samples, num_prefix_tokens=MODELS[name][2])
-    for tap, value in expected.items():
-        torch.testing.assert_close(getattr(output, tap), value, rtol=1e-9, atol=1e-10, msg=lambda m, t=tap: f"{t}: {m}")
-    assert output.first.shape == output.last.shape == (2, PATCHES, 24)
-    assert output.patch_logits.shape == (2, PATCHES, CLASSES)
-    assert output.weights.shape == (9, 24, 24)
-    torch.testing.assert_close(output.logits, stock(samples), rtol=1e-9, atol=1e-10)
-    assert output.dist_logits is None
-
-
 def test_non_square_images():
     model, samples = build(img_size=(16, 40)), normals(1, 2, 3, 16, 40)
     output = TappedViT(model, reads=TAPS, patch_logits=True)(samples)
-    for tap, value in unrolled(model, samples, num_prefix_tokens=1).items():
+    for tap, value in unrolled("deit", model, samples).items():
         torch.testing.assert_close(getattr(output, tap), value, rtol=1e-9, atol=1e-10)
     assert output.first.shape[1] == 10
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_eval_returns_the_stock_models_logits(name):
-    model = build(name)
-    stock = copy.deepcopy(model).eval()
-    tapped = TappedViT(model, reads=TAPS, patch_logits=True).eval()
-    logits = tapped(images())
-    assert type(logits) is torch.Tensor
-    torch.testing.assert_close(logits, stock(images()), rtol=1e-9, atol=1e-10)
-    assert not tapped._captured
 
 
 def test_distilled_training_gives_the_logits_of_both_heads():
@@ -139,14 +68,22 @@ def test_patch_logits_pass_the_dropout_of_the_head():
 
 @pytest.mark.parametrize("asked", [*TAPS, "patch_logits", None])
 def test_only_what_is_asked_for_is_handed_out_and_hooked(asked):
-    model, samples = build(), images()
-    tapped = TappedViT(model, reads=[asked] if asked in TAPS else [], patch_logits=asked == "patch_logits")
-    output = tapped(samples)
-    given = {name for name, value in output._asdict().items() if value is not None}
-    assert given == {"logits", asked} - {None}
+    model = build()
+    tapped = tapped_with(asked, model)
+    assert given(tapped(images())) == {"logits", asked} - {None}
     assert len(hooks(model)) == (0 if asked in (None, "weights") else 1)
-    assert fused(model) == [asked != "attention", True, True]
+    unfused = {"attention": 0, "attention_first": 0, "attention_last": 2}.get(asked)
+    assert fused(model) == [i != unfused for i in range(3)]
     assert not tapped._captured
+
+
+def test_taps_of_one_source_share_its_hook():
+    model = build()
+    tapped = TappedViT(model, reads=["last", "tokens", "attention", "attention_first"])
+    assert len(hooks(model)) == 2
+    output = tapped(images())
+    assert torch.equal(output.attention, output.attention_first)
+    assert torch.equal(output.last, output.tokens[:, 1:])
 
 
 def test_without_taps_it_is_the_stock_model_bit_for_bit():
@@ -157,27 +94,18 @@ def test_without_taps_it_is_the_stock_model_bit_for_bit():
     assert torch.equal(output.logits, expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_state_dict_of_the_model_has_timms_keys(name):
-    keys = list(build(name).state_dict())
-    tapped = TappedViT(build(name), reads=TAPS, patch_logits=True)
-    assert list(tapped.model.state_dict()) == keys
-    assert list(tapped.state_dict()) == [f"model.{key}" for key in keys]
-
-
 @pytest.mark.parametrize("by", ["close", "context manager"])
 def test_close_removes_hooks_and_restores_fused_attention(by):
     model = build()
     tapped = TappedViT(model, reads=TAPS, patch_logits=True)
-    assert len(hooks(model)) == 4 and fused(model) == [False, True, True]
+    assert len(hooks(model)) == 5 and fused(model) == [False, True, False]
     if by == "close":
         tapped.close()
     else:
         with tapped as entered:
             assert entered is tapped
     assert hooks(model) == [] and fused(model) == [True, True, True]
-    output = tapped(images())
-    assert {name for name, value in output._asdict().items() if value is not None} == {"logits"}
+    assert given(tapped(images())) == {"logits"}
 
 
 def test_close_leaves_attention_unfused_where_it_was():
@@ -190,7 +118,10 @@ def test_close_leaves_attention_unfused_where_it_was():
 REACHED = {
     "first": {"patch_embed.proj.weight", "pos_embed"},
     "last": {"patch_embed.proj.weight", "pos_embed", "blocks.2.mlp.fc2.weight"},
+    "tokens": {"patch_embed.proj.weight", "cls_token", "blocks.2.mlp.fc2.weight"},
     "attention": {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"},
+    "attention_first": {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"},
+    "attention_last": {"patch_embed.proj.weight", "blocks.0.mlp.fc2.weight", "blocks.2.attn.qkv.weight"},
     "weights": {f"blocks.{i}.attn.qkv.weight" for i in range(3)},
     "patch_logits": {"patch_embed.proj.weight", "blocks.2.mlp.fc2.weight", "norm.weight", "head.weight"},
 }
@@ -205,18 +136,101 @@ def test_gradient_flows_from_a_tap(tap, checkpointing):
     output = TappedViT(model, reads=TAPS, patch_logits=True)(samples)
     weights = normals(2, *getattr(output, tap).shape)
     (getattr(output, tap) * weights).sum().backward()
-    (unrolled(stock, samples, num_prefix_tokens=1)[tap] * weights).sum().backward()
+    (unrolled("deit", stock, samples)[tap] * weights).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     expected = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
     assert REACHED[tap] <= grads.keys()
     torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-9)
 
 
+# --- layers
+
+
+LAYERS = [
+    *(("first", [0]), ("last", [-1]), ("all", None), ("0", [0]), ("1", [1])),
+    *(("0,1", [0, 1]), ((1, 0), [0, 1]), ((1, 1, 0, 1), [0, 1]), ("1,1", [1])),
+]
+
+
+@pytest.mark.parametrize("name", ["deit", "swin_windows"])
+@pytest.mark.parametrize("layers, indices", LAYERS)
+def test_layers_choose_blocks(name, layers, indices):
+    indices = indices or range(3 if name == "deit" else 2)
+    model, samples = build(name), images()
+    taps = unrolled(name, model, samples, emb_layers=indices, attn_layers=indices)
+    for argument, tap in (("emb_layers", "last"), ("attn_layers", "attention")):
+        output = TappedViT(model, [tap], **{argument: layers})(samples)
+        torch.testing.assert_close(getattr(output, tap), taps[tap], rtol=1e-9, atol=1e-10)
+
+
+def test_a_list_with_a_gap_in_any_order():
+    model, samples = build(), images()
+    taps = unrolled("deit", model, samples, emb_layers=[0, 2], attn_layers=[0, 2])
+    for layers in ("0,2", "2,0", (2, 0), [2, 0, 2]):
+        output = TappedViT(model, ["last", "attention"], emb_layers=layers, attn_layers=layers)(samples)
+        torch.testing.assert_close((output.last, output.attention), (taps["last"], taps["attention"]))
+
+
+def test_layers_leave_the_other_taps_alone():
+    model, samples = build(), images()
+    tapped = TappedViT(model, TAPS, emb_layers="0,1", attn_layers="1")
+    taps = unrolled("deit", model, samples, emb_layers=[0, 1], attn_layers=[1])
+    output = tapped(samples)
+    for tap in TAPS:
+        torch.testing.assert_close(getattr(output, tap), taps[tap], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("layers, unfused", [("first", [0]), ("last", [2]), ("0,2", [0, 2]), ("all", [0, 1, 2])])
+def test_only_the_chosen_blocks_are_unfused(layers, unfused):
+    model = build()
+    with TappedViT(model, ["attention", "last"], emb_layers="all", attn_layers=layers):
+        assert fused(model) == [i not in unfused for i in range(3)]
+    assert fused(model) == [True, True, True]
+
+
+@pytest.mark.parametrize("layers", ["", "middle", "-1", "0,", "0;1", "0, 1", "1.5", (), (0, "last"), (-1,), (0.5,)])
+def test_layers_that_cannot_be_read(layers):
+    with pytest.raises(ValueError, match="layers are first, last, all or block indices such as 0,5,11; got"):
+        parse_layers(layers)
+
+
+def test_layers_that_can_be_read():
+    assert [parse_layers(word) for word in ("first", "last", "all")] == ["first", "last", "all"]
+    assert parse_layers("11,0,5,0") == parse_layers((11, 5, 0)) == (0, 5, 11)
+
+
+@pytest.mark.parametrize("groups, word", [("", ""), ("q", "q"), ("qkv,,proj", ""), ((), ""), (["qkv", "fc3"], "fc3")])
+def test_weight_groups_that_cannot_be_read(groups, word):
+    with pytest.raises(ValueError, match=f"unknown weight group '{word}'; there are qkv, proj, fc1, fc2"):
+        parse_weight_groups(groups)
+
+
+def test_weight_groups_that_can_be_read():
+    assert parse_weight_groups("fc1,qkv,fc1") == parse_weight_groups(("qkv", "fc1")) == ("qkv", "fc1")
+
+
+def test_table_names_what_every_tap_holds():
+    tapped = TappedViT(build("swin"), TAPS, True, emb_layers="all", attn_layers="last", weight_groups="qkv,fc1")
+    assert [line.split(maxsplit=1) for line in tapped.table().splitlines()[:-1]] == [
+        ["tap", "from the 2 blocks in its last stage"],
+        ["first", "input of block 0"],
+        ["last", "output of block 0, 1"],
+        ["tokens", "output of block 1"],
+        ["attention", "maps of block 1"],
+        ["attention_first", "maps of block 0"],
+        ["attention_last", "maps of block 1"],
+        ["weights", "qkv, fc1 of all blocks: 6 of [12, 12], 2 of [48, 12], 6 of [24, 24], 2 of [96, 24]"],
+    ]
+    assert tapped.table().splitlines()[-1].split() == ["patch", "logits", "4", "x", "4", "patches"]
+    assert TappedViT(build(), ["last"]).table().splitlines()[0].endswith("from the 3 blocks")
+    assert TappedViT(build()).table() == ""
+
+
 # --- errors
 
 
 def test_unknown_tap_is_an_error():
-    with pytest.raises(ValueError, match="unknown tap 'middle'; there are first, last, attention, weights"):
+    with pytest.raises(ValueError, match=f"unknown tap 'middle'; there are {', '.join(TAPS)}"):
         TappedViT(build(), reads=["first", "middle"])
 
 
@@ -225,12 +239,22 @@ def convnet():
     return timm.create_model("resnet10t", num_classes=CLASSES).train()
 
 
+@pytest.fixture(scope="module")
+def cait():
+    return timm.create_model(
+        "cait_xxs24_224", img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=3, num_classes=CLASSES
+    )
+
+
 @pytest.mark.parametrize("tap", [*TAPS, "patch_logits"])
-def test_convnet_cannot_give_taps(convnet, tap):
-    with pytest.raises(TapError, match=f"ResNet cannot give {tap}: ") as raised:
-        TappedViT(convnet, reads=[tap] if tap in TAPS else [], patch_logits=tap == "patch_logits")
-    assert raised.value.tap == tap
-    assert hooks(convnet) == []
+@pytest.mark.parametrize("family", ["convnet", "cait"])
+def test_another_family_cannot_give_taps(family, tap, request):
+    model = request.getfixturevalue(family)
+    missing = f"{type(model).__name__} cannot give {tap}: it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models"
+    with pytest.raises(TapError, match=missing) as raised:
+        tapped_with(tap, model)
+    assert (raised.value.tap, raised.value.argument) == (tap, None)
+    assert hooks(model) == []
 
 
 def test_convnet_without_taps_is_a_plain_model(convnet):
@@ -240,40 +264,101 @@ def test_convnet_without_taps_is_a_plain_model(convnet):
     assert torch.equal(tapped.eval()(samples), convnet(samples))
 
 
-@pytest.mark.parametrize("tap", ["first", "last", "attention", "patch_logits"])
+LACKING = [  # tap, family, arguments of the model and of TappedViT, the message, the argument at fault
+    ("last", "deit", {}, {"emb_layers": "0,3"}, "there is no block 3; it has 3 blocks, 0 to 2", "emb_layers"),
+    ("attention", "deit", {}, {"attn_layers": (7,)}, "there is no block 7; it has 3 blocks, 0 to 2", "attn_layers"),
+    ("last", "swin", {}, {"emb_layers": "2"}, "it has 2 blocks in its last stage, 0 to 1", "emb_layers"),
+    ("attention", "swinv2", {}, {"attn_layers": "2"}, "it has 2 blocks in its last stage, 0 to 1", "attn_layers"),
+    ("first", "deit", {"patch_size": 32}, {}, "it has a single patch", None),
+    ("last", "swin", {"patch_size": 16}, {}, "it has a single patch", None),
+    ("attention", "deit", {"num_heads": 1}, {}, "it has a single head", None),
+    ("attention_last", "swin", {"num_heads": (2, 1)}, {}, "it has a single head", None),
+    ("attention_first", "deit", {"depth": 1}, {}, "it has a single block", None),
+    ("attention_last", "swin", {"depths": (2, 1)}, {}, "it has a single block", None),
+    ("attention_first", "swin_windows", {}, {}, "the windows of its first and last block hold different patches", None),
+    ("attention_last", "swinv2", {}, {}, "the windows of its first and last block hold different patches", None),
+    ("weights", "eva02_clip", {}, {"weight_groups": "qkv,fc1"}, "no linear layer 'fc1'", "weight_groups"),
+    ("patch_logits", "deit", {"patch_drop_rate": 0.5}, {}, "patches are dropped", None),
+    ("patch_logits", "eva", {"patch_drop_rate": 0.5}, {}, "patches are dropped", None),
+    ("patch_logits", "deit", {"num_classes": 0}, {}, "it has no linear `head`", None),
+    ("patch_logits", "swin", {"num_classes": 0}, {}, "it has no linear `head`", None),
+]
+
+
+@pytest.mark.parametrize("tap, family, model_options, options, message, argument", LACKING)
+def test_what_a_model_lacks_is_named(tap, family, model_options, options, message, argument):
+    model = build(family, **model_options)
+    before = fused(model)
+    with pytest.raises(TapError, match=f"{type(model).__name__} cannot give {tap}: .*{message}") as raised:
+        tapped_with(tap, model, **options)
+    assert (raised.value.tap, raised.value.argument) == (tap, argument)
+    assert hooks(model) == [] and fused(model) == before
+
+
+@pytest.mark.parametrize("group, part", [("fc2", "mlp"), ("qkv", "attn"), ("proj", "attn")])
+def test_a_block_without_the_layers_of_a_weight_group_is_an_error(group, part):
+    model = build()
+    setattr(model.blocks[1], part, nn.Identity())
+    with pytest.raises(TapError, match=f"its blocks have no linear layer '{group}'") as raised:
+        TappedViT(model, ["weights"], weight_groups=group)
+    assert (raised.value.tap, raised.value.argument) == ("weights", "weight_groups")
+
+
+def test_attention_without_maps_to_hook_is_an_error():
+    model = build()
+    model.blocks[2].attn = nn.Identity()
+    TappedViT(model, ["attention"])
+    with pytest.raises(TapError, match="cannot give attention_last: block 2 has no attention with an `attn_drop`"):
+        TappedViT(model, ["attention_last"])
+
+
+def test_a_head_of_several_layers_cannot_classify_patches():
+    model = build()
+    model.head = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, CLASSES))
+    with pytest.raises(TapError, match="cannot give patch_logits: it has no linear `head`"):
+        TappedViT(model, patch_logits=True)
+
+
+def test_what_is_not_asked_for_may_be_lacking():
+    model = build("eva", patch_drop_rate=0.5, depth=1)
+    TappedViT(model, ["first", "last", "tokens", "attention", "weights"])(images())
+    TappedViT(build("swin_windows"), ["attention"])(images())
+    TappedViT(build(patch_size=32, num_heads=1), ["tokens", "weights"], patch_logits=True)(images())
+
+
+@pytest.mark.parametrize("tap", [*sorted({*TAPS} - {"weights"}), "patch_logits"])
 def test_bypassed_hook_is_an_error(tap):
     model = build()
-    tapped = TappedViT(model, reads=[tap] if tap in TAPS else [], patch_logits=tap == "patch_logits")
+    tapped = tapped_with(tap, model)
     model.forward_features = lambda samples, **kwargs: samples.new_zeros(len(samples), 1 + PATCHES, 24)
     with pytest.raises(RuntimeError, match="did not fire: VisionTransformer bypassed"):
         tapped(images())
 
 
-def test_fused_attention_is_not_passed_over_in_silence():
-    tapped = TappedViT(build(), reads=["attention"])
+@pytest.mark.parametrize("tap, block", [("attention", 0), ("attention_first", 0), ("attention_last", 2)])
+def test_fused_attention_is_not_passed_over_in_silence(tap, block):
+    tapped = TappedViT(build(), reads=[tap])
     tapped(images())
-    tapped.model.blocks[0].attn.fused_attn = True
-    with pytest.raises(RuntimeError, match="'attention' did not fire"):
+    tapped.model.blocks[block].attn.fused_attn = True
+    with pytest.raises(RuntimeError, match=f"the hook for the maps of block {block} did not fire"):
         tapped(images())
 
 
 # --- torch.compile
 
+RELEASED = ["emb_cos_within", "emb_contrast_cross", "attn_cos_within", "weight_mha_cond_orth"]
+OTHERS = [name for name in REGULARIZERS if name not in (*RELEASED, "emb_grad_diversity")]  # which differentiates itself
 
-def test_compiles_as_one_graph_with_the_same_loss():
-    objective = DiversityObjective(
-        {
-            "mixing": 1,
-            "emb_cos_within": 0.5,
-            "emb_contrast_cross": 0.5,
-            "attn_cos_within": 0.1,
-            "weight_mha_cond_orth": 0.1,
-        }
-    )
+
+@pytest.mark.parametrize("terms", [RELEASED, OTHERS], ids=["released", "others"])
+def test_compiles_as_one_graph_with_the_same_loss(terms):
+    objective = DiversityObjective({"mixing": 1.0} | dict.fromkeys(terms, 0.1))
     tapped = TappedViT(build(depth=2), objective.reads, objective.patch_logits)
     labels, lam = torch.tensor([0, 3]), torch.tensor([0.3, 0.3], dtype=torch.float64)
     target = MixedTarget(labels, labels.flip(0), lam, lam[:, None].expand(-1, PATCHES))
-    probes = {"weight_mha_cond_orth": normals(3, 2, 6, 24, 1)}
+    weights, features = normals(3, 2, 6, 24, 1), normals(4, 2, 2, PATCHES, 1)
+    probes = {name: weights for name in terms if name.startswith("weight_mha_cond_orth")}
+    probes |= {"emb_cond_orth": features, "attn_cond_orth": features[:, :, :3]}
 
     def step(samples):
         return objective(tapped(samples), target, probes=probes)[0]

@@ -1,7 +1,7 @@
 """The formulas as a textbook writes them: double loops and dense matrices, float64, no shared code with the package.
 
 `TEXTBOOK` holds one function for every term of the registry, under the term's name, with the taps as keywords. Terms
-with random start vectors take them as `probes`.
+with random start vectors take them as `probes`, and options under the names that they have there.
 """
 
 import torch
@@ -21,49 +21,131 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def emb_cos_within(last):
-    return mean(mean(row.mean() for row in cosines(tokens, tokens)) for tokens in last)
+def flat(attention):
+    """[B, H, N, N] -> a [H, N * N] matrix for each image."""
+    return [maps.reshape(len(maps), -1) for maps in attention]
 
 
-def emb_contrast_cross(first, last):
+def pairs(matrix):
+    """Entries (i, j) of a square matrix with i != j."""
+    return [matrix[i, j] for i in range(len(matrix)) for j in range(len(matrix)) if i != j]
+
+
+def cos(a, b):
+    return cosines(a, b).mean()
+
+
+def abscos(a, b):
+    return cosines(a, b).abs().mean()
+
+
+def contrast(similarity):
+    """Mean over i of -log(exp(pos_i) / (exp(pos_i) + exp(neg_i))) for a matrix of similarities."""
     values = []
-    for first_tokens, last_tokens in zip(first, last, strict=True):
-        cosine = cosines(first_tokens, last_tokens)
-        for i in range(len(cosine)):
-            negative = mean(cosine[i, j] for j in range(len(cosine)) if j != i)
-            values.append(-torch.log(torch.exp(cosine[i, i]) / (torch.exp(cosine[i, i]) + torch.exp(negative))))
+    for i in range(len(similarity)):
+        negative = mean(similarity[i, j] for j in range(len(similarity)) if j != i)
+        positive = similarity[i, i]
+        values.append(-torch.log(torch.exp(positive) / (torch.exp(positive) + torch.exp(negative))))
     return mean(values)
 
 
-def attn_cos_within(attention):
-    values = []
-    for maps in attention:
-        cosine = cosines(maps.flatten(1), maps.flatten(1))
-        values += [cosine[h, other] for h in range(len(maps)) for other in range(len(maps))]
-    return mean(values)
+def soft_orthogonality(gram):
+    return sum((gram[i, j] - float(i == j)) ** 2 for i in range(len(gram)) for j in range(len(gram)))
 
 
-def rayleigh(matrix, x):
-    """<G y, y> / <y, y> for y = G x."""
-    y = matrix @ x
-    return ((matrix @ y) * y).sum() / (y * y).sum()
+def mhs(items, mhs_collapse_aware=False):
+    closest = torch.stack([2 - 2 * cosine for cosine in pairs(cosines(items, items))]).min()
+    return -closest.sqrt() if mhs_collapse_aware else -closest
 
 
-def weight_mha_cond_orth(weights, probes):
-    total = 0.0
-    for k in range(len(weights)):
-        gram = weights[k] @ weights[k].T
-        largest = rayleigh(gram, probes[0, k])
-        smallest = rayleigh(gram - largest * torch.eye(len(gram), dtype=gram.dtype), probes[1, k]) + largest
-        total = total + (largest - smallest) ** 2
-    return total
+def mgd(items):
+    kernel = torch.exp(-(2 - 2 * cosines(items, items)))
+    return -torch.logdet(kernel + 1e-6 * torch.eye(len(items), dtype=kernel.dtype))
+
+
+def rayleigh(matrix, x, eps):
+    return (x.T @ matrix @ x).squeeze() / ((x.T @ x).squeeze() + eps)
+
+
+def spread(gram, start, eps=0.0, cond_orth_steps=1, cond_orth_exact=False):
+    """Largest minus smallest eigenvalue: exact, or one power step from the two start vectors of `start`.
+
+    With k steps the start vectors first take k - 1 steps as constants; the second one's are on the matrix that is
+    shifted by what the first one, k - 1 steps on, says of the largest eigenvalue.
+    """
+    if cond_orth_exact:
+        eigenvalues = torch.linalg.eigvalsh(gram)
+        return eigenvalues[-1] - eigenvalues[0]
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    constant, (x, z) = gram.detach(), start
+    for _ in range(cond_orth_steps - 1):
+        x = constant @ x / (constant @ x).norm()
+    constant = constant - rayleigh(constant, x, eps) * identity
+    for _ in range(cond_orth_steps - 1):
+        z = constant @ z / (constant @ z).norm()
+    largest = rayleigh(gram, gram @ x, eps)
+    shifted = gram - largest * identity
+    smallest = rayleigh(shifted, shifted @ z, eps) + largest
+    return largest - smallest
+
+
+def feature_cond_orth(grams, probes, **options):
+    return mean(spread(gram, probes[:, b], eps=1e-6, **options) ** 2 for b, gram in enumerate(grams))
+
+
+def weight_cond_orth(weights, probes, cond_orth_normalize=False, **options):
+    spreads = [spread(w @ w.T, probes[:, k], **options) for k, w in enumerate(weights)]
+    if cond_orth_normalize:
+        return mean((value / min(weights[0].shape)) ** 2 for value in spreads)
+    return sum(value**2 for value in spreads)
+
+
+def grad_diversity(grad):
+    return -sum((g * g).sum() for g in grad) / (sum(grad) * sum(grad)).sum()
+
+
+def mean_of(function, *taps, **options):
+    """Mean over the images of a function of each image's items."""
+    return mean(function(*items, **options) for items in zip(*taps, strict=True))
 
 
 TEXTBOOK = {
-    "emb_cos_within": emb_cos_within,
-    "emb_contrast_cross": emb_contrast_cross,
-    "attn_cos_within": attn_cos_within,
-    "weight_mha_cond_orth": weight_mha_cond_orth,
+    "emb_cos_within": lambda last: mean_of(cos, last, last),
+    "emb_abscos_within": lambda last: mean_of(abscos, last, last),
+    "emb_offdiag_cos_within": lambda last: mean_of(lambda x: mean(pairs(cosines(x, x))), last),
+    "emb_offdiag_abscos_within": lambda last: mean_of(lambda x: mean(pairs(cosines(x, x).abs())), last),
+    "emb_cos_cross": lambda first, last: mean_of(cos, first, last),
+    "emb_abscos_cross": lambda first, last: mean_of(abscos, first, last),
+    "emb_contrast_cross": lambda first, last: mean_of(lambda a, b: contrast(cosines(a, b)), first, last),
+    "emb_dot_contrast_cross": lambda first, last: mean_of(lambda a, b: contrast(a @ b.T), first, last),
+    "emb_so": lambda last: mean_of(lambda x: soft_orthogonality(cosines(x, x)), last),
+    "emb_cond_orth": lambda last, probes, **options: feature_cond_orth(
+        [cosines(x, x) for x in last], probes, **options
+    ),
+    "emb_mhs": lambda last, **options: mean_of(mhs, last, **options),
+    "emb_mgd": lambda last: mean_of(mgd, last),
+    "emb_grad_diversity": lambda grad: mean_of(grad_diversity, grad),
+    "attn_cos_within": lambda attention: mean_of(cos, flat(attention), flat(attention)),
+    "attn_abscos_within": lambda attention: mean_of(abscos, flat(attention), flat(attention)),
+    "attn_offdiag_cos_within": lambda attention: mean_of(lambda x: mean(pairs(cosines(x, x))), flat(attention)),
+    "attn_cos_cross": lambda attention_first, attention_last: mean_of(cos, flat(attention_first), flat(attention_last)),
+    "attn_abscos_cross": lambda attention_first, attention_last: mean_of(
+        abscos, flat(attention_first), flat(attention_last)
+    ),
+    "attn_contrast_cross": lambda attention_first, attention_last: mean_of(
+        lambda a, b: contrast(cosines(a, b)), flat(attention_first), flat(attention_last)
+    ),
+    "attn_so": lambda attention: mean_of(lambda x: soft_orthogonality(x @ x.T), flat(attention)),
+    "attn_cond_orth": lambda attention, probes, **options: feature_cond_orth(
+        [x @ x.T for x in flat(attention)], probes, **options
+    ),
+    "attn_mhs": lambda attention, **options: mean_of(mhs, flat(attention), **options),
+    "attn_mgd": lambda attention: mean_of(mgd, flat(attention)),
+    "weight_mha_cond_orth": weight_cond_orth,
+    "weight_mha_cond_orth_in": lambda weights, **options: weight_cond_orth([w.T for w in weights], **options),
+    "weight_mha_so": lambda weights: sum(soft_orthogonality(w @ w.T) for w in weights),
+    "weight_mha_mhs": lambda weights, **options: sum(mhs(w, **options) for w in weights),
+    "weight_mha_mgd": lambda weights: sum(mgd(w) for w in weights),
 }
 
 
