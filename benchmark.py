@@ -94,66 +94,68 @@ def interleave(functions: dict[str, Callable], rounds: int, device: torch.device
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def term_seconds(
-    model_name: str, name: str, batch_size: int, rounds: int, device: torch.device, dtype: torch.dtype | None
-) -> float:
-    """Seconds that one term adds to a step, forward and backward: on the tensors it reads, and to have them read.
+def term_seconds(tapped: TappedViT, name: str, samples, labels, rounds: int, dtype: torch.dtype | None) -> float:
+    """Seconds of one term in a step, forward and backward: the objective with the term less the objective without.
 
-    The backbone runs once. What is timed is the objective, differentiated down to the tapped tensors, with the term and
-    without; beside it the parts of the model that run differently for the term's sake.
+    The backbone runs once; the objective is differentiated down to the tensors it reads.
     """
-    torch.manual_seed(0)
-    model = timm.create_model(model_name).to(device)
+    mixed, target = PatchMixup(grid=tapped.grid)(samples, labels)
+    with autocast(samples.device, dtype):
+        output = tapped(mixed)
+    read = [value for value in output if value is not None]
+
+    def differentiate(objective):
+        with autocast(samples.device, dtype):
+            loss, _ = objective(output, target)
+        torch.autograd.grad(loss, read, retain_graph=True, allow_unused=True)
+
     objectives = {
         "with": DiversityObjective({name: 1.0}, smoothing=0.1),
         "without": DiversityObjective({}, smoothing=0.1),
     }
-    tapped = TappedViT(model, objectives["with"].reads, objectives["with"].patch_logits).train()
-    samples, target = PatchMixup(grid=tapped.grid)(*next(batches(batch_size, device)))
-    with autocast(device, dtype):
-        output = tapped(samples)
-    leaves = [value for value in output if value is not None]
-
-    def differentiate(objective):
-        with autocast(device, dtype):
-            loss, _ = objective(output, target)
-        torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-
     functions = {key: lambda objective=objective: differentiate(objective) for key, objective in objectives.items()}
-    functions |= _tap_parts(tapped, output, samples, device, dtype)
-    median = interleave(functions, rounds, device)
-    seconds = median["with"] - median["without"] + median.get("weights", 0) + median.get("head", 0)
-    if "maps" in median:
-        blocks = {source for sources in tapped._sources.values() for source in sources if source[0] == "maps"}
-        seconds += len(blocks) * (median["maps"] - median["fused"])
-    return seconds
+    median = interleave(functions, rounds, samples.device)
+    return median["with"] - median["without"]
 
 
-def _tap_parts(tapped, output, samples, device, dtype) -> dict[str, Callable]:
-    """Forward and backward of the parts that run for a tap alone, and of fused attention where it is given up."""
+def tap_seconds(tapped: TappedViT, samples: torch.Tensor, rounds: int, dtype: torch.dtype | None) -> dict[str, float]:
+    """{tap: seconds} of what the model does for a tap alone, forward and backward; taps that cost nothing are left out.
+
+    The patch head, the stack of weights, and one block's attention with its map over the same block's fused attention.
+    """
+    model, device = tapped.model, samples.device
+    attn = model.blocks[0].attn
+    tokens = torch.randn(len(samples), model.num_prefix_tokens + model.patch_embed.num_patches, model.embed_dim)
+    tokens = tokens.to(device).requires_grad_()
 
     def differentiate(function, *inputs):
         with autocast(device, dtype):
             value = function(*inputs)
-        torch.autograd.backward(value, torch.ones_like(value))
+        value.backward(torch.ones_like(value))
         tapped.zero_grad()
 
-    model, parts = tapped.model, {}
-    attn, tokens = model.blocks[0].attn, torch.randn(len(samples), 1 + tapped.grid[0] * tapped.grid[1], model.embed_dim)
-    tokens = tokens.to(device).requires_grad_()
-
     def attend(fused):
-        before, attn.fused_attn = attn.fused_attn, fused
+        attn.fused_attn = fused
         differentiate(attn, tokens)
-        attn.fused_attn = before
 
-    if output.weights is not None:
-        parts["weights"] = lambda: differentiate(lambda: torch.cat(tapped.backbone.weight_stacks(tapped.weight_groups)))
-    if output.patch_logits is not None:
-        parts["head"] = lambda: differentiate(tapped.backbone.classify, tapped.backbone.patch_tokens(tokens))
-    if output.attention is not None or output.attention_first is not None:
-        parts |= {"maps": lambda: attend(False), "fused": lambda: attend(True)}
-    return parts
+    median = interleave(
+        {
+            "maps": lambda: attend(False),
+            "fused": lambda: attend(True),
+            "weights": lambda: differentiate(lambda: tapped.backbone.weight_stacks(tapped.weight_groups)[0]),
+            "head": lambda: differentiate(tapped.backbone.classify, tapped.backbone.patch_tokens(tokens)),
+        },
+        rounds,
+        device,
+    )
+    maps = median["maps"] - median["fused"]
+    return {
+        "attention": maps,
+        "attention_first": maps,
+        "attention_last": maps,
+        "weights": median["weights"],
+        "patch_logits": median["head"],
+    }
 
 
 def peak_bytes(step: Callable, inputs: Iterable, device: torch.device) -> int:
@@ -193,11 +195,18 @@ def compare_terms(args: argparse.Namespace, device: torch.device, dtype: torch.d
     plain = plain_step(args.model, device, dtype)
     plain_seconds = interleave({"plain": plain}, args.rounds, device, inputs)["plain"]
     plain_bytes = peak_bytes(plain, inputs, device)
+    model = timm.create_model(args.model).to(device)
+    with TappedViT(model).train() as tapped:
+        taps = tap_seconds(tapped, next(inputs)[0], 5 * args.rounds, dtype)
     print(f"plain step: {1000 * plain_seconds:.1f} ms, peak {plain_bytes / 2**20:.0f} MiB beyond weights and state")
     print("| term | added time, ms | share of the step | added peak memory, MiB |")
     print("|---|---|---|---|")
     for name in args.terms or (MIXING, *REGULARIZERS):
-        seconds = term_seconds(args.model, name, args.batch_size, args.rounds, device, dtype)
+        objective = DiversityObjective({name: 1.0})
+        with TappedViT(model, objective.reads, objective.patch_logits).train() as tapped:
+            seconds = term_seconds(tapped, name, *next(inputs), 5 * args.rounds, dtype)
+            reads = [*tapped.reads, *(["patch_logits"] if tapped.patch_logits else [])]
+        seconds += sum(taps.get(tap, 0) for tap in reads)
         added = peak_bytes(diversified_step(args.model, device, dtype, {name: 1.0}), inputs, device) - plain_bytes
         share = seconds / plain_seconds
         print(f"| {name} | {1000 * seconds:.1f} | {100 * share:.1f} % | {added / 2**20:.1f} |", flush=True)

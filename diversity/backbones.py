@@ -113,13 +113,19 @@ class Backbone:
             raise TapError(tap, self.model, "it has a single patch, and terms on patch embeddings compare patches")
 
     def require_attention(self, tap: str, indices: Sequence[int]):
-        """Raise `TapError` if a block shows no maps, or of a single head."""
+        """Raise `TapError` if a block shows no maps, those of a single head, or those of padding."""
         for i in indices:
             attn = getattr(self.blocks[i], "attn", None)
             if not isinstance(getattr(attn, "attn_drop", None), nn.Module):
                 raise TapError(tap, self.model, f"block {i} has no attention with an `attn_drop` to hook")
             if attn.num_heads < 2:
                 raise TapError(tap, self.model, "it has a single head, and terms on attention compare heads")
+            windows = getattr(self.blocks[i], "window_size", self.grid)
+            if any(side % window for side, window in zip(self.grid, windows, strict=True)):
+                missing = (
+                    f"its windows of {windows} do not divide the grid of {self.grid}; padding would count as patches"
+                )
+                raise TapError(tap, self.model, missing)
 
     def require_two_comparable_blocks(self, tap: str):
         """Raise `TapError` if the maps of the first and the last block cannot be compared."""
@@ -133,6 +139,8 @@ class Backbone:
         classifier = self.model.get_submodule(self.head[-1])
         if not isinstance(classifier, nn.Linear) or classifier.in_features != self.model.num_features:
             raise TapError("patch_logits", self.model, "it has no linear `head` to classify patch tokens with")
+        if getattr(self.model, "attn_pool", None) is not None:
+            raise TapError("patch_logits", self.model, "its head reads an attention pool, not tokens")
         if not isinstance(getattr(self.model, "patch_drop", None), nn.Identity | None):
             missing = "patches are dropped (patch_drop_rate), so their labels would not fit"
             raise TapError("patch_logits", self.model, missing)
@@ -144,7 +152,7 @@ def parse_layers(layers: str | Sequence[int]) -> str | tuple[int, ...]:
     Raises:
         ValueError: anything else.
     """
-    text = layers if isinstance(layers, str) else ",".join(map(str, layers))
+    text = ",".join(map(str, layers)) if isinstance(layers, Sequence) and not isinstance(layers, str) else str(layers)
     if text in ("first", "last", "all"):
         return text
     if not re.fullmatch(r"\d+(,\d+)*", text):

@@ -266,6 +266,9 @@ def emb_grad_diversity(grad: torch.Tensor) -> torch.Tensor:
         0-dim, <= -1/N: -1/N when all tokens of an image have one gradient, -1 when they are orthogonal, without
         bound as they cancel.
 
+    Where only the class token is classified (token pooling, no mixing) it alone has a gradient, and the value is -1.
+    `DiversityObjective` takes the gradient inside the step, which torch.compile cannot trace.
+
     Source: Gradient diversity (Yin et al. 2018); a variant in the released code.
     Differs: none.
     """

@@ -58,24 +58,8 @@ class DiversityObjective(nn.Module):
         **options,
     ):
         super().__init__()
-        known = (MIXING, *REGULARIZERS)
-        for name, coef in coefs.items():
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=3) or known
-                raise ValueError(f"unknown term {name!r}; there are {', '.join(near)}")
-            if not (math.isfinite(coef) and coef >= 0):
-                raise ValueError(f"the coefficient of {name} must be a finite number >= 0; got {coef}")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1); got {smoothing}")
-        if mixing_balance not in MIXING_BALANCES:
-            raise ValueError(f"unknown mixing_balance {mixing_balance!r}; there are {', '.join(MIXING_BALANCES)}")
-        unknown = sorted(set(options) - {option for term in REGULARIZERS.values() for option in term.options})
-        if unknown:
-            raise TypeError(f"no term has an option {unknown[0]!r}")
-        steps = options.get("cond_orth_steps", 1)
-        if steps < 1 or (steps > 1 and options.get("cond_orth_exact")):
-            raise ValueError(f"cond_orth_steps must be >= 1, and 1 with cond_orth_exact, which takes none; got {steps}")
-        self.coefs = {name: float(coefs[name]) for name in known if coefs.get(name)}
+        _check(coefs, smoothing, mixing_balance, options)
+        self.coefs = {name: float(coefs[name]) for name in (MIXING, *REGULARIZERS) if coefs.get(name)}
         self.smoothing = smoothing
         self.distillation = distillation
         self.mixing_balance = mixing_balance
@@ -108,8 +92,9 @@ class DiversityObjective(nn.Module):
             key with "_share" appended holds the part's share of the loss; the shares of the parts sum to 1.
 
         Raises:
-            TypeError: `output` is the plain logits of eval mode.
-            ValueError: mixing is on, and patch logits and patch labels are not there for the same patches.
+            TypeError: `output` is the plain logits of eval mode, or lacks what a term reads.
+            ValueError: a term reads the gradient at tokens that need none; or mixing is on, and patch logits and patch
+                labels are not there for the same patches.
         """
         if not isinstance(output, TapOutput):
             raise TypeError(
@@ -118,7 +103,7 @@ class DiversityObjective(nn.Module):
         raw, weighted = self._classification(output, target, samples)
         classification = sum(weighted.values())
         taps = output._asdict()
-        if output.tokens is not None:
+        if output.tokens is not None and self.readers("tokens"):
             taps["grad"] = _token_gradient(classification, output.tokens)
         for name, term in self.terms.items():
             fixed = {"probes": probes[name]} if probes and name in probes else {}
@@ -175,11 +160,34 @@ class DiversityObjective(nn.Module):
         return "\n".join(lines if self.coefs else ["no diversity term: plain training"])
 
 
+def _check(coefs, smoothing, mixing_balance, options):
+    """Raise for arguments of `DiversityObjective` that it cannot take."""
+    known = (MIXING, *REGULARIZERS)
+    for name, coef in coefs.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise ValueError(f"unknown term {name!r}; there are {', '.join(near)}")
+        if not (math.isfinite(coef) and coef >= 0):
+            raise ValueError(f"the coefficient of {name} must be a finite number >= 0; got {coef}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must lie in [0, 1); got {smoothing}")
+    if mixing_balance not in MIXING_BALANCES:
+        raise ValueError(f"unknown mixing_balance {mixing_balance!r}; there are {', '.join(MIXING_BALANCES)}")
+    unknown = sorted(set(options) - {option for term in REGULARIZERS.values() for option in term.options})
+    if unknown:
+        raise TypeError(f"no term has an option {unknown[0]!r}")
+    steps = options.get("cond_orth_steps", 1)
+    if steps < 1 or (steps > 1 and options.get("cond_orth_exact")):
+        raise ValueError(f"cond_orth_steps must be >= 1, and 1 with cond_orth_exact, which takes none; got {steps}")
+
+
 def _token_gradient(classification: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Gradient of the classification loss at the output of the last block, [B, N, D], itself differentiable.
 
     It passes the final norm and the head only. Times the number of tokens, so that half precision does not flush it
     to zero.
     """
+    if not tokens.requires_grad:
+        raise ValueError("the gradient at the tokens is read, but none flows to them: is the backbone frozen?")
     count = tokens.shape[:-1].numel()
     return torch.autograd.grad(classification * count, tokens, create_graph=True)[0].flatten(1, -2)

@@ -141,8 +141,9 @@ class TappedViT(nn.Module):
                 shapes = ", ".join(f"{len(stack)} of [{stack.shape[1]}, {stack.shape[2]}]" for stack in stacks)
                 lines.append(f"{tap:<24}{', '.join(self.weight_groups)} of all blocks: {shapes}")
             else:
-                blocks = ", ".join(str(i) for _, i in self._sources[tap])
-                lines.append(f"{tap:<24}{self._sources[tap][0][0]} of block {blocks}")
+                (what, *_), indices = zip(*self._sources[tap], strict=True)
+                blocks = f"block{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
+                lines.append(f"{tap:<24}{what} of {blocks}")
         if self.patch_logits:
             lines.append(f"{'patch logits':<24}{self.grid[0]} x {self.grid[1]} patches")
         heading = f"{'tap':<24}from the {len(self.backbone.blocks)} {self.backbone.blocks_are}" if lines else ""

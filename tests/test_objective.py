@@ -437,6 +437,12 @@ def test_gradient_diversity_differentiates_no_block_twice(name):
     torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-8, atol=1e-10)
 
 
+def test_gradient_diversity_of_tokens_that_need_no_gradient_is_an_error():
+    objective = DiversityObjective({"emb_grad_diversity": 1.0})
+    with pytest.raises(ValueError, match="is the backbone frozen"):
+        objective(outputs()._replace(tokens=normals(7, BATCH, 7, 4)), targets())
+
+
 def test_gradient_diversity_does_not_depend_on_the_size_of_the_loss():
     _, _, step = token_gradient_case()
     expected = step()[1]

@@ -197,6 +197,7 @@ def test_layers_that_cannot_be_read(layers):
 def test_layers_that_can_be_read():
     assert [parse_layers(word) for word in ("first", "last", "all")] == ["first", "last", "all"]
     assert parse_layers("11,0,5,0") == parse_layers((11, 5, 0)) == (0, 5, 11)
+    assert parse_layers(7) == (7,)
 
 
 @pytest.mark.parametrize("groups, word", [("", ""), ("q", "q"), ("qkv,,proj", ""), ((), ""), (["qkv", "fc3"], "fc3")])
@@ -214,7 +215,7 @@ def test_table_names_what_every_tap_holds():
     assert [line.split(maxsplit=1) for line in tapped.table().splitlines()[:-1]] == [
         ["tap", "from the 2 blocks in its last stage"],
         ["first", "input of block 0"],
-        ["last", "output of block 0, 1"],
+        ["last", "output of blocks 0, 1"],
         ["tokens", "output of block 1"],
         ["attention", "maps of block 1"],
         ["attention_first", "maps of block 0"],
@@ -277,9 +278,11 @@ LACKING = [  # tap, family, arguments of the model and of TappedViT, the message
     ("attention_last", "swin", {"depths": (2, 1)}, {}, "it has a single block", None),
     ("attention_first", "swin_windows", {}, {}, "the windows of its first and last block hold different patches", None),
     ("attention_last", "swinv2", {}, {}, "the windows of its first and last block hold different patches", None),
+    ("attention", "swin", {"img_size": 40}, {}, "padding would count as patches", None),
     ("weights", "eva02_clip", {}, {"weight_groups": "qkv,fc1"}, "no linear layer 'fc1'", "weight_groups"),
     ("patch_logits", "deit", {"patch_drop_rate": 0.5}, {}, "patches are dropped", None),
     ("patch_logits", "eva", {"patch_drop_rate": 0.5}, {}, "patches are dropped", None),
+    ("patch_logits", "vit", {"global_pool": "map"}, {}, "its head reads an attention pool", None),
     ("patch_logits", "deit", {"num_classes": 0}, {}, "it has no linear `head`", None),
     ("patch_logits", "swin", {"num_classes": 0}, {}, "it has no linear `head`", None),
 ]

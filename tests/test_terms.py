@@ -517,3 +517,38 @@ def test_extremes_of_real_size_stay_finite(name, options, extreme, autocast):
     assert value.dtype == torch.float32 and value.isfinite()
     for tap in taps.values():
         assert tap.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_not_a_number_in_gives_not_a_number_and_no_error(name, options):
+    taps, fixed = inputs_of(name)
+    taps = {tap: value.detach().clone() for tap, value in taps.items()}
+    for value in taps.values():
+        value[0, 1] = torch.nan
+    assert REGULARIZERS[name](**taps, **fixed, **values_of(options)).isnan()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "offdiag" in name])
+def test_an_item_of_zeros_is_unlike_itself_too(name):
+    items = normals(0, 1, 5, 9)
+    items[:, 0] = 0
+    assert REGULARIZERS[name](**taps_of(name, 0 * items)).item() == 0
+    assert REGULARIZERS[name](**taps_of(name, items)).item() == pytest.approx(
+        TEXTBOOK[name](**taps_of(name, items)).item(), rel=RELATIVE
+    )
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_separation_finds_the_closest_pair_of_nearly_coinciding_items_in_float32(aware):
+    items = (normals(0, 4, 1, 64) + 1e-3 * normals(1, 4, 196, 64)).float()
+    expected = similarity.separation(items.double(), aware)
+    torch.testing.assert_close(similarity.separation(items, aware).double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("steps, share", [(1, 0.29), (10, 0.85)])
+def test_share_of_the_exact_spread_that_the_readme_names(steps, share):
+    torch.manual_seed(0)
+    weights = 0.02 * torch.randn(36, 384, 384)
+    term = REGULARIZERS["weight_mha_cond_orth"]
+    ratio = term(weights=weights, cond_orth_steps=steps) / term(weights=weights, cond_orth_exact=True)
+    assert ratio.item() == pytest.approx(share, abs=0.03)
