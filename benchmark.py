@@ -24,7 +24,7 @@ from timm.optim import create_optimizer_v2
 from torch.profiler import ProfilerActivity, profile
 
 import models  # noqa: F401  (registers the paper's models)
-from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
+from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TapOutput, TappedViT
 from diversity.objective import MIXING
 from engine import autocast, autocast_dtype
 from utils import keep_freed_memory
@@ -97,11 +97,13 @@ def interleave(functions: dict[str, Callable], rounds: int, device: torch.device
 def term_seconds(tapped: TappedViT, name: str, samples, labels, rounds: int, dtype: torch.dtype | None) -> float:
     """Seconds of one term in a step, forward and backward: the objective with the term less the objective without.
 
-    The backbone runs once; the objective is differentiated down to the tensors it reads.
+    The backbone runs once, forward; the objective is differentiated down to the tensors it reads.
     """
     mixed, target = PatchMixup(grid=tapped.grid)(samples, labels)
     with autocast(samples.device, dtype):
         output = tapped(mixed)
+    if output.tokens is None:  # else the logits have to stay a function of the tokens, through the head
+        output = TapOutput(*(None if value is None else value.detach().requires_grad_() for value in output))
     read = [value for value in output if value is not None]
 
     def differentiate(objective):
