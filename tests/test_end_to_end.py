@@ -9,7 +9,7 @@ import yaml
 from helpers import TINY, parse, run_main, run_process, world
 
 from datasets import build_data
-from diversity import REGULARIZERS
+from diversity import PRESETS, REGULARIZERS
 from engine import evaluate
 from models import build_model
 
@@ -171,6 +171,12 @@ OPTIONS = {
     "every rank evaluates all": "--no-dist-eval",
     "larger input, odd grid": "--input-size 60 --patch-size 12",
     "another timm model": "--model vit_tiny_patch16_224",
+    "swin": "--model swin_tiny_patch4_window7_224 --patch-size 4 --model-kwargs window_size=4 embed_dim=12 "
+    "depths=(2,2) num_heads=(2,4)",
+    "eva": "--model eva02_tiny_patch14_224",
+    "layers, matrices, settings": "--emb-layers all --attn-layers 0,1 --weight-groups qkv,proj,fc1,fc2 "
+    "--mixing-balance equal --cond-orth-steps 3 --cond-orth-normalize --mhs-collapse-aware",
+    "exact spectra": "--cond-orth-exact",
     "distilled model without a teacher": "--model deit_tiny_distilled_patch16_224",
 }
 
@@ -183,6 +189,19 @@ def test_every_option_trains_with_all_terms(flags, tmp_path):
     assert records[0]["train_skipped_steps"] == 0
     assert all(value == value for value in records[0].values())  # no NaN
     assert ("test_acc1_ema" in records[0]) == ("--no-model-ema" not in flags)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_trains_and_says_what_it_is(preset, tmp_path, capsys):
+    run_main(*TINY, "--preset", preset, "--mixing_coef", 0.5, "--output_dir", tmp_path / "run")
+    (record,) = log_of(tmp_path / "run")
+    table = (tmp_path / "run" / "objective.txt").read_text()
+    assert table in capsys.readouterr().out
+    assert table.startswith(f"preset {preset}\n") and "mixing " in table and " 0.5 " in table
+    for name in PRESETS[preset].coefs:
+        assert f"train_{name}" in record and f"\n{name} " in table
+    flags = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
+    assert {name: flags[f"{name}_coef"] for name in PRESETS[preset].coefs} == PRESETS[preset].coefs | {"mixing": 0.5}
 
 
 def test_finetune_at_another_size_and_class_count(digits_run, tmp_path, capsys):

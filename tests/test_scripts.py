@@ -11,6 +11,7 @@ import pytest
 from helpers import REPOSITORY, TINY
 
 import arguments
+import benchmark
 import diversity
 
 README = (REPOSITORY / "README.md").read_text()
@@ -100,6 +101,22 @@ def test_every_readme_command_names_a_file_and_flags_that_exist():
         if program != "benchmark.py":
             known = arguments.build_parser()._option_string_actions
             assert all(flag.replace("_", "-") in known for flag in flags), command
+
+
+def test_the_benchmark_prints_its_tables(capsys):
+    flags = ["--model", "deit_tiny_patch16_224", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
+    benchmark.main(["step", *flags])
+    assert " x plain" in capsys.readouterr().out.splitlines()[-1]
+    terms = ["mixing", "emb_grad_diversity", "attn_cos_cross", "weight_mha_so"]
+    benchmark.main(["terms", *flags, "--terms", *terms])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [row[0] for row in rows] == terms
+    assert all(float(row[3]) > 0 for row in rows)  # each of them needs memory of its own
+
+
+def test_the_readme_table_of_costs_names_every_term():
+    rows = [line for line in README.splitlines() if re.match(r"\| `\w+` \| [\d.]+ \| [\d.]+ % \| [\d.]+ \|", line)]
+    assert [row.split("`")[1] for row in rows] == ["mixing", *diversity.REGULARIZERS]
 
 
 def test_the_readme_table_of_terms_is_the_registrys():
