@@ -203,13 +203,16 @@ def _diversity(parser):
         help="blocks whose maps attention terms read, likewise; cross-layer terms take first and last")  # fmt: skip
     add("--weight-groups", type=weight_groups, default="qkv", metavar="GROUPS",
         help=f"matrices that weight terms read, some of {','.join(WEIGHT_GROUPS)}")  # fmt: skip
-    add("--cond-orth-steps", type=count, default=1, help="power steps of the cond_orth terms; 1 as released")
-    add("--cond-orth-exact", action=argparse.BooleanOptionalAction, default=False,
-        help="eigenvalues by a dense solver in the cond_orth terms, in place of power steps")  # fmt: skip
-    add("--cond-orth-normalize", action=argparse.BooleanOptionalAction, default=False,
-        help="weight cond_orth terms as the mean of (spread / width)^2 over the matrices, not the sum")  # fmt: skip
-    add("--mhs-collapse-aware", action=argparse.BooleanOptionalAction, default=False,
-        help="distances in place of squared ones in the mhs terms, which also parts items that coincide")  # fmt: skip
+    options = {option: term for term in reversed(REGULARIZERS.values()) for option in term.options}
+    for option, term in options.items():
+        default = term.options[option]
+        kind = (
+            {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": _KINDS[type(default)]}
+        )
+        add(flag_of(option), default=default, help=term.option_help(option).replace("%", "%%"), **kind)
+
+
+_KINDS = {int: count, float: coefficient}
 
 
 def _preset(text: str) -> str | None:
@@ -348,6 +351,8 @@ def _check(parser, args):
             f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "
             "take an even size or --mixup 0 --cutmix 0"
         )
+    if args.cond_orth_exact and args.cond_orth_steps == parser.get_default("cond_orth_steps"):
+        args.cond_orth_steps = 1  # a preset's
     if args.cond_orth_exact and args.cond_orth_steps > 1:
         parser.error(f"--cond-orth-exact takes no power steps; leave out --cond-orth-steps {args.cond_orth_steps}")
     for name in args.model_kwargs:

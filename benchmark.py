@@ -27,6 +27,7 @@ import models  # noqa: F401  (registers the paper's models)
 from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TapOutput, TappedViT
 from diversity.objective import MIXING
 from engine import autocast, autocast_dtype
+from parsing import KeyValues
 from utils import keep_freed_memory
 
 NUM_CLASSES = 1000
@@ -49,10 +50,12 @@ def plain_step(model_name: str, device: torch.device, dtype: torch.dtype | None)
     return step
 
 
-def diversified_step(model_name: str, device: torch.device, dtype: torch.dtype | None, coefs: dict) -> Callable:
+def diversified_step(
+    model_name: str, device: torch.device, dtype: torch.dtype | None, coefs: dict, **settings
+) -> Callable:
     """The same step with this project's objective."""
     model = timm.create_model(model_name).to(device)
-    objective = DiversityObjective(coefs, smoothing=0.1)
+    objective = DiversityObjective(coefs, smoothing=0.1, **settings)
     tapped = TappedViT(model, objective.reads, objective.patch_logits).train()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05)
     mixup = PatchMixup(grid=tapped.grid)
@@ -94,10 +97,12 @@ def interleave(functions: dict[str, Callable], rounds: int, device: torch.device
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def term_seconds(tapped: TappedViT, name: str, samples, labels, rounds: int, dtype: torch.dtype | None) -> float:
-    """Seconds of one term in a step, forward and backward: the objective with the term less the objective without.
+def term_seconds(
+    tapped: TappedViT, objectives: list[DiversityObjective], samples, labels, rounds: int, dtype: torch.dtype | None
+) -> float:
+    """Seconds that the second objective takes in a step, forward and backward, over the first.
 
-    The backbone runs once, forward; the objective is differentiated down to the tensors it reads.
+    The backbone runs once, forward; the objectives are differentiated down to the tensors they read.
     """
     mixed, target = PatchMixup(grid=tapped.grid)(samples, labels)
     with autocast(samples.device, dtype):
@@ -111,13 +116,9 @@ def term_seconds(tapped: TappedViT, name: str, samples, labels, rounds: int, dty
             loss, _ = objective(output, target)
         torch.autograd.grad(loss, read, retain_graph=True, allow_unused=True)
 
-    objectives = {
-        "with": DiversityObjective({name: 1.0}, smoothing=0.1),
-        "without": DiversityObjective({}, smoothing=0.1),
-    }
-    functions = {key: lambda objective=objective: differentiate(objective) for key, objective in objectives.items()}
+    functions = {i: lambda objective=objective: differentiate(objective) for i, objective in enumerate(objectives)}
     median = interleave(functions, rounds, samples.device)
-    return median["with"] - median["without"]
+    return median[1] - median[0]
 
 
 def tap_seconds(tapped: TappedViT, samples: torch.Tensor, rounds: int, dtype: torch.dtype | None) -> dict[str, float]:
@@ -204,14 +205,23 @@ def compare_terms(args: argparse.Namespace, device: torch.device, dtype: torch.d
     print("| term | added time, ms | share of the step | added peak memory, MiB |")
     print("|---|---|---|---|")
     for name in args.terms or (MIXING, *REGULARIZERS):
-        objective = DiversityObjective({name: 1.0})
-        with TappedViT(model, objective.reads, objective.patch_logits).train() as tapped:
-            seconds = term_seconds(tapped, name, *next(inputs), 5 * args.rounds, dtype)
-            reads = [*tapped.reads, *(["patch_logits"] if tapped.patch_logits else [])]
+        options = REGULARIZERS[name].options if name in REGULARIZERS else ()
+        settings = {option: value for option, value in args.settings.items() if option in options}
+        # Without mixing only the class token has a gradient, and a term on the tokens' gradients has nothing to do.
+        base = {MIXING: 1.0} if "tokens" in DiversityObjective({name: 1.0}).reads else {}
+        with_term = DiversityObjective(base | {name: 1.0}, smoothing=0.1, **settings)
+        with TappedViT(model, with_term.reads, with_term.patch_logits).train() as tapped:
+            objectives = [DiversityObjective(base, smoothing=0.1), with_term]
+            seconds = term_seconds(tapped, objectives, *next(inputs), 5 * args.rounds, dtype)
+            reads = [*tapped.reads, *(["patch_logits"] if tapped.patch_logits and not base else [])]
         seconds += sum(taps.get(tap, 0) for tap in reads)
-        added = peak_bytes(diversified_step(args.model, device, dtype, {name: 1.0}), inputs, device) - plain_bytes
-        share = seconds / plain_seconds
-        print(f"| {name} | {1000 * seconds:.1f} | {100 * share:.1f} % | {added / 2**20:.1f} |", flush=True)
+        held = peak_bytes(diversified_step(args.model, device, dtype, with_term.coefs, **settings), inputs, device)
+        without = peak_bytes(diversified_step(args.model, device, dtype, base), inputs, device) if base else plain_bytes
+        share, label = (
+            seconds / plain_seconds,
+            ", ".join([name, *(f"{key}={value}" for key, value in settings.items())]),
+        )
+        print(f"| {label} | {1000 * seconds:.1f} | {100 * share:.1f} % | {(held - without) / 2**20:.1f} |", flush=True)
 
 
 def _now(device: torch.device) -> float:
@@ -228,6 +238,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--batch-size", type=int, default=16, help="images per step")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds after one warm-up")
     parser.add_argument("--terms", nargs="+", choices=(MIXING, *REGULARIZERS), metavar="TERM", help="only these")
+    parser.add_argument("--settings", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE",
+        help="of the terms that have them, e.g. cond_orth_steps=10")  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="as in main.py")
     args = parser.parse_args(argv)

@@ -237,7 +237,7 @@ class Progress:
         eta = datetime.timedelta(seconds=round(self.seconds / (step + 1) * (self.num_steps - step - 1)))
         width = len(str(self.num_steps))
         parts = [f"Epoch: [{self.epoch}]", f"[{step:>{width}}/{self.num_steps}]", f"eta: {eta}", f"lr: {lr:.6f}"]
-        parts += [f"{name}: {value:.4f}" for name, value in averages.items() if not name.endswith("_share")]
+        parts += [f"{name}: {value:.4g}" for name, value in averages.items() if not name.endswith("_share")]
         parts += [f"time: {seconds / steps:.4f}", f"data: {waited / steps:.4f}"]
         if self.world.device.type == "cuda":
             parts.append(f"max mem: {torch.cuda.max_memory_allocated(self.world.device) / 2**20:.0f}")

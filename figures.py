@@ -19,7 +19,7 @@ COLOURS = (
     "#56B4E9",
     "#000000",
 )  # Okabe and Ito, colour-blind safe
-STYLES = ("-", "--", ":")
+STYLES = ("-", "--", ":", "-.")
 plt.rcParams.update(
     {
         "figure.dpi": 120,
@@ -66,7 +66,10 @@ def curves(output_dir: Path, terms: list[str]) -> Path | None:
     if terms:
         _draw(raw[0], records, {f"train_{name}": name for name in terms})
         below_zero = any(record.get(f"train_{name}", 1) <= 0 for record in records for name in terms)
-        raw[0].set_yscale(**{"value": "symlog", "linthresh": 1e-2} if below_zero else {"value": "log"})
+        if below_zero:
+            raw[0].set_yscale("symlog", linthresh=1e-2)
+        else:
+            raw[0].set_yscale("log")
         scale = "linear below 0.01, log beyond" if below_zero else "log scale"
         raw[0].set(title="Terms, before their coefficients", ylabel=f"raw value ({scale})")
     for axis in (loss, accuracy, *raw):

@@ -186,8 +186,9 @@ def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjectiv
             weight_groups=args.weight_groups,
         )
     except TapError as error:
-        flags = [flag_of(f"{name}_coef") for name in objective.readers(error.tap)]
-        if error.argument:
+        terms = objective.coefs if error.argument == "model" else objective.readers(error.tap)
+        flags = [flag_of(f"{name}_coef") for name in terms]
+        if error.argument not in (None, "model"):
             flags.insert(0, f"{flag_of(error.argument)} {getattr(args, error.argument)}")
         raise SystemExit(f"error: --model {args.model} does not serve {', '.join(flags)}: {error}") from None
 
@@ -248,7 +249,7 @@ def epoch_line(record: dict, num_epochs: int) -> str:
     """One epoch on one line: the loss and the share of every part in it, accuracies and throughput."""
     parts = [name.removesuffix("_share") for name in record if name.endswith("_share")]
     shares = ", ".join(
-        f"{name.removeprefix('train_')} {record[name]:.4f} ({100 * record[f'{name}_share']:.1f} %)" for name in parts
+        f"{name.removeprefix('train_')} {record[name]:.4g} ({100 * record[f'{name}_share']:.1f} %)" for name in parts
     )
     loss = f"loss {record['train_loss']:.4f}: {shares}" if parts else "no step taken"
     return (

@@ -29,15 +29,22 @@ class Parser(argparse.ArgumentParser):
             SystemExit: a flag that is unknown or out of range, or a file that cannot be read.
         """
         argv = [_hyphens(word) for word in argv]
+        self.plain = {name: self.get_default(name) for preset in self.presets.values() for name in preset}
         path = _value_of("--config", argv)
         config = self._read(path) if path else {}
-        preset = _value_of("--preset", argv) or config.get("preset")
-        self.set_defaults(**self.presets.get(str(preset), {}))
-        args, unknown = self.parse_known_args(self._words_of(config) + argv)
+        preset = _value_of("--preset", argv)
+        self._use_preset(config.get("preset"))
+        words = self._words_of(config)
+        if preset is not None:  # it takes the place of the file's, whose other flags stay
+            self._use_preset(preset)
+        args, unknown = self.parse_known_args(words + argv)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
             self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
         return args
+
+    def _use_preset(self, name: str | None):
+        self.set_defaults(**self.plain | self.presets.get(str(name), {}))
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists every flag)\n")

@@ -10,16 +10,15 @@ from .regularizers import regularizer
 from .similarity import (
     contrast,
     cosines,
-    exact_spectral_spread,
     log_gram_determinant,
     mean_cosine,
     mean_cross_cosine,
     orthogonality_gap,
     separation,
-    spectral_spread,
     unit,
     without_diagonal,
 )
+from .spectral import spectral_spread
 
 
 def _flat(attention: torch.Tensor) -> torch.Tensor:
@@ -29,7 +28,7 @@ def _flat(attention: torch.Tensor) -> torch.Tensor:
 
 @regularizer(level="attention", coef=1e-4)
 def attn_cos_within(attention: torch.Tensor) -> torch.Tensor:
-    """Mean cosine between all pairs of heads' attention maps of the first block, a head with itself included.
+    """Mean cosine between all pairs of heads' attention maps, a head with itself included.
 
     Args:
         attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
@@ -61,7 +60,7 @@ def attn_abscos_within(attention: torch.Tensor) -> torch.Tensor:
 
 @regularizer(level="attention")
 def attn_offdiag_cos_within(attention: torch.Tensor) -> torch.Tensor:
-    """Mean cosine between the attention maps of two different heads of the first block.
+    """Mean cosine between the attention maps of two different heads.
 
     Args:
         attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1, H >= 2.
@@ -170,18 +169,13 @@ def attn_cond_orth(
     Source: The Principle of Diversity, conditional orthogonality; a variant in the released code.
     Differs: more steps and the exact spread are options.
     """
-    maps = _flat(attention)
-    if cond_orth_exact:
-        return exact_spectral_spread(maps).square().mean()
-    if probes is None:
-        probes = maps.new_empty(2, *maps.shape[:-1], 1).normal_()
-    gram = maps @ maps.mT  # H x H: the long maps are read once
-    return spectral_spread(lambda x: x @ gram, probes, cond_orth_steps, eps=1e-6).square().mean()
+    spread = spectral_spread(_flat(attention), probes, cond_orth_steps, cond_orth_exact, torch.randn, eps=1e-6)
+    return spread.square().mean()
 
 
 @regularizer(level="attention")
 def attn_mhs(attention: torch.Tensor, *, mhs_collapse_aware: bool = False) -> torch.Tensor:
-    """Maximum hyperspherical separation: pushes apart the two closest heads' unit maps of the first block.
+    """Maximum hyperspherical separation: pushes apart the unit maps of the two closest heads.
 
     Minus the smallest squared distance 2 - 2 cos between two heads of an image.
 
@@ -203,7 +197,7 @@ def attn_mhs(attention: torch.Tensor, *, mhs_collapse_aware: bool = False) -> to
 
 @regularizer(level="attention")
 def attn_mgd(attention: torch.Tensor) -> torch.Tensor:
-    """Maximum Gram determinant: -logdet(exp(-(2 - 2 cos)) + 1e-6 I) over the heads' maps of the first block.
+    """Maximum Gram determinant: -logdet(exp(-(2 - 2 cos)) + 1e-6 I) over the heads' maps.
 
     Args:
         attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.

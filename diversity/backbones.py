@@ -20,7 +20,8 @@ class TapError(ValueError):
 
     Attributes:
         tap: the tap's name, or "patch_logits".
-        argument: the argument of `TappedViT` that asked for too much; None when the tap itself is the trouble.
+        argument: the argument of `TappedViT` that asked for too much, "model" where it can give no tap at all; None
+            when the tap itself is the trouble.
     """
 
     def __init__(self, tap: str, model: nn.Module, missing: str, argument: str | None = None):
@@ -118,6 +119,8 @@ class Backbone:
             attn = getattr(self.blocks[i], "attn", None)
             if not isinstance(getattr(attn, "attn_drop", None), nn.Module):
                 raise TapError(tap, self.model, f"block {i} has no attention with an `attn_drop` to hook")
+            if hasattr(attn, "lambda_init"):
+                raise TapError(tap, self.model, "its differential attention has two maps for each head")
             if attn.num_heads < 2:
                 raise TapError(tap, self.model, "it has a single head, and terms on attention compare heads")
             windows = getattr(self.blocks[i], "window_size", self.grid)
@@ -132,15 +135,24 @@ class Backbone:
         if len(self.blocks) < 2:
             raise TapError(tap, self.model, "it has a single block, and cross-layer terms compare two")
         if getattr(self.blocks[0], "shift_size", None) != getattr(self.blocks[-1], "shift_size", None):
-            raise TapError(tap, self.model, "the windows of its first and last block hold different patches")
+            raise TapError(
+                tap,
+                self.model,
+                "the windows of its first and last block hold different patches; "
+                "a window as large as the grid (window_size) makes them one",
+            )
+
+    def require_head_on_tokens(self, tap: str):
+        """Raise `TapError` if attention pooling stands between the tokens and the head."""
+        if getattr(self.model, "attn_pool", None) is not None:
+            raise TapError(tap, self.model, "its head reads an attention pool, not tokens")
 
     def require_patch_head(self):
         """Raise `TapError` if the head cannot classify every patch."""
         classifier = self.model.get_submodule(self.head[-1])
         if not isinstance(classifier, nn.Linear) or classifier.in_features != self.model.num_features:
             raise TapError("patch_logits", self.model, "it has no linear `head` to classify patch tokens with")
-        if getattr(self.model, "attn_pool", None) is not None:
-            raise TapError("patch_logits", self.model, "its head reads an attention pool, not tokens")
+        self.require_head_on_tokens("patch_logits")
         if not isinstance(getattr(self.model, "patch_drop", None), nn.Identity | None):
             missing = "patches are dropped (patch_drop_rate), so their labels would not fit"
             raise TapError("patch_logits", self.model, missing)

@@ -10,22 +10,20 @@ from .regularizers import regularizer
 from .similarity import (
     contrast,
     cosines,
-    exact_spectral_spread,
-    gram_product,
     log_gram_determinant,
     mean_cosine,
     mean_cross_cosine,
     orthogonality_gap,
     separation,
-    spectral_spread,
     unit,
     without_diagonal,
 )
+from .spectral import spectral_spread
 
 
 @regularizer(level="embedding", coef=0.5)
 def emb_cos_within(last: torch.Tensor) -> torch.Tensor:
-    """Mean cosine between all pairs of patch tokens of the last layer: signed, a token with itself included.
+    """Mean cosine between all pairs of patch tokens of an image: signed, a token with itself included.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
@@ -41,7 +39,7 @@ def emb_cos_within(last: torch.Tensor) -> torch.Tensor:
 
 @regularizer(level="embedding")
 def emb_abscos_within(last: torch.Tensor) -> torch.Tensor:
-    """Mean absolute cosine between all pairs of patch tokens of the last layer, a token with itself included.
+    """Mean absolute cosine between all pairs of patch tokens of an image, a token with itself included.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
@@ -57,7 +55,7 @@ def emb_abscos_within(last: torch.Tensor) -> torch.Tensor:
 
 @regularizer(level="embedding")
 def emb_offdiag_cos_within(last: torch.Tensor) -> torch.Tensor:
-    """Mean signed cosine between two different patch tokens of the last layer.
+    """Mean signed cosine between two different patch tokens of an image.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded, P >= 2.
@@ -76,7 +74,7 @@ def emb_offdiag_cos_within(last: torch.Tensor) -> torch.Tensor:
 
 @regularizer(level="embedding")
 def emb_offdiag_abscos_within(last: torch.Tensor) -> torch.Tensor:
-    """Mean absolute cosine between two different patch tokens of the last layer.
+    """Mean absolute cosine between two different patch tokens of an image.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded, P >= 2.
@@ -172,7 +170,7 @@ def emb_dot_contrast_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Ten
 
 @regularizer(level="embedding")
 def emb_so(last: torch.Tensor) -> torch.Tensor:
-    """Soft orthogonality of patch tokens: squared Frobenius norm of (T T^T - I), T the unit tokens of the last layer.
+    """Soft orthogonality of patch tokens: squared Frobenius norm of (T T^T - I), T the unit tokens of an image.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
@@ -194,7 +192,7 @@ def emb_cond_orth(
     cond_orth_steps: int = 1,
     cond_orth_exact: bool = False,
 ) -> torch.Tensor:
-    """Spread of the spectrum of T T^T: (largest - smallest eigenvalue)^2, T the unit tokens of the last layer.
+    """Spread of the spectrum of T T^T: (largest - smallest eigenvalue)^2, T the unit tokens of an image.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
@@ -208,17 +206,13 @@ def emb_cond_orth(
     Source: The Principle of Diversity, conditional orthogonality; a variant in the released code.
     Differs: matrix-vector products only; more steps and the exact spread are options.
     """
-    tokens = unit(last)
-    if cond_orth_exact:
-        return exact_spectral_spread(tokens).square().mean()
-    if probes is None:
-        probes = tokens.new_empty(2, *tokens.shape[:-1], 1).normal_()
-    return spectral_spread(gram_product(tokens), probes, cond_orth_steps, eps=1e-6).square().mean()
+    spread = spectral_spread(unit(last), probes, cond_orth_steps, cond_orth_exact, torch.randn, eps=1e-6)
+    return spread.square().mean()
 
 
 @regularizer(level="embedding")
 def emb_mhs(last: torch.Tensor, *, mhs_collapse_aware: bool = False) -> torch.Tensor:
-    """Maximum hyperspherical separation: pushes apart the two closest unit patch tokens of the last layer.
+    """Maximum hyperspherical separation: pushes apart the two closest unit patch tokens of an image.
 
     Minus the smallest squared distance 2 - 2 cos between two tokens of an image.
 
@@ -240,7 +234,7 @@ def emb_mhs(last: torch.Tensor, *, mhs_collapse_aware: bool = False) -> torch.Te
 
 @regularizer(level="embedding")
 def emb_mgd(last: torch.Tensor) -> torch.Tensor:
-    """Maximum Gram determinant: -logdet(exp(-(2 - 2 cos)) + 1e-6 I) over the patch tokens of the last layer.
+    """Maximum Gram determinant: -logdet(exp(-(2 - 2 cos)) + 1e-6 I) over the patch tokens of an image.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
@@ -258,16 +252,16 @@ def emb_mgd(last: torch.Tensor) -> torch.Tensor:
 def emb_grad_diversity(grad: torch.Tensor) -> torch.Tensor:
     """Gradient diversity: minus the sum of squared norms over the squared norm of the sum of the tokens' gradients.
 
+    Where only the class token is classified (token pooling, no mixing) it alone has a gradient, and the value is -1.
+    `DiversityObjective` takes the gradient inside the step, which torch.compile cannot trace.
+
     Args:
         grad: [B, N, D], gradient of the classification loss at the output of the last block, prefix tokens included;
             its scale does not matter.
 
     Returns:
         0-dim, <= -1/N: -1/N when all tokens of an image have one gradient, -1 when they are orthogonal, without
-        bound as they cancel.
-
-    Where only the class token is classified (token pooling, no mixing) it alone has a gradient, and the value is -1.
-    `DiversityObjective` takes the gradient inside the step, which torch.compile cannot trace.
+        bound as they cancel. 0 when there is no gradient at all.
 
     Source: Gradient diversity (Yin et al. 2018); a variant in the released code.
     Differs: none.

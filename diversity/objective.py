@@ -13,7 +13,7 @@ from .taps import TapOutput
 
 MIXING = "mixing"
 MIXING_BALANCES = ("tokens", "equal")
-TAP_BEHIND = {"grad": "tokens"}
+DERIVED_FROM = {"grad": "tokens"}
 """What a term reads that the forward pass cannot give: the tap from which the objective makes it."""
 
 
@@ -35,8 +35,7 @@ class DiversityObjective(nn.Module):
         options: settings of the terms, such as cond_orth_steps=5; each goes to the terms that have it.
 
     Raises:
-        ValueError: an unknown name, a coefficient that is negative or not finite, a smoothing outside [0, 1), or
-            options that contradict each other.
+        ValueError: an unknown name, a coefficient that is negative or not finite, or a smoothing outside [0, 1).
         TypeError: an unknown option.
 
     Source: The Principle of Diversity; coefficients of its runs are each term's `coef`.
@@ -69,7 +68,7 @@ class DiversityObjective(nn.Module):
             for name, term in self.terms.items()
         }
         self.patch_logits = MIXING in self.coefs
-        self.reads = sorted({TAP_BEHIND.get(tap, tap) for term in self.terms.values() for tap in term.reads})
+        self.reads = sorted({DERIVED_FROM.get(tap, tap) for term in self.terms.values() for tap in term.reads})
 
     def forward(
         self,
@@ -145,7 +144,9 @@ class DiversityObjective(nn.Module):
         """Names of the active terms that need a tap of `reads`, or "patch_logits"."""
         if tap == "patch_logits":
             return [MIXING]
-        return [name for name, term in self.terms.items() if tap in [TAP_BEHIND.get(read, read) for read in term.reads]]
+        return [
+            name for name, term in self.terms.items() if tap in [DERIVED_FROM.get(read, read) for read in term.reads]
+        ]
 
     def table(self) -> str:
         """The active terms, one line each: name, coefficient, what it reads and its settings."""
@@ -176,9 +177,6 @@ def _check(coefs, smoothing, mixing_balance, options):
     unknown = sorted(set(options) - {option for term in REGULARIZERS.values() for option in term.options})
     if unknown:
         raise TypeError(f"no term has an option {unknown[0]!r}")
-    steps = options.get("cond_orth_steps", 1)
-    if steps < 1 or (steps > 1 and options.get("cond_orth_exact")):
-        raise ValueError(f"cond_orth_steps must be >= 1, and 1 with cond_orth_exact, which takes none; got {steps}")
 
 
 def _token_gradient(classification: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

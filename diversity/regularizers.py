@@ -5,6 +5,7 @@ column, README row, tests) follows from its entry in `REGULARIZERS`.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class Regularizer:
         name: the term's name and the stem of its flag, `--<name>_coef`.
         level: "embedding", "attention" or "weight".
         reads: names of the taps it needs, in the order of its parameters.
-        options: names of its settings, which are flags too: `cond_orth_steps` is `--cond-orth-steps`.
+        options: {name: default} of its settings, which are flags too: `cond_orth_steps` is `--cond-orth-steps`.
         doc: its docstring.
         coef: coefficient in the paper's training runs; 0 where the paper's runs leave the term off.
         function: the decorated function.
@@ -33,7 +34,7 @@ class Regularizer:
     name: str
     level: str
     reads: tuple[str, ...]
-    options: tuple[str, ...]
+    options: dict[str, object]
     doc: str
     coef: float
     function: Callable[..., torch.Tensor]
@@ -50,6 +51,11 @@ class Regularizer:
     def formula(self) -> str:
         """The first paragraph of the docstring on one line, for tables."""
         return " ".join(self.doc.split("\n\n")[0].split())
+
+    def option_help(self, option: str) -> str:
+        """What the docstring's Args say about an option, on one line."""
+        (text,) = re.findall(rf"^ +{option}: (.*(?:\n {{8,}}.*)*)", self.doc, flags=re.MULTILINE)
+        return " ".join(text.split()).rstrip(".")
 
 
 REGULARIZERS: dict[str, Regularizer] = {}
@@ -70,7 +76,7 @@ def regularizer(level: str, coef: float = 0.0):
     def enter(function: Callable[..., torch.Tensor]) -> Regularizer:
         parameters = inspect.signature(function).parameters.values()
         reads = tuple(p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
-        options = tuple(p.name for p in parameters if p.name not in (*reads, "probes"))
+        options = {p.name: p.default for p in parameters if p.name not in (*reads, "probes")}
         assert function.__name__ not in REGULARIZERS, f"{function.__name__} is entered twice"
         term = Regularizer(function.__name__, level, reads, options, inspect.getdoc(function), coef, function)
         REGULARIZERS[term.name] = term

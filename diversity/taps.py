@@ -92,8 +92,8 @@ class TappedViT(nn.Module):
         self.weight_groups = parse_weight_groups(weight_groups)
         self.backbone = Backbone.of(model)
         if self.backbone is None and (reads or patch_logits):
-            missing = "it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models"
-            raise TapError((*self.reads, "patch_logits")[0], model, missing)
+            tap = self.reads[0] if self.reads else "patch_logits"
+            raise TapError(tap, model, "it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models", "model")
         self.grid = self.backbone.grid if self.backbone else None
         self._sources = {tap: self._sources_of(tap, emb_layers, attn_layers) for tap in self.reads}
         if patch_logits:
@@ -108,13 +108,15 @@ class TappedViT(nn.Module):
         if not self.training:
             return self.model(samples)
         self._captured = {}
-        logits = self.model(samples)
-        taken = {tap: self._tap(tap) for tap in self.reads}
-        if self.patch_logits:
-            taken["patch_logits"] = self.backbone.classify(self.backbone.patch_tokens(self._take("norm", "final")))
+        try:
+            logits = self.model(samples)
+            taken = {tap: self._tap(tap) for tap in self.reads}
+            if self.patch_logits:
+                taken["patch_logits"] = self.backbone.classify(self.backbone.patch_tokens(self._take("norm", "final")))
+        finally:
+            self._captured = None
         if isinstance(logits, tuple):
             logits, taken["dist_logits"] = logits
-        self._captured = None
         return TapOutput(logits, **taken)
 
     def close(self):
@@ -141,9 +143,9 @@ class TappedViT(nn.Module):
                 shapes = ", ".join(f"{len(stack)} of [{stack.shape[1]}, {stack.shape[2]}]" for stack in stacks)
                 lines.append(f"{tap:<24}{', '.join(self.weight_groups)} of all blocks: {shapes}")
             else:
-                (what, *_), indices = zip(*self._sources[tap], strict=True)
-                blocks = f"block{'s' * (len(indices) > 1)} {', '.join(map(str, indices))}"
-                lines.append(f"{tap:<24}{what} of {blocks}")
+                sources = self._sources[tap]
+                blocks = ", ".join(str(i) for _, i in sources)
+                lines.append(f"{tap:<24}{sources[0][0]} of block{'s' if len(sources) > 1 else ''} {blocks}")
         if self.patch_logits:
             lines.append(f"{'patch logits':<24}{self.grid[0]} x {self.grid[1]} patches")
         heading = f"{'tap':<24}from the {len(self.backbone.blocks)} {self.backbone.blocks_are}" if lines else ""
@@ -167,6 +169,7 @@ class TappedViT(nn.Module):
                 backbone.require_patches(tap)
                 return [("output", i) for i in backbone.layer_indices(tap, "emb_layers", emb_layers)]
             case "tokens":
+                backbone.require_head_on_tokens(tap)
                 return [("output", final)]
             case "attention":
                 indices = backbone.layer_indices(tap, "attn_layers", attn_layers)

@@ -9,14 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .regularizers import regularizer
-from .similarity import (
-    exact_spectral_spread,
-    gram_product,
-    log_gram_determinant,
-    orthogonality_gap,
-    separation,
-    spectral_spread,
-)
+from .similarity import log_gram_determinant, orthogonality_gap, separation
+from .spectral import spectral_spread
 
 Stacks = torch.Tensor | Sequence[torch.Tensor]
 
@@ -32,12 +26,7 @@ def _spectral_term(weights, probes, steps, exact, normalize):
     """Sum over the matrices of squared spreads; `normalize`d, the mean of the spreads over the width, squared."""
 
     def spread(matrices, start=None):
-        if exact:
-            value = exact_spectral_spread(matrices)
-        else:
-            if start is None:
-                start = torch.rand(2, *matrices.shape[:2], 1, dtype=matrices.dtype, device=matrices.device)
-            value = spectral_spread(gram_product(matrices), start, steps)
+        value = spectral_spread(matrices, start, steps, exact, torch.rand)
         return value / min(matrices.shape[1:]) if normalize else value
 
     spreads = _of_each(spread, weights) if probes is None else _of_each(spread, weights, probes)
@@ -65,7 +54,7 @@ def weight_mha_cond_orth(
         cond_orth_exact: eigenvalues by a dense solver, without probes and steps.
         cond_orth_normalize: the mean over the matrices of ((largest - smallest) / D)^2, D the smaller side of a matrix.
             At timm's initial weights, whose standard deviation is 0.02 at any width, this does not depend on width and
-            depth, so a coefficient carries over.
+            depth, so a coefficient carries over. A coefficient c of the plain sum over M matrices becomes c * M * D^2.
 
     Returns:
         0-dim, >= 0, in the unit of the weights to the fourth power; grows with M unless normalized.

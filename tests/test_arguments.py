@@ -1,12 +1,13 @@
 """The flags: spellings, the original DeiT's command line, files of flags, and checks across flags."""
 
 import argparse
+from unittest import mock
 
 import pytest
 import yaml
 
 from arguments import build_parser, coefficients, parse_args, term_options, without_effect
-from diversity import PRESETS, REGULARIZERS
+from diversity import PRESETS, REGULARIZERS, regularizer
 
 FLAGS = [
     (action, flag)
@@ -188,6 +189,44 @@ def test_explicit_flags_override_a_preset_wherever_they_stand(tmp_path):
     assert coefficients(parse_args(["--config", path, "--preset", "diversepatch"]))["emb_dot_contrast_cross"] == 1
     args = parse_args(["--config", path, "--preset", "none"])
     assert coefficients(args) == dict.fromkeys(("mixing", *REGULARIZERS), 0.0) | {"mixing": 0.25}
+
+
+@pytest.mark.parametrize("first", PRESETS)
+@pytest.mark.parametrize("second", [*PRESETS, "none", ""])
+def test_a_preset_beside_a_runs_args_yaml_takes_the_place_of_its_preset(tmp_path, first, second):
+    words = ["--mixing_coef", "0.25", "--cond-orth-normalize", "--lr", "1e-3"]
+    path = config(tmp_path, yaml.safe_dump(vars(parse_args(["--preset", first, *words]))))
+    args = parse_args(["--config", path, f"--preset={second}"])
+    args.config = None
+    assert args == parse_args([f"--preset={second}", *words])
+
+
+def test_exact_spectra_override_the_power_steps_of_a_preset():
+    args = parse_args(["--preset", "corrected", "--cond-orth-exact"])
+    assert (args.cond_orth_exact, args.cond_orth_steps) == (True, 1)
+
+
+def test_a_new_option_is_a_flag_with_the_help_of_its_docstring(capsys):
+    with mock.patch.dict(REGULARIZERS):
+
+        @regularizer(level="embedding")
+        def emb_of_this_test(last, *, power=2, scale_of_it=0.5, centred=False):
+            """Mean power.
+
+            Args:
+                last: [B, P, D].
+                power: the exponent, in
+                    words.
+                scale_of_it: a factor.
+                centred: without the mean.
+            """
+
+        words = ["--power", "3", "--scale_of_it", "0.25", "--centred"]
+        args = parse_args(words)
+        assert term_options(args) | {"power": 3, "scale_of_it": 0.25, "centred": True} == term_options(args)
+        with pytest.raises(SystemExit):
+            parse_args(["--help"])
+        assert "the exponent, in words (default: 2)" in capsys.readouterr().out
 
 
 def test_every_option_of_a_term_is_a_flag():

@@ -11,7 +11,16 @@ import torch
 from golden_inputs import normals
 from torch.nn import functional as F
 
-from diversity import LEVELS, REGULARIZERS, TAPS, WEIGHT_GROUPS, DiversityObjective, PatchMixup, TappedViT
+from diversity import (
+    LEVELS,
+    REGULARIZERS,
+    TAPS,
+    WEIGHT_GROUPS,
+    DiversityObjective,
+    MixedTarget,
+    PatchMixup,
+    TappedViT,
+)
 
 CLASSES = 5
 VIT = dict(img_size=32, patch_size=8, depth=3, embed_dim=24, num_heads=3)
@@ -298,13 +307,13 @@ def test_taps_equal_an_unrolled_forward(name, layers):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_eval_returns_the_logits_of_the_untouched_fused_model(name):
-    stock = build(name).float().eval()
+    stock = build(name).eval()
     tapped = TappedViT(copy.deepcopy(stock), taps_of(FAMILIES[name]), True, emb_layers="all", attn_layers="all").eval()
     for attn in attentions(stock):
         attn.fused_attn = True
-    logits = tapped(images().float())
+    logits = tapped(images())
     assert type(logits) is torch.Tensor
-    torch.testing.assert_close(logits, stock(images().float()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, stock(images()), rtol=0, atol=1e-6)
     assert not tapped._captured
 
 
@@ -393,3 +402,25 @@ def test_checkpointing_changes_neither_taps_nor_gradients(name):
         tapped = TappedViT(model, TAPS, patch_logits=True, emb_layers="all", attn_layers="all")
         results.append(step(tapped, objective))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["deit", "eva02", "swin"])
+def test_a_training_step_with_all_terms_on_cuda(name, dtype):
+    objective = objective_of(FAMILIES[name])
+    on_cpu, on_cuda = (
+        TappedViT(build(name).float().to(device), objective.reads, objective.patch_logits) for device in ("cpu", "cuda")
+    )
+    samples, labels = images(4).float(), torch.tensor([0, 3, 1, 4])
+    samples, target = PatchMixup(grid=on_cpu.grid)(samples, labels)
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):
+        loss, terms = objective(on_cuda(samples.cuda()), MixedTarget(*(part.cuda() for part in target)))
+    loss.backward()
+    assert all(value.isfinite() for value in terms.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in on_cuda.parameters())
+    if dtype is None:
+        expected = objective(on_cpu(samples), target)[1]
+        for term in REGULARIZERS:
+            if term in terms and "cond_orth" not in term:  # which draw random start vectors
+                assert terms[term].item() == pytest.approx(expected[term].item(), rel=2e-2, abs=1e-4), term

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import BRIEF, TINY, TINY_MODEL, make_image_folder, run_main, run_process
 
-from diversity import REGULARIZERS
+from diversity import PRESETS, REGULARIZERS
 from models import build_model
 
 FOLDER = ("--data-set", "IMNET", "--batch-size", 2, "--no-repeated-aug", "--data-path")
@@ -103,6 +103,11 @@ def test_a_term_needs_a_transformer_that_it_knows(refused, term):
     flag = f"--{term.replace('_', '-')}-coef"
     line = refused(*CONVNET, flag, 1, base=BRIEF)
     assert "--model resnet10t" in line and flag in line and "ViT" in line
+
+
+def test_every_term_that_an_unknown_family_lacks_is_named(refused):
+    line = refused(*CONVNET, "--preset", "released", base=BRIEF)
+    assert all(f"--{name.replace('_', '-')}-coef" in line for name in PRESETS["released"].coefs)
 
 
 def test_a_convolutional_net_trains_without_terms(tmp_path, capsys):

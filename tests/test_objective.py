@@ -278,14 +278,8 @@ def test_table_shows_settings():
 
 # --- options
 
-OPTIONS = {"cond_orth_steps": 3, "cond_orth_exact": True, "cond_orth_normalize": True, "mhs_collapse_aware": True}
 
-
-def test_every_option_is_tested():
-    assert set(OPTIONS) == {option for term in REGULARIZERS.values() for option in term.options}
-
-
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", textbook.OPTION_VALUES)
 def test_an_option_reaches_the_terms_that_have_it(option):
     output = outputs()
     weights = normals(9, 2, 3, 4, 1)
@@ -293,7 +287,7 @@ def test_an_option_reaches_the_terms_that_have_it(option):
     probes |= {"emb_cond_orth": normals(10, 2, BATCH, PATCHES, 1), "attn_cond_orth": normals(11, 2, BATCH, 2, 1)}
     given = {"first", "last", "attention", "weights"}
     coefs = {name: 0.1 for name, term in REGULARIZERS.items() if given.issuperset(term.reads)}
-    chosen = {option: OPTIONS[option]}
+    chosen = {option: textbook.OPTION_VALUES[option]}
     objective = DiversityObjective(coefs, **chosen)
     plain = DiversityObjective(coefs)(output, targets(), probes=probes)[1]
     terms = objective(output, targets(), probes=probes)[1]
@@ -309,13 +303,6 @@ def test_an_option_reaches_the_terms_that_have_it(option):
 def test_unknown_option_is_an_error():
     with pytest.raises(TypeError, match="no term has an option 'cond_orth_step'"):
         DiversityObjective({"weight_mha_cond_orth": 1.0}, cond_orth_step=3)
-
-
-@pytest.mark.parametrize("options", [{"cond_orth_steps": 0}, {"cond_orth_steps": 2, "cond_orth_exact": True}])
-def test_contradicting_options_are_an_error(options):
-    with pytest.raises(ValueError, match="cond_orth_steps must be >= 1, and 1 with cond_orth_exact"):
-        DiversityObjective({"weight_mha_cond_orth": 1.0}, **options)
-    DiversityObjective({"weight_mha_cond_orth": 1.0}, cond_orth_steps=1, cond_orth_exact=True)
 
 
 # --- presets

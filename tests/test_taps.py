@@ -254,7 +254,7 @@ def test_another_family_cannot_give_taps(family, tap, request):
     missing = f"{type(model).__name__} cannot give {tap}: it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models"
     with pytest.raises(TapError, match=missing) as raised:
         tapped_with(tap, model)
-    assert (raised.value.tap, raised.value.argument) == (tap, None)
+    assert (raised.value.tap, raised.value.argument) == (tap, "model")
     assert hooks(model) == []
 
 
@@ -282,6 +282,8 @@ LACKING = [  # tap, family, arguments of the model and of TappedViT, the message
     ("weights", "eva02_clip", {}, {"weight_groups": "qkv,fc1"}, "no linear layer 'fc1'", "weight_groups"),
     ("patch_logits", "deit", {"patch_drop_rate": 0.5}, {}, "patches are dropped", None),
     ("patch_logits", "eva", {"patch_drop_rate": 0.5}, {}, "patches are dropped", None),
+    ("attention", "vit", {"attn_layer": "diff", "num_heads": 3}, {}, "two maps for each head", None),
+    ("tokens", "vit", {"global_pool": "map"}, {}, "its head reads an attention pool", None),
     ("patch_logits", "vit", {"global_pool": "map"}, {}, "its head reads an attention pool", None),
     ("patch_logits", "deit", {"num_classes": 0}, {}, "it has no linear `head`", None),
     ("patch_logits", "swin", {"num_classes": 0}, {}, "it has no linear `head`", None),
@@ -345,6 +347,14 @@ def test_fused_attention_is_not_passed_over_in_silence(tap, block):
     tapped.model.blocks[block].attn.fused_attn = True
     with pytest.raises(RuntimeError, match=f"the hook for the maps of block {block} did not fire"):
         tapped(images())
+
+
+def test_a_forward_that_fails_keeps_nothing():
+    tapped = TappedViT(build(), reads=TAPS, patch_logits=True)
+    tapped.model.norm.register_forward_pre_hook(lambda module, inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tapped(images())
+    assert tapped._captured is None
 
 
 # --- torch.compile

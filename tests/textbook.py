@@ -6,6 +6,14 @@ with random start vectors take them as `probes`, and options under the names tha
 
 import torch
 
+OPTION_VALUES = {
+    "cond_orth_steps": 3,
+    "cond_orth_exact": True,
+    "cond_orth_normalize": True,
+    "mhs_collapse_aware": True,
+}
+"""A value other than the default for every option of a term."""
+
 
 def cosines(a, b):
     """Dense [len(a), len(b)] matrix of cosines between the rows, x^ = x / max(|x|, 1e-8)."""
