@@ -122,6 +122,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
 
 
 def build_parser() -> Parser:
+    """The parser of every flag, with the presets' defaults."""
     parser = Parser(
         prog="main.py",
         description="Train or evaluate a timm vision transformer with diversity regularizers.",

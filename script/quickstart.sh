@@ -10,8 +10,7 @@ export OMP_NUM_THREADS=1  # so small a model gains little from a second thread, 
 .venv/bin/python main.py \
   --data-set DIGITS --input-size 48 --patch-size 12 --num-workers 1 \
   --model deit_tiny_patch16_224_diverse --model-kwargs depth=4 embed_dim=96 num_heads=4 weight_init=jax \
-  --mixing_coef 1 --emb_cos_within_coef 0.5 --emb_contrast_cross_coef 0.5 \
-  --attn_cos_within_coef 1e-4 --weight_mha_cond_orth_coef 5e-4 \
+  --preset released \
   --epochs 80 --warmup-epochs 1 --batch-size 32 --lr 2e-3 --unscale-lr --drop-path 0 --model-ema-decay 0.98 \
   --no-repeated-aug --aa none --color-jitter 0 --reprob 0 --hflip 0 --scale 0.7 1 --ratio 0.9 1.1 \
   --mixup 0 --mixup-prob 0.2 --log-interval 0 --output_dir "$run" "$@"
