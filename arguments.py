@@ -43,16 +43,17 @@ HAVE_FLAGS = {
     "name": "--model",
     "flag": "--model",
 }  # what --model-kwargs may not hold
+NOT_REPEATED = ("config", "resume", "start_epoch", "local_rank")  # left out of args.yaml, which starts the run anew
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags from the command line, over those of `--config`, over the defaults; checked.
+def parse_args(argv: list[str] | None = None, config: dict | None = None) -> argparse.Namespace:
+    """Flags from the command line, over those of `--config` or `config`, over the defaults; checked.
 
     Raises:
         SystemExit: an unknown flag, a value out of range, or flags that contradict each other.
     """
     parser = build_parser()
-    args = parser.parse(sys.argv[1:] if argv is None else argv)
+    args = parser.parse(sys.argv[1:] if argv is None else argv, config)
     _check(parser, args)
     return args
 
@@ -93,7 +94,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (args.data_set.lower().startswith("wds/"), "repeated_aug aug_repeats max_bad_images dist_eval",
          "--data-set streams: its reader skips unreadable images"),
         (args.resume, "start_epoch", "--resume sets it"),
-        (not args.output_dir, "tensorboard", "nothing is written without --output-dir"),
+        (not args.output_dir, "tensorboard redundancy_every", "nothing is written without --output-dir"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) takes its place"),
         (small, "scale ratio eval_crop_ratio", "inputs up to 32 px are resized whole"),
@@ -164,6 +165,8 @@ def _run(parser):
         help="keep the average in main memory; it is evaluated there too")  # fmt: skip
     add("--max-nonfinite-steps", type=whole, default=100, help="skipped non-finite steps before training stops")
     add("--log-interval", type=whole, default=50, help="optimizer steps between console lines; 0 = one line an epoch")
+    add("--redundancy-every", type=whole, default=0, metavar="EPOCHS",
+        help="epochs between measurements of redundancy on a fixed batch of validation images; 0 = off")  # fmt: skip
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write events into the run folder")
 
 

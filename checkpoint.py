@@ -148,7 +148,21 @@ def load(path: str, flag: str) -> dict:
     return checkpoint
 
 
-def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True) -> list[str]:
+def stored_args(path: str, flag: str) -> dict:
+    """The flags that a checkpoint of this program was trained with; empty for other files of weights.
+
+    Raises:
+        SystemExit: the file is damaged.
+    """
+    if path.endswith(".safetensors"):
+        return {}
+    with _readable(path, flag):
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    args = stored.get("args") if isinstance(stored, dict) else None
+    return args if isinstance(args, dict) else {}
+
+
+def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, use_ema: bool = False) -> list[str]:
     """Load weights in any of timm's and DeiT's layouts, to fine-tune from or to teach with.
 
     Position embeddings and patch embeddings of another size are resampled by timm. A classifier of another size is
@@ -158,6 +172,7 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True) 
         model: a timm model.
         path: .pth or .safetensors file, or an https URL.
         flag: the flag that named it, for messages.
+        use_ema: load the averaged weights.
 
     Returns:
         One line for each thing that did not go in as it was.
@@ -167,7 +182,9 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True) 
     """
     path = _local_file(path, flag)
     with _readable(path, flag):
-        weights = timm.models.load_state_dict(path, use_ema=False, weights_only=True)
+        if use_ema and "model_ema" not in torch.load(path, map_location="cpu", weights_only=True):
+            raise SystemExit(f"error: {flag} {path} holds no averaged weights")
+        weights = timm.models.load_state_dict(path, use_ema=use_ema, weights_only=True)
     if not _is_weights(weights):
         raise SystemExit(f"error: {flag} {path} holds no model weights")
     notes, own = [], model.state_dict()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-import sys
+import json
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -18,24 +18,26 @@ from torch.nn.parallel import DistributedDataParallel
 import arguments
 import checkpoint
 import figures
-from datasets import build_data
-from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
+from datasets import Data, build_data
+from diversity import DiversityObjective, PatchMixup, TapError, TappedViT, measurable, measure_redundancy
 from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
 from losses import DistillationLoss
 from models import build_model
 from parsing import flag_of
 from utils import (
-    BadImageError,
     RunLog,
     World,
     environment_lines,
     joined_world,
     keep_freed_memory,
+    one_line_errors,
     quiet_warnings,
+    run_command,
     seed_everything,
 )
 
-NOT_REPEATED = ("config", "resume", "start_epoch", "local_rank")  # left out of args.yaml, which starts the run anew
+SUMMARY = "summary.json"
+WATCHED_IMAGES = 64  # whose redundancy is measured while training
 
 
 def main(args: Namespace, world: World):
@@ -113,6 +115,7 @@ def main(args: Namespace, world: World):
         tables,
     ]))  # fmt: skip
 
+    watched = watched_images(args, model, data, world)
     guard = FiniteGuard(args.max_nonfinite_steps, world)
     started = time.time()
     while state.epoch < num_epochs:
@@ -140,13 +143,18 @@ def main(args: Namespace, world: World):
         record = {f"train_{name}": value for name, value in train_stats.items()}
         record |= {f"test_{name}": value for name, value in test_stats.items()}
         record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": data.num_bad_images(world)}
+        if watched is not None and (epoch + 1) % args.redundancy_every == 0:
+            record |= redundancy_record(model, watched, log, epoch)
         log.epoch(record)
         log.print(epoch_line(record, num_epochs))
 
-    log.print(f"training time {datetime.timedelta(seconds=round(time.time() - started))}")
+    seconds = round(time.time() - started)
+    log.print(f"training time {datetime.timedelta(seconds=seconds)}")
     log.print(accuracy_line(test_stats))
     if output_dir:
         figures.curves(output_dir, list(objective.coefs))
+        accuracies = {f"test_{name}": value for name, value in test_stats.items()}
+        finish(output_dir, {"epochs": num_epochs, "training_seconds": seconds, **accuracies})
         log.print(f"run folder: {output_dir}")
     log.close()
 
@@ -219,7 +227,8 @@ def evaluate_both(model, model_ema, data, args, world, amp_dtype) -> dict[str, f
 def prepare_output_dir(args: Namespace, world: World, tables: str) -> Path | None:
     """The run folder, made by the main process; None on the others or without one.
 
-    It holds the flags as args.yaml and `tables`, the terms and what they read, as objective.txt.
+    It holds the flags as args.yaml and `tables`, the terms and what they read, as objective.txt; a summary.json of an
+    earlier end is gone until this run has ended.
 
     Raises:
         SystemExit: on all processes, if it cannot be written, or holds another run that is not being resumed.
@@ -233,16 +242,46 @@ def prepare_output_dir(args: Namespace, world: World, tables: str) -> Path | Non
             f"--resume {output_dir / checkpoint.LAST}, or choose another folder"
         )
     elif world.is_main:
-        flags = {name: value for name, value in vars(args).items() if name not in NOT_REPEATED}
+        flags = {name: value for name, value in vars(args).items() if name not in arguments.NOT_REPEATED}
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / "args.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
             (output_dir / "objective.txt").write_text(f"{tables}\n")
+            (output_dir / SUMMARY).unlink(missing_ok=True)
         except OSError as failure:
             error = f"error: --output-dir {output_dir} cannot be written: {failure.strerror}"
     if error := world.same_error(error):
         raise SystemExit(error)
     return output_dir if world.is_main else None
+
+
+def watched_images(args: Namespace, model: nn.Module, data: Data, world: World) -> torch.Tensor | None:
+    """The first validation images, whose redundancy is measured while training; None where it is not.
+
+    Raises:
+        SystemExit: the model cannot be measured.
+    """
+    if not args.redundancy_every:
+        return None
+    try:
+        measurable(model)
+    except TapError as error:
+        raise SystemExit(f"error: --redundancy-every cannot measure --model {args.model}: {error}") from None
+    return next(iter(data.val))[0][:WATCHED_IMAGES].to(world.device) if world.is_main else None
+
+
+def redundancy_record(model: nn.Module, samples: torch.Tensor, log: RunLog, epoch: int) -> dict[str, float]:
+    """Means over the layers of what analyze.py measures, for the epoch's record; `log` gets a figure of the layers."""
+    report = measure_redundancy(model, samples.split(16))
+    log.figure("redundancy", figures.redundancy_depth({f"epoch {epoch}": report}), epoch)
+    return {f"redundancy_{name}": value for name, value in report["summary"].items()}
+
+
+def finish(output_dir: Path, summary: dict):
+    """Write summary.json, by which a finished run is known."""
+    temporary = output_dir / f"{SUMMARY}.tmp"
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.replace(output_dir / SUMMARY)
 
 
 def epoch_line(record: dict, num_epochs: int) -> str:
@@ -267,20 +306,9 @@ def accuracy_line(stats: dict[str, float]) -> str:
 def command_line(argv: list[str] | None = None):
     """`main` with the flags of a command line; what a user can get wrong ends in one line and a non-zero exit."""
     args = arguments.parse_args(argv)
-    with joined_world(args.device, args.dist_url) as world:
-        try:
-            main(args, world)
-        except BadImageError as error:  # a loader worker's arrives with its traceback in the message
-            raise SystemExit(
-                f"error: {str(error).strip().splitlines()[-1].removeprefix('utils.BadImageError: ')}"
-            ) from None
+    with one_line_errors(), joined_world(args.device, args.dist_url) as world:
+        main(args, world)
 
 
 if __name__ == "__main__":
-    try:
-        command_line()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            sys.stderr.write(f"{stop.code}\n")  # in one piece, where several processes say it
-            sys.exit(1)
-        raise
+    run_command(command_line)

@@ -22,16 +22,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**kwargs)
         self.presets = presets
 
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Flags from `argv`, over those of its `--config`, over those of its `--preset`, over the defaults.
+    def parse(self, argv: list[str], config: dict | None = None) -> argparse.Namespace:
+        """Flags from `argv`, over those of `--config` (or `config`), over those of `--preset`, over the defaults.
 
         Raises:
             SystemExit: a flag that is unknown or out of range, or a file that cannot be read.
         """
-        argv = [_hyphens(word) for word in argv]
+        argv = [hyphens(word) for word in argv]
         self.plain = {name: self.get_default(name) for preset in self.presets.values() for name in preset}
         path = _value_of("--config", argv)
-        config = self._read(path) if path else {}
+        config = self._read(path) if path else config or {}
         preset = _value_of("--preset", argv)
         self._use_preset(config.get("preset"))
         words = self._words_of(config)
@@ -160,7 +160,7 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
         return None
 
 
-def _hyphens(word: str) -> str:
+def hyphens(word: str) -> str:
     """--output_dir=a_b -> --output-dir=a_b; values are left alone."""
     if not word.startswith("--"):
         return word

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,27 @@ from tqdm import tqdm
 
 class BadImageError(RuntimeError):
     """An image cannot be read and may not, or no longer, be replaced."""
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Turn `BadImageError` into the line that a command ends with."""
+    try:
+        yield
+    except BadImageError as error:  # a loader worker's arrives with its traceback in the message
+        line = str(error).strip().splitlines()[-1].removeprefix("utils.BadImageError: ")
+        raise SystemExit(f"error: {line}") from None
+
+
+def run_command(command: Callable[[], None]):
+    """Run a program; a `SystemExit` with a message becomes one line on standard error and exit code 1."""
+    try:
+        command()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.stderr.write(f"{stop.code}\n")  # in one piece, where several processes say it
+            sys.exit(1)
+        raise
 
 
 @dataclass(frozen=True)
@@ -172,6 +194,11 @@ class RunLog:
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+
+    def figure(self, name: str, figure, step: int):
+        """A matplotlib figure in TensorBoard; it is closed."""
+        if self.writer:
+            self.writer.add_figure(name, figure, step)
 
     def epoch(self, record: dict):
         """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/`."""

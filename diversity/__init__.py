@@ -12,11 +12,13 @@ from .backbones import WEIGHT_GROUPS, TapError
 from .mixing import MixedTarget, PatchMixup, patch_lam, token_cross_entropy
 from .objective import MIXING_BALANCES, DiversityObjective
 from .presets import PRESETS, Preset
+from .redundancy import MEASURES, measurable, measure_redundancy
 from .regularizers import LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer
 from .taps import TAPS, TapOutput, TappedViT
 
 __all__ = [
     "LEVELS",
+    "MEASURES",
     "MIXING_BALANCES",
     "PRESETS",
     "REGULARIZERS",
@@ -33,6 +35,8 @@ __all__ = [
     "attention",
     "embedding",
     "markdown_table",
+    "measurable",
+    "measure_redundancy",
     "patch_lam",
     "regularizer",
     "token_cross_entropy",

@@ -101,7 +101,7 @@ class Backbone:
         stacks = {}
         for block in self.all_blocks:
             for group in groups:
-                matrices = _matrices(block, group)
+                matrices = block_matrices(block, group)
                 if matrices is None:
                     raise TapError("weights", self.model, f"its blocks have no linear layer {group!r}", "weight_groups")
                 for stack in matrices:
@@ -185,7 +185,7 @@ def parse_weight_groups(groups: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(group for group in WEIGHT_GROUPS if group in names)
 
 
-def _matrices(block: nn.Module, group: str) -> list[torch.Tensor] | None:
+def block_matrices(block: nn.Module, group: str) -> list[torch.Tensor] | None:
     """One group's matrices in a block as stacks [k, Dout, Din]; None where the block has no such linear layer."""
     part = getattr(block, "attn" if group in ("qkv", "proj") else "mlp", None)
     joint = getattr(part, group, None)

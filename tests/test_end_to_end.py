@@ -35,7 +35,7 @@ def test_a_run_leaves_its_records(digits_run):
     folder, _ = digits_run
     names = {path.name.split(".out.tfevents")[0] for path in folder.iterdir()}
     assert names == {
-        "args.yaml", "objective.txt", "log.txt", "events", "curves.png",
+        "args.yaml", "objective.txt", "log.txt", "events", "curves.png", "summary.json",
         "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth",
     }  # fmt: skip
     assert yaml.safe_load((folder / "args.yaml").read_text())["epochs"] == 2
@@ -46,6 +46,8 @@ def test_a_run_leaves_its_records(digits_run):
     keys |= {f"train_{name}{end}" for name in ("mixing", *REGULARIZERS) for end in ("", "_share")}
     assert keys <= records[0].keys()
     assert records[0]["test_images"] == 360
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["epochs"] == 2 and summary["test_acc1_ema"] == records[1]["test_acc1_ema"]
 
 
 def test_a_run_prints_what_a_reader_needs_and_no_warnings(digits_run):

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The paper's ablation on ImageNet: DeiT-Small under the recipe of script/train_paper.sh, with none of the five terms,
+# each alone, each level alone, all but one level, and all. One process per GPU, or NGPU=n of them.
+#
+#   script/ablate_deit_small.sh DATA OUT [flags of main.py]
+#
+# DATA is a folder with train/ and val/, one folder a class; the runs are OUT/CELL/seedK. CELLS, SEEDS, TASK, TASKS and
+# DRY_RUN: see script/ablate.sh. On a cluster: script/slurm_ablate.sbatch.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+  echo "usage: $0 DATA OUT [flags of main.py]" >&2
+  exit 2
+fi
+data=$1 out=$2
+shift 2
+here=$(cd "$(dirname "$0")" && pwd)
+
+exec "$here/ablate.sh" "$out" ${NGPU:+env NGPU="$NGPU"} \
+  "$here/train_paper.sh" deit_small_patch16_224_diverse "$data" "$@"

@@ -1,0 +1,334 @@
+"""The ablation scripts: which runs they start with which terms, what they skip and resume, and what they survive."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from helpers import REPOSITORY, TINY
+
+import arguments
+from diversity import PRESETS, REGULARIZERS
+
+SCRIPTS = {"ablate_deit_small.sh": ["/data"], "ablate_cifar.sh": ["/data"], "ablate_digits.sh": []}
+"""{script: its arguments before OUT}"""
+
+EMBEDDING = ["emb_cos_within", "emb_contrast_cross"]
+LEVELS = {"mixing": ["mixing"], "embedding": EMBEDDING, "attention": ["attn_cos_within"],
+          "weight": ["weight_mha_cond_orth"]}  # fmt: skip
+FIVE = [term for terms in LEVELS.values() for term in terms]
+GRID = {
+    "plain": [],
+    **{f"only_{term}": [term] for term in FIVE},
+    "level_embedding": EMBEDDING,
+    **{f"without_{level}": [term for term in FIVE if term not in terms] for level, terms in LEVELS.items()},
+    "all": FIVE,
+}
+STEERING = re.compile("SLURM_|(CELLS|SEEDS|TASKS?|DRY_RUN|NGPU|OMP_NUM_THREADS)$")
+
+PRINT = 'for word in "$@"; do printf "%s\\n" "$word"; done'
+TRAIN = 'for run in "$@"; do :; done; mkdir -p "$run"; echo "$run" >> started; touch "$run/summary.json"'  # OUT is last
+REAL = f'exec {sys.executable} "$@"'
+
+
+class Checkout(SimpleNamespace):
+    """A folder with the scripts, whose Python is a shell script of ours; the scripts run there."""
+
+    def python(self, text):
+        path = self.folder / ".venv" / "bin" / "python"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo 2; exit; fi  # GPUs\n{text}\n')
+        path.chmod(0o755)
+
+    def start(self, command, **variables):
+        """A process in a group of its own, without the variables that steer a grid but for the given ones."""
+        env = {name: value for name, value in os.environ.items() if not STEERING.match(name)} | variables
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        return subprocess.Popen(["bash", *map(str, command)], cwd=self.folder, env=env, **options)
+
+    def run(self, *command, **variables):
+        process = self.start(command, **variables)
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            end(process)
+        return SimpleNamespace(rc=process.returncode, out=out, lines=err.splitlines())
+
+    def dry_run(self, script, *flags, out="out", **variables):
+        """{run folder: flags} of the commands that a script prints, each run as it is with a Python that prints."""
+        self.python(PRINT)
+        result = self.run(f"script/{script}", *SCRIPTS.get(script, []), *([out] if out else []), *flags,
+                          DRY_RUN="1", **variables)  # fmt: skip
+        assert result.rc == 0, result.lines
+        parsed = [self.flags_of(line) for line in result.out.splitlines()]
+        assert len({args.output_dir for args in parsed}) == len(parsed)
+        return {args.output_dir: args for args in parsed}
+
+    def flags_of(self, line, **variables):
+        words = self.run("-c", line, **variables).out.splitlines()
+        (main,) = [number for number, word in enumerate(words) if word.endswith("/main.py")]
+        return arguments.parse_args(words[main + 1 :])
+
+
+def end(process):
+    """Kill what is left of a process group that `Checkout.start` started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "check out"
+    folder.mkdir()
+    (folder / "script").symlink_to(REPOSITORY / "script")
+    (folder / "main.py").symlink_to(REPOSITORY / "main.py")
+    return Checkout(folder=folder)
+
+
+def differing(one, other):
+    return {name for name, value in vars(one).items() if value != getattr(other, name)}
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "script").iterdir()), ids=lambda path: path.name)
+def test_scripts_are_sound_shell(path):
+    text = path.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n# ")
+    assert subprocess.run(["bash", "-n", path], capture_output=True).returncode == 0
+    assert path.suffix == ".sbatch" or os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_cell_has_its_terms(script, checkout):
+    runs = checkout.dry_run(script)
+    assert list(runs) == [f"out/{cell}/seed0" for cell in GRID]
+    released = PRESETS["released"].coefs
+    for args, terms in zip(runs.values(), GRID.values(), strict=True):
+        expected = {name: released[name] if name in terms else 0 for name in ("mixing", *REGULARIZERS)}
+        assert arguments.coefficients(args) == expected
+        assert arguments.without_effect(args) == []
+        assert args.preset is None  # args.yaml of a cell names no preset that it does not train
+    assert len({tuple(arguments.coefficients(args).items()) for args in runs.values()}) == len(GRID)
+    assert not any(differing(args, runs["out/all/seed0"]) - {f"{term}_coef" for term in FIVE} - {"output_dir"}
+                   for args in runs.values())  # fmt: skip
+    assert runs["out/all/seed0"].seed == 0
+
+
+def test_deit_small_has_the_recipe_of_the_paper(checkout):
+    (args,) = checkout.dry_run("ablate_deit_small.sh", CELLS="all").values()
+    paper = checkout.flags_of("script/train_paper.sh deit_small_patch16_224_diverse /data")
+    assert differing(args, paper) == {"preset", "output_dir"}
+
+
+def test_digits_has_the_recipe_of_the_quickstart(checkout):
+    (args,) = checkout.dry_run("ablate_digits.sh", CELLS="all").values()
+    text = (REPOSITORY / "script" / "quickstart.sh").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^\.venv/bin/python main\.py (.*)$", text, flags=re.MULTILINE)
+    quickstart = arguments.parse_args(shlex.split(command.replace('"$@"', "")))
+    assert differing(args, quickstart) == {"preset", "output_dir"}
+
+
+def test_cifar_has_a_recipe_for_small_images(checkout):
+    (args,) = checkout.dry_run("ablate_cifar.sh", CELLS="all").values()
+    assert (args.data_set, args.data_path, args.train_split, args.val_split) == ("IMNET", "/data", "train", "test")
+    assert (args.model, args.model_kwargs["embed_dim"], args.model_kwargs["depth"], args.model_kwargs["num_heads"]) == (
+        "deit_tiny_patch16_224_diverse", 96, 6, 3
+    )  # fmt: skip
+    assert (args.input_size, args.patch_size, args.batch_size) == (32, 4, 128)
+    assert (args.epochs, args.warmup_epochs, args.lr, args.unscale_lr) == (30, 3, 1e-3, True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_seeds_cells_and_flags_are_the_users(script, checkout):
+    runs = checkout.dry_run(script, "--epochs", "7", "--min-lr", "0", out="my runs", CELLS="all plain", SEEDS="3 0")
+    assert list(runs) == [f"my runs/{cell}/seed{seed}" for seed in (3, 0) for cell in ("all", "plain")]
+    assert [args.seed for args in runs.values()] == [3, 3, 0, 0]
+    assert {(args.epochs, args.min_lr) for args in runs.values()} == {(7, 0)}
+
+
+def test_one_process_per_gpu_or_one_of_one_thread(checkout):
+    def command(script, **variables):
+        checkout.python('echo "threads $OMP_NUM_THREADS"\n' + PRINT)
+        line = checkout.run(f"script/{script}", *SCRIPTS[script], "out", DRY_RUN="1", CELLS="all", **variables).out
+        return checkout.run("-c", line).out.splitlines()
+
+    assert command("ablate_deit_small.sh")[4] == "--nproc_per_node=2"
+    assert command("ablate_deit_small.sh", NGPU="5")[4] == "--nproc_per_node=5"
+    for script in ("ablate_digits.sh", "ablate_cifar.sh"):
+        assert command(script)[0] == "threads 1"
+        words = command(script, OMP_NUM_THREADS="3")
+        assert words[0] == "threads 3"
+        assert words[1].endswith("/main.py")
+
+
+def test_without_an_environment_of_its_own_python3_is_taken(checkout):
+    result = checkout.run("script/ablate_digits.sh", "out", DRY_RUN="1", CELLS="plain")
+    assert shlex.split(result.out)[2] == "python3"
+
+
+@pytest.mark.parametrize("names", [("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("TASK", "TASKS")])
+@pytest.mark.parametrize("tasks", [5, 30])
+def test_array_tasks_share_the_runs(names, tasks, checkout):
+    def printed(**variables):
+        result = checkout.run("script/ablate_digits.sh", "out", DRY_RUN="1", SEEDS="0 1", **variables)
+        assert result.rc == 0
+        return result.out.splitlines()
+
+    every = printed()
+    assert len(every) == 24
+    for task in range(0, tasks, 1 if tasks == 5 else 7):
+        assert printed(**dict(zip(names, (str(task), str(tasks)), strict=True))) == every[task::tasks]
+
+
+def test_own_task_numbers_win_over_slurms(checkout):
+    """To repeat tasks 3 and 7 of an array of 12 alone."""
+    slurm = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2"}
+    (run,) = checkout.dry_run("ablate_digits.sh", TASKS="12", **slurm)
+    assert run == f"out/{list(GRID)[7]}/seed0"
+
+
+@pytest.mark.parametrize(
+    ("task", "tasks"), [("7", "2"), ("2", "2"), ("0", "0"), ("-1", "2"), ("first", "2"), ("0", "x")]
+)
+def test_a_task_that_would_miss_runs_is_refused(task, tasks, checkout):
+    checkout.python(TRAIN)
+    result = checkout.run("script/ablate_digits.sh", "out", SLURM_ARRAY_TASK_ID=task, SLURM_ARRAY_TASK_COUNT=tasks)
+    assert (result.rc, len(result.lines)) == (2, 1)
+    assert result.lines[0].startswith(f"error: there is no task {task} of {tasks}")
+    assert not (checkout.folder / "started").exists()
+
+
+def test_the_sbatch_file_runs_the_imagenet_grid(checkout, tmp_path):
+    spooled = tmp_path / "slurm_script"
+    spooled.write_text((REPOSITORY / "script" / "slurm_ablate.sbatch").read_text())
+    slurm = {"SLURM_SUBMIT_DIR": str(checkout.folder), "SLURM_ARRAY_TASK_ID": "13", "SLURM_ARRAY_TASK_COUNT": "24"}
+    user = {"DATA": "/image net", "OUT": "out", "SEEDS": "0 4"}
+    checkout.python(PRINT)
+    result = checkout.run(spooled, "--epochs", "9", DRY_RUN="1", **slurm, **user)
+    args = checkout.flags_of(result.out)
+    assert (args.output_dir, args.data_path, args.seed, args.epochs) == ("out/only_mixing/seed4", "/image net", 4, 9)
+    (array,) = re.findall(r"^#SBATCH --array=0-(\d+)$", spooled.read_text(), flags=re.MULTILINE)
+    assert int(array) == len(GRID) - 1
+    result = checkout.run(spooled, **slurm, DATA="/data")
+    assert (result.rc, result.lines[0][:6]) == (2, "usage:")
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "ablate.sh"])
+def test_too_few_arguments(script, checkout):
+    result = checkout.run(f"script/{script}", *SCRIPTS.get(script, ["out"]))
+    assert (result.rc, len(result.lines)) == (2, 1)
+    assert result.lines[0].startswith("usage:")
+
+
+def test_an_unknown_cell_is_named_before_anything_starts(checkout):
+    checkout.python(TRAIN)
+    result = checkout.run("script/ablate_digits.sh", "out", CELLS="plain only")
+    assert (result.rc, len(result.lines)) == (2, 1)
+    assert "no cell only; there are plain only_mixing" in result.lines[0]
+    assert not (checkout.folder / "started").exists()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--seed=1", "--output-dir", "--output_dir", "--emb_cos_within_coef", "--attn-so-coef=1", "--preset",
+             "--config", "--resume"]
+)  # fmt: skip
+def test_flags_that_the_grid_sets_are_refused(flag, checkout):
+    checkout.python(TRAIN)
+    result = checkout.run("script/ablate_digits.sh", "out", flag, "1")
+    assert (result.rc, len(result.lines)) == (2, 1)
+    assert result.lines[0].startswith(f"error: {flag.split('=')[0]} ")
+    assert not (checkout.folder / "started").exists()
+
+
+@pytest.mark.parametrize("dry", ["", "1"])
+def test_each_run_goes_on_where_it_was(dry, checkout):
+    """Finished: skipped. With a checkpoint: resumed. With a log alone: started anew, the log kept."""
+    names = ("finished", "interrupted", "died")
+    cells = ("plain", "only_mixing", "all")
+    folders = {name: checkout.folder / "out" / cell / "seed0" for name, cell in zip(names, cells, strict=True)}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        for file in ("log.txt", "checkpoint.pth"):
+            (folder / file).write_text("old")
+    (folders["finished"] / "summary.json").touch()
+    (folders["died"] / "checkpoint.pth").unlink()
+    (folders["died"] / "log.txt.1").write_text("older")
+    checkout.python(PRINT)
+    result = checkout.run("script/ablate_digits.sh", "out", CELLS=" ".join(cells), DRY_RUN=dry)
+    assert result.rc == 0
+    for line, told in zip(result.lines, ("skipped", "resumes", "log.txt.2"), strict=True):
+        assert told in line
+    if dry:
+        assert (folders["died"] / "log.txt").exists()
+        resumed, anew = map(checkout.flags_of, result.out.splitlines())
+    else:
+        resumed, anew = (arguments.parse_args(part.splitlines()) for part in re.split(r".*/main\.py\n", result.out)[1:])
+    assert (resumed.output_dir, resumed.resume) == (f"out/{cells[1]}/seed0", f"out/{cells[1]}/seed0/checkpoint.pth")
+    assert (anew.output_dir, anew.resume) == (f"out/{cells[2]}/seed0", "")
+    assert not (folders["died"] / "log.txt").exists()
+    assert [(folders["died"] / f"log.txt.{number}").read_text() for number in (1, 2)] == ["older", "old"]
+    assert (folders["interrupted"] / "log.txt").exists()
+
+
+def test_a_failed_run_is_named_and_the_others_run(checkout):
+    fail = 'case "$*" in *only_mixing/seed0* | *all/seed1*) exit 7;; esac'
+    checkout.python(f"{fail}\n{TRAIN}")
+    choice = {"CELLS": "plain only_mixing all", "SEEDS": "0 1"}
+    result = checkout.run("script/ablate_digits.sh", "out", **choice)
+    assert result.rc == 1
+    assert result.lines[-1] == "failed: only_mixing/seed0 all/seed1"
+    started = (checkout.folder / "started").read_text().splitlines()
+    assert started == ["out/plain/seed0", "out/all/seed0", "out/plain/seed1", "out/only_mixing/seed1"]
+    checkout.python(TRAIN)
+    assert checkout.run("script/ablate_digits.sh", "out", **choice).rc == 0
+    assert (checkout.folder / "started").read_text().splitlines()[4:] == ["out/only_mixing/seed0", "out/all/seed1"]
+
+
+@pytest.mark.parametrize(("name", "status"), [("INT", 130), ("TERM", 143)])
+def test_a_signal_ends_the_grid_and_not_one_run_alone(name, status, checkout):
+    checkout.python(f"trap '' {name}; echo begun; kill -{name} 0; exit 1")  # 0: the whole group, as from a terminal
+    result = checkout.run("script/ablate_digits.sh", "out", CELLS="plain all")
+    assert (result.rc, result.out) == (status, "begun\n")
+
+
+def test_a_killed_grid_is_continued(checkout):
+    """Real training: the second of two runs is killed after its first epoch, and the same command ends the grid."""
+    checkout.python(REAL)
+    cells, epochs = ("plain", "level_embedding"), 3
+    command = ["script/ablate_digits.sh", "out", *TINY, "--epochs", str(epochs), "--aa", "none"]
+    first, killed = folders = [checkout.folder / "out" / cell / "seed0" for cell in cells]
+    process = checkout.start(command, CELLS=" ".join(cells))
+    try:
+        deadline = time.monotonic() + 100
+        while not ((killed / "checkpoint.pth").exists() and (killed / "log.txt").exists()):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        end(process)
+        process.communicate()
+    assert (first / "summary.json").exists()
+    assert not (killed / "summary.json").exists()
+
+    finished = (first / "log.txt").stat().st_mtime_ns
+    result = checkout.run(*command, CELLS=" ".join(cells))
+    assert result.rc == 0, result.lines
+    told = [line for line in result.lines if line.startswith("out/")]
+    assert told == ["out/plain/seed0: finished, skipped", "out/level_embedding/seed0: interrupted, resumes"]
+    assert (first / "log.txt").stat().st_mtime_ns == finished
+    for folder, cell in zip(folders, cells, strict=True):
+        assert json.loads((folder / "summary.json").read_text())["epochs"] == epochs
+        records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        assert [record["epoch"] for record in records] == list(range(epochs))
+        logged = {name for name in FIVE if f"train_{name}" in records[-1]}
+        assert logged == set(GRID[cell])
+        kept = yaml.safe_load((folder / "args.yaml").read_text())
+        assert {name for name in FIVE if kept[f"{name}_coef"]} == set(GRID[cell])
