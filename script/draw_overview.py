@@ -1,0 +1,145 @@
+"""Draw Figs/overview.png: where the method taps a vision transformer, and what each of the paper's terms pulls apart.
+
+    python script/draw_overview.py
+
+The pictures are schematic: drawn numbers, not measured ones.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import figures  # noqa: E402  (sets the style)
+from figures import COLOURS, plt  # noqa: E402
+
+EMBEDDING, ATTENTION, WEIGHT, LABELS = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[3]
+
+
+def box(axis, x, width, text, colour="white", edge="#444444"):
+    """A labelled box on the line of the model; returns its centre."""
+    axis.add_patch(FancyBboxPatch((x, 0.38), width, 0.34, boxstyle="round,pad=0.01", facecolor=colour, edgecolor=edge))
+    axis.text(x + width / 2, 0.55, text, ha="center", va="center", fontsize=9)
+    return x + width / 2
+
+
+def tap(axis, x, colour, text, y=0.05, top=0.38):
+    """An arrow from the model down to the name of a tap."""
+    axis.add_patch(FancyArrowPatch((x, top), (x, y + 0.12), arrowstyle="-|>", mutation_scale=10, color=colour))
+    axis.text(x, y, text, ha="center", va="center", fontsize=9, color=colour, family="monospace")
+
+
+def draw_model(axis):
+    """The transformer as a row of boxes, with the taps below it."""
+    axis.set(xlim=(-0.1, 12.1), ylim=(-0.08, 0.85))
+    axis.axis("off")
+    parts = [
+        (0.0, 1.3, "image,\nmixed"),
+        (1.75, 1.7, "patch + position\nembedding"),
+        (3.9, 2.0, "block 0\nattention, MLP"),
+    ]
+    parts += [(6.35, 1.0, "..."), (7.8, 1.4, "block L-1"), (9.65, 0.9, "norm"), (11.0, 0.95, "head")]
+    centres = [box(axis, *part) for part in parts]
+    for (left, width, _), (right, _, _) in itertools.pairwise(parts):
+        axis.add_patch(
+            FancyArrowPatch((left + width, 0.55), (right, 0.55), arrowstyle="-|>", mutation_scale=10, color="#444444")
+        )
+    tap(axis, 3.68, EMBEDDING, "first", top=0.55)
+    tap(axis, centres[2], ATTENTION, "attention")
+    tap(axis, centres[3], WEIGHT, "weights (q, k, v of all blocks)")
+    tap(axis, 9.42, EMBEDDING, "last", top=0.55)
+    tap(axis, centres[6], LABELS, "patch logits")
+
+
+def draw_tokens(axis, angles, title):
+    """Unit tokens as arrows from one point."""
+    for angle in angles:
+        axis.annotate("", (np.cos(angle), np.sin(angle)), (0, 0), arrowprops={"arrowstyle": "-|>", "color": EMBEDDING})
+    axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="#bbbbbb", linewidth=0.8))
+    axis.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[], yticks=[])
+    axis.axis("off")
+    axis.set_title(title, fontsize=9)
+
+
+def draw_maps(axis, alike, title):
+    """Three heads' attention maps side by side."""
+    index = np.arange(8)
+    patterns = [
+        np.exp(-np.abs(index[:, None] - index)),
+        np.tile(np.eye(8)[2] + 0.05, (8, 1)),
+        np.exp(-np.abs(index[:, None] - 7 + index)),
+    ]
+    maps = [patterns[0] if alike else pattern for pattern in patterns]
+    wall = np.full((8, 1), np.nan)
+    axis.imshow(np.concatenate([maps[0], wall, maps[1], wall, maps[2]], axis=1), cmap="Oranges")
+    axis.axis("off")
+    axis.set_title(f"{title}: three heads", fontsize=9)
+
+
+def draw_spectrum(axis, values, title):
+    """Singular values as bars."""
+    axis.bar(range(len(values)), values, color=WEIGHT)
+    axis.set(xticks=[], yticks=[], ylim=(0, 1.05))
+    axis.set_box_aspect(0.6)
+    axis.set_xlabel("singular values of one matrix", fontsize=8)
+    axis.grid(False)
+    axis.set_title(title, fontsize=9)
+
+
+TEXTS = {
+    "Patch embeddings": (EMBEDDING, "emb_cos_within: tokens of the last layer apart\n"
+                         "emb_contrast_cross: each token near its own first\nembedding, away from the other tokens"),
+    "Attention maps": (ATTENTION, "attn_cos_within: the heads of block 0 apart"),
+    "Weights": (WEIGHT, "weight_mha_cond_orth: the spectrum of W W^T narrow"),
+    "Labels": (LABELS, "mixing: every patch classified by the label\nof its own pixels"),
+}  # fmt: skip
+
+
+def draw_mixed_image(axis):
+    """An image with a pasted box, its patches numbered by their label."""
+    image = np.zeros((4, 4))
+    image[1:3, 2:4] = 1
+    axis.imshow(image, cmap="PuRd", vmin=-0.4, vmax=2.6)
+    for row in range(4):
+        for column in range(4):
+            axis.text(column, row, "cat" if image[row, column] else "dog", ha="center", va="center", fontsize=8)
+    axis.set(xticks=np.arange(-0.5, 4), yticks=np.arange(-0.5, 4), xticklabels=[], yticklabels=[])
+    axis.tick_params(length=0)
+    axis.grid(color="white", linewidth=2, alpha=1)
+    axis.set_title("a label for each patch", fontsize=9)
+
+
+def overview():
+    """The whole figure."""
+    figure = plt.figure(figsize=(13, 7.2), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.6))
+    draw_model(top.subplots())
+    columns = bottom.subfigures(1, 4, width_ratios=(1.15, 1.15, 1.15, 1))
+    generator = np.random.RandomState(1)
+    pictures = [
+        lambda axes: (
+            draw_tokens(axes[0], 0.9 + 0.25 * generator.standard_normal(7), "redundant"),
+            draw_tokens(axes[1], 0.3 + 2 * np.pi * np.arange(7) / 7, "diverse"),
+        ),
+        lambda axes: (draw_maps(axes[0], True, "redundant"), draw_maps(axes[1], False, "diverse")),
+        lambda axes: (
+            draw_spectrum(axes[0], np.exp(-0.55 * np.arange(10)), "redundant"),
+            draw_spectrum(axes[1], 0.9 - 0.03 * np.arange(10), "diverse"),
+        ),
+        lambda axes: draw_mixed_image(axes),
+    ]
+    for column, (level, (colour, text)), draw in zip(columns, TEXTS.items(), pictures, strict=True):
+        draw(column.subplots(2, 1) if level != "Labels" else column.subplots())
+        column.suptitle(level, color=colour, fontsize=12, fontweight="bold")
+        column.supxlabel(text, fontsize=8.5)
+    return figure
+
+
+if __name__ == "__main__":
+    (ROOT / "Figs").mkdir(exist_ok=True)
+    figures.save(overview(), ROOT / "Figs" / "overview")
