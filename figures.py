@@ -227,8 +227,8 @@ def training_curves(runs: list[tuple[str, list[dict], bool]]) -> Figure:
         runs: for each run its cell, its log.txt's records in order, and whether it has finished.
     """
     panels = {
-        "test_acc1": ("Top-1 accuracy on the test set, raw weights", "percent"),
-        "test_acc1_ema": ("Top-1 accuracy on the test set, EMA", "percent"),
+        "test_acc1": ("Test accuracy, raw weights", "top-1, percent"),
+        "test_acc1_ema": ("Test accuracy, EMA", "top-1, percent"),
         "train_loss": ("Training loss, all terms", "nats per image"),
     }
     panels = {name: text for name, text in panels.items() if any(name in r for _, records, _ in runs for r in records)}

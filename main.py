@@ -96,7 +96,7 @@ def main(args: Namespace, world: World):
     if resumed:
         state.restore(resumed, args.resume)
         resumed = None  # its tensors are copied by now
-        if state.epoch >= num_epochs:
+        if state.epoch >= num_epochs and not awaits_summary(args):
             raise SystemExit(
                 f"error: --resume {args.resume} has finished its {num_epochs} epochs; raise --epochs or use --eval"
             )
@@ -117,7 +117,7 @@ def main(args: Namespace, world: World):
 
     watched = watched_images(args, model, data, world)
     guard = FiniteGuard(args.max_nonfinite_steps, world)
-    started = time.time()
+    started, test_stats = time.time(), None
     while state.epoch < num_epochs:
         epoch = state.epoch
         data.set_epoch(epoch)
@@ -148,6 +148,7 @@ def main(args: Namespace, world: World):
         log.epoch(record)
         log.print(epoch_line(record, num_epochs))
 
+    test_stats = test_stats or evaluate_both(model, model_ema, data, args, world, amp_dtype)
     seconds = round(time.time() - started)
     log.print(f"training time {datetime.timedelta(seconds=seconds)}")
     log.print(accuracy_line(test_stats))
@@ -253,6 +254,14 @@ def prepare_output_dir(args: Namespace, world: World, tables: str) -> Path | Non
     if error := world.same_error(error):
         raise SystemExit(error)
     return output_dir if world.is_main else None
+
+
+def awaits_summary(args: Namespace) -> bool:
+    """Whether the run of `--resume` was cut off between its last checkpoint and its end."""
+    output_dir = Path(args.output_dir)
+    return (
+        bool(args.output_dir) and output_dir.samefile(Path(args.resume).parent) and not (output_dir / SUMMARY).exists()
+    )
 
 
 def watched_images(args: Namespace, model: nn.Module, data: Data, world: World) -> torch.Tensor | None:

@@ -23,6 +23,7 @@ fi
 out=$1
 shift
 trap 'exit 130' INT  # torchrun answers a signal with an ordinary failure, and the next run would start
+trap 'exit 143' TERM
 
 grid() {  # every cell and the terms that are on in it; attention, weight and mixing are levels of a single term
   local mixing="--mixing_coef 1"

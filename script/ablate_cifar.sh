@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The ablation of script/ablate.sh on images of 32 px, such as CIFAR-10, with a ViT of 6 blocks, 96 wide, on 8 x 8
-# patches: twelve runs of 30 epochs on a CPU. Augmentation is light: padded crops, flips, CutMix of every other batch.
+# patches: twelve runs of 30 epochs, with CIFAR-10 a few hours each on one CPU core. Augmentation is light: padded
+# crops, flips, and CutMix of every other batch.
 #
 #   script/ablate_cifar.sh DATA OUT [flags of main.py]
 #

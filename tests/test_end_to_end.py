@@ -92,6 +92,19 @@ def test_resume_continues_log_and_schedule_and_eval_repeats_the_last_accuracy(di
     assert accuracy in capsys.readouterr().out
 
 
+def test_a_run_cut_off_before_its_summary_is_brought_to_its_end(digits_run, tmp_path):
+    folder, _ = digits_run
+    for name in ("log.txt", "checkpoint.pth"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    resume = ["--resume", tmp_path / "checkpoint.pth", "--output_dir", tmp_path]
+    run_main(*TINY, *TERMS, "--epochs", 2, *resume)
+    summary, expected = (json.loads((path / "summary.json").read_text()) for path in (tmp_path, folder))
+    assert {**summary, "training_seconds": 0} == {**expected, "training_seconds": 0}
+    assert log_of(tmp_path) == log_of(folder)
+    with pytest.raises(SystemExit, match="has finished its 2 epochs"):
+        run_main(*TINY, *TERMS, "--epochs", 2, *resume)
+
+
 def test_resume_takes_schedule_and_settings_from_the_flags(digits_run, tmp_path, capsys):
     folder, _ = digits_run
     (tmp_path / "run").mkdir()

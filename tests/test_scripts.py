@@ -94,7 +94,9 @@ def test_every_readme_command_names_a_file_and_flags_that_exist():
     commands = [line.split("#")[0].strip() for line in [*shell.splitlines(), *inline]]
     assert len(commands) >= 5
     for command in filter(None, commands):
-        words = [word for word in shlex.split(command.replace("\n", " ")) if not re.match(r"[A-Z]+=", word)]
+        words = [word for word in shlex.split(command.replace("\n", " ")) if not re.match(r"[A-Z_]+=", word)]
+        if words[0] == "sbatch":
+            words = [word for word in words[1:] if not word.startswith("--array")]
         program = words[1] if words[0] == "python" else words[0]
         assert (REPOSITORY / program).is_file(), command
         flags = [word for word in words[2:] if word.startswith("--") and word not in ("--help", "--resume", "--eval")]

@@ -11,6 +11,7 @@ import yaml
 from helpers import run_process
 
 import diversity
+import figures
 import tabulate
 
 
@@ -92,18 +93,20 @@ def test_the_markdown_table(study, capsys):
 
 
 def test_the_latex_table(study, capsys):
+    head, rule, *rows, last = tabulated(capsys, study, "--format", "latex").out.splitlines()[3:-3]
+    assert (rule, last) == (r"\midrule", r"\bottomrule")
+    assert all(row.endswith(r" \\") and row.count("&") == 9 for row in (head, *rows))
+    assert r"top-1 raw, \%" in head and r"embedding\_token\_cosine" in head
+    assert rows[1] == rf"broken (failed) & 0{' & --' * 8} \\"
+    assert rows[2].startswith(r"emb\_cos & 2 & \textbf{92.25 $\pm$ 0.35} & 91.00 $\pm$ 0.00 & \textbf{+1.75} & $-$0.25")
+
+
+def test_the_latex_table_is_a_whole_environment(study, capsys):
     lines = tabulated(capsys, study, "--format", "latex").out.splitlines()
     assert lines[:3] == [r"% needs \usepackage{booktabs}", r"\begin{tabular}{lrrrrrrrrr}", r"\toprule"]
-    rows = lines[3:-5]
-    assert rows.pop(1) == r"\midrule"
-    assert all(row.endswith(r" \\") and row.count("&") == 9 for row in rows)
-    assert r"top-1 raw, \%" in rows[0] and r"embedding\_token\_cosine" in rows[0]
-    assert rows[2] == rf"broken (failed) & 0{' & --' * 8} \\"
-    assert rows[3].startswith(r"emb\_cos & 2 & \textbf{92.25 $\pm$ 0.35} & 91.00 $\pm$ 0.00 & \textbf{+1.75} & $-$0.25")
-    assert lines[-4:-2] == [r"\bottomrule", r"\end{tabular}"][-2:] or lines[-5:-2] == [
-        rows[3], r"\bottomrule", r"\end{tabular}"
-    ]  # fmt: skip
+    assert lines[-3] == r"\end{tabular}"
     assert lines[-1] == r"\par{\footnotesize emb\_cos, seed 2, unfinished: epoch 1 of 2\par}"
+    assert "**" not in "".join(lines)
 
 
 def test_the_csv_reads_back(study, capsys):
@@ -153,6 +156,15 @@ def test_what_is_not_averaged(make, problem, tmp_path, capsys):
     out = tabulated(capsys, tmp_path).out
     assert "| plain | 1 | 90.00 " in out
     assert out.endswith(f"\n\n- plain, seed 1, {problem}\n")
+
+
+def test_a_study_without_a_finished_run_has_its_rows(tmp_path, capsys):
+    make_run(tmp_path / "plain" / "seed0", done=1, finished=False)
+    make_run(tmp_path / "other" / "seed0", last={"test_acc1": math.nan})
+    make_run(tmp_path / "other" / "seed1", seed=1, done=1, finished=False)
+    rows = tabulated(capsys, tmp_path).out.splitlines()[2:4]
+    assert [row.split("|")[1].strip() for row in rows] == ["plain (unfinished)", "other (unfinished)"]
+    assert all(row.replace(" ", "").endswith("|0|-|-|-|-|-|-|-|-|") for row in rows)
 
 
 def test_a_last_epoch_without_a_step_failed(tmp_path, capsys):
@@ -237,6 +249,40 @@ def test_the_measures_shown_are_those_asked_for(study, capsys):
     assert "| weight_effective_rank | attention_head_cosine | images/s |" in out
     make_run(study / "own", lr=2.0, last={"redundancy_embedding_mine": 12.5})
     assert "| embedding_mine | images/s |" in tabulated(capsys, study, "--measures", "embedding_mine").out
+
+
+@pytest.mark.parametrize(
+    ("measure", "values", "texts"),
+    [
+        ("embedding_effective_rank", (40.0, 52.31, 3), ["40.0", "**52.3**", "3.0"]),
+        ("weight_condition_number", (4000.0, 52.31, 52.4), ["4000", "**52**", "**52**"]),
+        ("attention_row_std", (0.4, 0.5, 0.6), ["0.400", "0.500", "0.600"]),
+        ("weight_row_abscosine", (4e-5, 4e-5, 4e-5), ["0.000040", "0.000040", "0.000040"]),
+    ],
+)
+def test_the_best_values_are_bold_and_three_digits_shown(measure, values, texts, tmp_path):
+    for value, name in zip(values, "abc", strict=True):
+        make_run(tmp_path / name, last={f"redundancy_{measure}": value})
+    table = tabulate.statistics_table(tabulate.find_runs([tmp_path]), [measure], "a")
+    assert tabulate.text_columns(table, [measure], "a")[measure] == texts
+
+
+def test_curves_are_thin_for_runs_and_thick_for_the_mean_of_finished_ones():
+    def records(*accuracies):
+        return [{"epoch": epoch, "test_acc1": value} for epoch, value in enumerate(accuracies)]
+
+    runs = [("a", records(1, 2), True), ("a", records(3, 6), True), ("a", records(9), False), ("b", records(5), False)]
+    figure = figures.training_curves(runs)
+    (axis,) = figure.axes  # neither an EMA nor a loss
+    lines = [(line.get_linewidth() > 1, line.get_color(), [*line.get_ydata()]) for line in axis.lines]
+    first, second = figures.COLOURS[:2]
+    assert lines == [
+        (False, first, [1, 2]), (False, first, [3, 6]), (False, first, [9]), (True, first, [2, 4]),
+        (False, second, [5]), (True, second, []),
+    ]  # fmt: skip
+    assert [text.get_text() for text in figure.legends[0].texts] == ["a", "b (none finished)"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("epoch", "top-1, percent")
+    figures.plt.close(figure)
 
 
 def test_every_measure_of_the_project_is_known():
