@@ -258,10 +258,8 @@ def prepare_output_dir(args: Namespace, world: World, tables: str) -> Path | Non
 
 def awaits_summary(args: Namespace) -> bool:
     """Whether the run of `--resume` was cut off between its last checkpoint and its end."""
-    output_dir = Path(args.output_dir)
-    return (
-        bool(args.output_dir) and output_dir.samefile(Path(args.resume).parent) and not (output_dir / SUMMARY).exists()
-    )
+    folder = Path(args.resume).parent
+    return Path(args.output_dir).resolve() == folder.resolve() and not (folder / SUMMARY).exists()
 
 
 def watched_images(args: Namespace, model: nn.Module, data: Data, world: World) -> torch.Tensor | None:

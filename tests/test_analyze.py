@@ -1,0 +1,375 @@
+"""analyze.py on every kind of RUN, and main.py --redundancy-every: the numbers, the files, one line for a mistake."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from helpers import BRIEF, TINY, make_image_folder, parse, run_main, world
+from matplotlib import pyplot as plt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_bad_input import CONVNET
+from test_checkpoint import one_line
+from test_end_to_end import log_of
+
+import analyze
+import checkpoint
+import figures
+from datasets import build_data
+from diversity import MEASURES, measure_redundancy
+from models import build_model
+
+PLAIN_VIT = (*BRIEF, "--patch-size", "8", "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3")
+SWIN = (
+    *(*BRIEF, "--model", "swin_tiny_patch4_window7_224", "--batch-size", "256", "--model-kwargs"),
+    *("window_size=4", "embed_dim=12", "depths=[2,2]", "num_heads=[2,4]"),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of finished runs: plain; watched, the same with --redundancy-every; other, with other weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = ("--batch-size", "64", "--epochs", "3")
+    run_main(*TINY, *flags, "--output-dir", folder / "plain")
+    state = torch.get_rng_state()
+    run_main(*TINY, *flags, "--tensorboard", "--redundancy-every", "2", "--output-dir", folder / "watched")
+    torch.set_rng_state(state)
+    shutil.copytree(folder / "plain", folder / "other")
+    whole = torch.load(folder / "other" / checkpoint.LAST, weights_only=True)
+    whole["model"] = {key: value + 0.1 * value.roll(1, 0) for key, value in whole["model"].items()}
+    checkpoint.save(whole, folder / "other" / checkpoint.LAST)
+    return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made but not written, which takes most of the time."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: plt.close(figure))
+
+
+def analyzed(tmp_path, *words):
+    """`python analyze.py *words` in this process: what its redundancy.json holds."""
+    analyze.main([str(word) for word in (*words, "--device", "cpu", "--output-dir", tmp_path / "out")])
+    return json.loads((tmp_path / "out" / "redundancy.json").read_text())
+
+
+def measured(model, num_images=256, flags=TINY):
+    """`measure_redundancy` of a model on the first validation images of the digits."""
+    data = build_data(parse(*flags), world())
+    samples = torch.cat([batch for batch, _ in data.val])[:num_images]
+    return measure_redundancy(model, samples.split(16))
+
+
+def tiny_model(weights):
+    model = build_model("deit_tiny_patch16_224", 10, 32, 8, depth=2, embed_dim=24, num_heads=3)
+    model.load_state_dict(weights)
+    return model
+
+
+def loaded(path, key="model"):
+    return torch.load(path, weights_only=True)[key]
+
+
+# --- every kind of RUN
+
+
+def test_a_run_folder(runs, tmp_path, capsys):
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    analyze.main([str(tmp_path / "run"), "--num-images", "40", "--device", "cpu"])
+    written = {path.name: path for path in (tmp_path / "run").iterdir() if path.name not in before}
+    drawn = {f"{name}.{kind}" for name in ("depth", "heads_run", "spectra", "variance") for kind in ("png", "pdf")}
+    assert written.keys() == {"redundancy.json", "redundancy.md", *drawn}
+    for name in drawn:
+        start = b"\x89PNG" if name.endswith("png") else b"%PDF"
+        assert written[name].read_bytes().startswith(start) and written[name].stat().st_size > 5000
+    report = json.loads(written["redundancy.json"].read_text())
+    assert report == measured(tiny_model(loaded(runs / "plain" / checkpoint.LAST)), 40)
+    assert report["images"] == 40
+    out = capsys.readouterr().out
+    assert written["redundancy.md"].read_text().startswith(out[: out.index("written to")].rstrip("\n"))
+    assert plt.get_fignums() == []
+
+
+def test_the_averaged_weights(runs, tmp_path, undrawn):
+    report = analyzed(tmp_path, runs / "other", "--ema", "--num-images", "20")
+    assert report == measured(tiny_model(loaded(runs / "other" / checkpoint.LAST, "model_ema")), 20)
+    assert report != analyzed(tmp_path, runs / "other", "--num-images", "20")
+
+
+def test_a_checkpoint_of_this_program_brings_its_flags(runs, tmp_path, undrawn):
+    best = shutil.copy(runs / "plain" / "checkpoint_best.pth", tmp_path / "best.pth")
+    report = analyzed(tmp_path, best, "--num-images", "20")
+    assert report == measured(tiny_model(loaded(best)), 20)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pth", "out"}
+
+
+@pytest.mark.parametrize("file", ["plain.pth", "plain.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["deit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224", "deit_tiny_distilled_patch16_224"],
+)
+def test_a_state_dict_with_the_flags_of_its_model(name, file, tmp_path, undrawn):
+    if file.endswith("safetensors") and not name.startswith("deit_tiny_patch"):
+        pytest.skip("one model is enough")
+    torch.manual_seed(5)
+    model = timm.create_model(name, num_classes=10, img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=3)
+    if file.endswith("pth"):
+        torch.save(model.state_dict(), tmp_path / file)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(model.state_dict(), tmp_path / file)
+    report = analyzed(tmp_path, tmp_path / file, *PLAIN_VIT, "--model", name, "--num-images", "20")
+    assert report == measured(model, 20)
+
+
+def test_a_swin_run(tmp_path):
+    run_main(*SWIN, "--output-dir", tmp_path / "swin")
+    report = analyzed(tmp_path, tmp_path / "swin", "--num-images", "20", "--layer", "first")
+    model = build_model("swin_tiny_patch4_window7_224", 10, 32, window_size=4, embed_dim=12, depths=(2, 2),
+                        num_heads=(2, 4))  # fmt: skip
+    model.load_state_dict(loaded(tmp_path / "swin" / checkpoint.LAST))
+    assert report == measured(model, 20)
+    assert len(report["attention"]["row_std"]) == 4
+    assert (tmp_path / "out" / "heads_swin.png").stat().st_size > 5000
+
+
+def test_a_timm_name_with_published_weights(tmp_path, undrawn):
+    """Weights that a file publishes, since this test runs offline."""
+    torch.manual_seed(7)
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=2,
+                              embed_dim=24, num_heads=3)  # fmt: skip
+    torch.save(model.state_dict(), tmp_path / "published.pth")
+    published = {"file": str(tmp_path / "published.pth"), "num_classes": 10}
+    words = ("deit_tiny_patch16_224", *PLAIN_VIT, f"pretrained_cfg_overlay={published}", "--num-images", "20")
+    assert analyzed(tmp_path, *words) == measured(model, 20)
+    assert "deit_tiny_patch16_224, 20 images" in (tmp_path / "out" / "redundancy.md").read_text()
+
+
+@pytest.mark.parametrize("flag", ["--data-set", "--batch-size", "--model"])
+def test_the_command_line_wins_over_what_a_run_brings(flag, runs, tmp_path):
+    value = {"--data-set": "FAKE", "--batch-size": "3", "--model": "vit_tiny_patch16_224"}[flag]
+    args = analyze.find_subject(str(runs / "plain"), [flag, value]).args
+    assert str(getattr(args, flag[2:].replace("-", "_"))) == value
+    assert args.input_size == 32 and args.model_kwargs == {"depth": 2, "embed_dim": 24, "num_heads": 3}
+
+
+@pytest.mark.parametrize("num_images", [1, 16, 24, 40, 359, 360, 1000, 0])
+@pytest.mark.parametrize("batch_size", [1, 16, 64])
+def test_exactly_so_many_images_are_streamed(num_images, batch_size):
+    args = parse("--batch-size", batch_size, "--eval", "--resume", "none.pth")
+    stream, num_classes = analyze.images(analyze.Subject("", args, None, None), world(), num_images)
+    chunks = list(stream)
+    every = torch.cat([samples for samples, _ in build_data(args, world()).val])
+    assert torch.equal(torch.cat(chunks), every[: num_images or 360])
+    assert max(map(len, chunks)) <= analyze.CHUNK and min(map(len, chunks)) > 0 and num_classes == 10
+
+
+# --- several runs
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """Plain and other in one call: the folder of results, the two reports."""
+    folder = tmp_path_factory.mktemp("compared")
+    whole = analyzed(folder, runs / "plain", runs / "other", "--num-images", "50", "--names", "plain", "mine")
+    return folder / "out", whole["runs"]
+
+
+def rows_of(table):
+    """{first cell: the others} of a Markdown table."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    return {first: others for first, *others in (cells[0], *cells[2:])}
+
+
+def test_two_runs_are_tabled_with_their_differences(compared):
+    folder, reports = compared
+    rows = rows_of((folder / "redundancy.md").read_text().split("\n\n")[0])
+    assert rows.pop("measure") == ["plain", "mine", "difference"]
+    assert list(rows) == [f"{level} {measure}" for level, measures in MEASURES.items() for measure in measures]
+    first, second = (report["summary"] for report in reports.values())
+    for name, cells in rows.items():
+        key = name.replace(" ", "_", 1)
+        expected = (first[key], second[key], second[key] - first[key])
+        assert tuple(map(float, cells)) == pytest.approx(expected, rel=1e-3), name
+        assert first[key] != second[key] and cells[2][0] in "+-"
+
+
+def test_every_layer_is_tabled(compared):
+    folder, reports = compared
+    _, *parts = (folder / "redundancy.md").read_text().split("\n\n")
+    assert parts[::2] == [f"{name}, 50 images, layer by layer" for name in reports]
+    for table, report in zip(parts[1::2], reports.values(), strict=True):
+        rows = rows_of(table)
+        columns = [(level, measure) for level in ("embedding", "attention") for measure in MEASURES[level]]
+        assert rows.pop("layer") == [f"{level} {measure}" for level, measure in columns]
+        assert list(rows) == ["0", "1", "2"]
+        for k, (level, measure) in enumerate(columns):
+            values = [None] * (level == "attention") + report[level][measure]
+            assert [row[k] for row in rows.values()] == ["-" if v is None else f"{v:.4g}" for v in values]
+
+
+def test_two_runs_leave_figures_and_a_report_each(compared, runs):
+    folder, reports = compared
+    names = ("depth", "heads_plain", "heads_mine", "spectra", "variance")
+    drawn = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert {path.name for path in folder.iterdir()} == {"redundancy.json", "redundancy.md", *drawn}
+    assert all((folder / name).stat().st_size > 5000 for name in drawn)
+    for name, run in (("plain", "plain"), ("mine", "other")):
+        assert json.loads((runs / run / "redundancy.json").read_text()) == reports[name]
+        assert reports[name] == measured(tiny_model(loaded(runs / run / checkpoint.LAST)), 50)
+
+
+@pytest.mark.parametrize("layer", ["first", "last", "1"])
+def test_the_heads_drawn_are_those_of_the_block_and_the_image(layer, runs, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "attention_heads", lambda maps, *rest: drawn.update(maps=maps, rest=rest))
+    monkeypatch.setattr(figures, "save", lambda figure, path: None)
+    analyzed(tmp_path, runs / "plain", "--num-images", "8", "--layer", layer, "--image", "5")
+    model = tiny_model(loaded(runs / "plain" / checkpoint.LAST)).eval()
+    attn = model.blocks[0 if layer == "first" else 1].attn
+    attn.fused_attn, kept = False, []
+    attn.attn_drop.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
+    with torch.no_grad():
+        model(next(iter(build_data(parse(), world()).val))[0][5:6])
+    torch.testing.assert_close(drawn["maps"], kept[0][0])
+    assert drawn["maps"].shape == (3, 17, 17) and drawn["rest"][0] == 1 and layer in drawn["rest"][1]
+    plt.close("all")
+
+
+# --- while training
+
+
+def test_redundancy_is_logged_in_the_right_epochs(runs):
+    records = log_of(runs / "watched")
+    logged = [{name for name in record if name.startswith("redundancy_")} for record in records]
+    every = {f"redundancy_{level}_{measure}" for level, measures in MEASURES.items() for measure in measures}
+    assert logged == [set(), every, set()]
+    assert not any(name.startswith("redundancy_") for record in log_of(runs / "plain") for name in record)
+
+
+def test_measuring_while_training_changes_no_loss(runs):
+    plain, watched = (
+        [[record[name] for name in ("train_loss", "test_loss", "test_loss_ema")] for record in log_of(runs / run)]
+        for run in ("plain", "watched")
+    )
+    assert plain == watched
+    first, second = (loaded(runs / run / checkpoint.LAST) for run in ("plain", "watched"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_tensorboard_has_the_measures_and_the_figure(runs):
+    events = EventAccumulator(str(runs / "watched")).Reload()
+    record = log_of(runs / "watched")[1]
+    for name in (name for name in record if name.startswith("redundancy_")):
+        points = [(event.step, event.value) for event in events.Scalars(f"epoch/{name}")]
+        assert points == [(1, pytest.approx(record[name], rel=1e-6))]
+    assert [event.step for event in events.Images("redundancy")] == [1]
+    assert len(events.Images("redundancy")[0].encoded_image_string) > 5000
+
+
+@pytest.mark.parametrize("batch_size", [64, 8])
+def test_what_is_logged_last_is_what_analyze_finds_on_64_images(batch_size, tmp_path, undrawn):
+    flags = ("--batch-size", batch_size, "--redundancy-every", "1", "--data-set", "IMNET", "--no-repeated-aug")
+    data = make_image_folder(tmp_path / "images", n=40)
+    run_main(*TINY, *flags, "--data-path", data, "--output-dir", tmp_path / "run")
+    logged = {n.removeprefix("redundancy_"): v for n, v in log_of(tmp_path / "run")[-1].items() if "redundancy" in n}
+    report = analyzed(tmp_path, tmp_path / "run", "--num-images", "64")
+    assert report["images"] == 64
+    assert logged == pytest.approx(report["summary"], rel=1e-6)
+    assert plt.get_fignums() == []
+
+
+# --- bad input
+
+
+def refused(*words, named):
+    """Each of `named` is in the one line that analyze.py ends in."""
+    with pytest.raises(SystemExit) as caught:
+        analyze.main([str(word) for word in (*words, "--device", "cpu")])
+    assert caught.value.code != 0
+    return one_line(caught, *named)
+
+
+def test_a_folder_without_a_run_is_refused(runs, tmp_path):
+    refused(tmp_path, named=(tmp_path, "args.yaml"))
+    shutil.copy(runs / "plain" / "args.yaml", tmp_path)
+    refused(tmp_path, named=(tmp_path, "checkpoint.pth"))
+
+
+def test_an_unknown_name_is_refused(tmp_path):
+    refused("deit_tinny", named=("deit_tinny", "timm"))
+    refused(tmp_path / "missing.pth", named=("missing.pth",))
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "notes.pth").write_text("no checkpoint")
+    refused(tmp_path / "notes.pth", *TINY, named=("notes.pth",))
+
+
+def test_a_checkpoint_of_another_model_is_refused(runs, tmp_path):
+    best = runs / "plain" / "checkpoint_best.pth"
+    named = (best, "does not fit VisionTransformer")
+    refused(best, "--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3", "--output-dir", tmp_path, named=named)
+
+
+def test_weights_without_an_average_are_refused(runs, tmp_path):
+    best = runs / "plain" / "checkpoint_best.pth"
+    refused(best, "--ema", "--output-dir", tmp_path, named=(best, "averaged"))
+
+
+def test_an_empty_data_set_is_refused(runs, tmp_path):
+    data = make_image_folder(tmp_path / "images", n=0)
+    words = ("--data-set", "IMNET", "--data-path", data, "--output-dir", tmp_path)
+    refused(runs / "plain", *words, named=(data,))
+
+
+def test_models_that_do_not_compare_are_refused(runs, tmp_path, undrawn):
+    deeper = tmp_path / "deeper.pth"
+    kwargs = {"depth": 3, "embed_dim": 24, "num_heads": 3}
+    model = build_model("deit_tiny_patch16_224", 10, 32, 8, **kwargs)
+    checkpoint.save({"model": model.state_dict(), "args": vars(parse()) | {"model_kwargs": kwargs}}, deeper)
+    words = ("--num-images", "4", "--output-dir", tmp_path / "out")
+    refused(runs / "plain", deeper, *words, named=("plain", "deeper", "2 blocks", "3 blocks"))
+
+
+def test_another_family_is_refused(tmp_path):
+    kwargs = {"channels": [8, 8, 8, 8], "stem_width": 8}
+    torch.save(build_model("resnet10t", 10, 32, **kwargs).state_dict(), tmp_path / "conv.pth")
+    words = (*BRIEF, *CONVNET, "--output-dir", tmp_path)
+    refused(tmp_path / "conv.pth", *words, named=("ResNet", "ViT"))
+
+
+@pytest.mark.parametrize("layer", ["9", "-1", "middle", "0,1", "all"])
+def test_a_bad_layer_is_refused(layer, runs, tmp_path, undrawn, capsys):
+    words = [str(runs / "plain"), f"--layer={layer}", "--num-images", "4", "--output-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as caught:
+        analyze.main([*words, "--device", "cpu"])
+    line = caught.value.code if isinstance(caught.value.code, str) else capsys.readouterr().err
+    assert line.startswith("error: ") and layer in line and line.count("\n") <= 1
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "one"], ["one", "two", "three"]])
+def test_names_must_be_one_for_each_run(names, runs, tmp_path):
+    refused(runs / "plain", runs / "other", "--output-dir", tmp_path, "--names", *names, named=("--names", "2", *names))
+
+
+@pytest.mark.parametrize(
+    "words", ["--num-images -1", "--num-images x", "--image x", "--no-such-flag", "--batch-size 0", "--device tpu"]
+)
+def test_bad_flags_are_refused(words, runs, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        analyze.main([str(runs / "plain"), "--device", "cpu", "--output-dir", str(tmp_path), *words.split()])
+    line = caught.value.code if isinstance(caught.value.code, str) else capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") <= 1
+    assert words.split()[0] in line and (tmp_path / "redundancy.json").exists() is False
+
+
+def test_watching_a_convolutional_net_is_refused(tmp_path):
+    words = (*BRIEF, *CONVNET, "--mixing_coef", "0", "--redundancy-every", "1", "--output-dir", tmp_path / "run")
+    with pytest.raises(SystemExit) as caught:
+        run_main(*words)
+    one_line(caught, "--redundancy-every", "--model resnet10t")
