@@ -200,7 +200,6 @@ def _chain(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[torch.
 def main(argv: list[str] | None = None):
     """Analyze what a command line names; a mistake ends in one line and a non-zero exit."""
     parser = Parser(
-        {},
         prog="analyze.py",
         description=__doc__.split("\n\n")[0],
         epilog="Further flags are main.py's.",

@@ -15,12 +15,12 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that takes hyphens and underscores alike and `--config FILE` as flags before the others.
 
     Args:
-        presets: {value of `--preset`: {flag: its default}}.
+        presets: {value of `--preset`: {flag: its default}}; None for a program without presets.
     """
 
-    def __init__(self, presets: dict[str, dict], **kwargs):
+    def __init__(self, presets: dict[str, dict] | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.presets = presets
+        self.presets = presets or {}
 
     def parse(self, argv: list[str], config: dict | None = None) -> argparse.Namespace:
         """Flags from `argv`, over those of `--config` (or `config`), over those of `--preset`, over the defaults.

@@ -12,6 +12,7 @@ from helpers import run_process
 
 import diversity
 import figures
+import run_folders
 import tabulate
 
 
@@ -202,7 +203,7 @@ def test_a_resumed_run_goes_on_from_where_it_was_saved(tmp_path):
     again = {"epoch": 2, "train_loss": 1.0, "test_acc1": 70.0}
     with open(folder / "log.txt", "a") as log:
         log.write(json.dumps(again) + "\n")
-    (run,) = tabulate.find_runs([tmp_path])
+    (run,) = run_folders.find_runs([tmp_path])
     assert [record["epoch"] for record in run.records] == [0, 1, 2]
     assert run.records[-1] == again
     assert run.problem == "unfinished: epoch 3 of 4"
@@ -214,7 +215,7 @@ def test_redundancy_json_wins_over_the_log_whose_last_value_counts(tmp_path):
     first = json.dumps(json.loads(first) | redundancy(0.9, 0.9, 0.9))
     (folder / "log.txt").write_text(f"{first}\n{last}\n")
     (folder / "redundancy.json").write_text(json.dumps({"summary": {"embedding_token_cosine": 0.25}}))
-    (run,) = tabulate.find_runs([tmp_path])
+    (run,) = run_folders.find_runs([tmp_path])
     assert run.measures == {"embedding_token_cosine": 0.25, "attention_head_cosine": 0.6}
 
 
@@ -232,14 +233,14 @@ def test_redundancy_json_wins_over_the_log_whose_last_value_counts(tmp_path):
     ],
 )
 def test_names_of_cells(run, out, cell, tmp_path):
-    assert tabulate.cell_name(tmp_path / run, tmp_path / out) == cell
+    assert run_folders.cell_name(tmp_path / run, tmp_path / out) == cell
 
 
 def test_runs_are_found_once_and_sorted_as_people_count(tmp_path, capsys):
     for number in (10, 2):
         make_run(tmp_path / f"layers{number}" / "seed0")
     make_run(tmp_path / "plain" / "seed0")
-    runs = tabulate.find_runs([tmp_path, tmp_path / "plain"])
+    runs = run_folders.find_runs([tmp_path, tmp_path / "plain"])
     assert [run.cell for run in runs] == ["layers2", "layers10", "plain"]
     assert [*tabulate.statistics_table(runs, [], "plain").index] == ["plain", "layers2", "layers10"]
 
@@ -263,7 +264,7 @@ def test_the_measures_shown_are_those_asked_for(study, capsys):
 def test_the_best_values_are_bold_and_three_digits_shown(measure, values, texts, tmp_path):
     for value, name in zip(values, "abc", strict=True):
         make_run(tmp_path / name, last={f"redundancy_{measure}": value})
-    table = tabulate.statistics_table(tabulate.find_runs([tmp_path]), [measure], "a")
+    table = tabulate.statistics_table(run_folders.find_runs([tmp_path]), [measure], "a")
     assert tabulate.text_columns(table, [measure], "a")[measure] == texts
 
 
