@@ -7,6 +7,8 @@ figure, and tabled with their differences from the first. Further flags are main
 folder and this program's checkpoints bring their own.
 """
 
+import argparse
+import itertools
 import json
 import sys
 from argparse import Namespace
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import timm
 import torch
 import yaml
@@ -26,7 +29,7 @@ from datasets import build_data
 from diversity import MEASURES, TapError, TappedViT, measure_redundancy
 from diversity.backbones import Backbone
 from models import build_model
-from parsing import Parser, hyphens, whole
+from parsing import Parser, device, hyphens, whole
 from utils import World, joined_world, one_line_errors, quiet_warnings, run_command
 
 REPORT = "redundancy.json"
@@ -83,6 +86,8 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
     Raises:
         SystemExit: the weights cannot be had, or do not fit the model.
     """
+    if ema and subject.file is None:
+        raise SystemExit(f"error: --ema: {subject.name} has no averaged weights")
     args = subject.args
     published = {"pretrained": True} if subject.file is None else {}
     model = build_model(args.model, num_classes, args.input_size, args.patch_size, **args.model_kwargs, **published)
@@ -116,12 +121,16 @@ def architecture(model: nn.Module) -> str:
     return f"{type(model).__name__} with {depth} blocks, {width} wide"
 
 
-def head_maps(model: nn.Module, sample: torch.Tensor, layer: str) -> torch.Tensor:
-    """Attention maps [H, N, N] of one image [3, S, S] in a block of `TappedViT`'s."""
+def head_maps(model: nn.Module, sample: torch.Tensor, layer: str) -> np.ndarray:
+    """Attention maps [H, N, N] of one image [3, S, S] in a block of `TappedViT`'s.
+
+    Raises:
+        TapError: there is no such block, or it has no maps to draw.
+    """
     with TappedViT(model, ["attention"], attn_layers=layer) as tapped, torch.no_grad():
         tapped.train()
         model.eval()
-        return tapped(sample[None]).attention[0].float().cpu()
+        return tapped(sample[None]).attention[0].float().cpu().numpy()
 
 
 def markdown(reports: dict[str, dict]) -> str:
@@ -156,6 +165,27 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def draw_heads(name: str, model: nn.Module, samples: torch.Tensor, options: Namespace, output_dir: Path):
+    """The figure of a block's heads on one image; a block without maps to draw is said.
+
+    Raises:
+        SystemExit: there is no such image.
+        TapError: there is no such block.
+    """
+    if options.image >= len(samples):
+        raise SystemExit(f"error: --image {options.image} is not among the first {len(samples)} images")
+    try:
+        maps = head_maps(model, samples[options.image], options.layer)
+    except TapError as error:
+        if error.argument:
+            raise
+        print(f"{name}: the heads are not drawn: {error}")
+        return
+    title = f"{name}: attention maps of the heads, block: {options.layer}"
+    figure = figures.attention_heads(maps, getattr(model, "num_prefix_tokens", 0), title)
+    figures.save(figure, output_dir / f"heads_{name.replace('/', '_')}")
+
+
 def analyze(options: Namespace, flags: list[str], world: World):
     """Measure every RUN and write what was found."""
     subjects = [find_subject(run, flags) for run in options.runs]
@@ -164,7 +194,10 @@ def analyze(options: Namespace, flags: list[str], world: World):
         raise SystemExit(f"error: --names needs a name of its own for each of the {len(subjects)} runs; got {names}")
     output_dir = Path(options.output_dir or (subjects[0].folder if len(subjects) == 1 else None) or "analysis")
     reports, kinds = {}, {}
-    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --output-dir {output_dir} cannot be written: {error.strerror}") from None
     for name, subject in zip(names, subjects, strict=True):
         batches, num_classes = images(subject, world, options.num_images)
         model = load_model(subject, num_classes, options.ema, world)
@@ -174,12 +207,8 @@ def analyze(options: Namespace, flags: list[str], world: World):
                 f"error: {names[0]} is a {kinds[names[0]]}, {name} a {kinds[name]}; compare models of one architecture"
             )
         first = next(batches)
-        reports[name] = measure_redundancy(model, _chain(first, batches))
-        maps = head_maps(model, first[min(options.image, len(first) - 1)], options.layer)
-        title = f"{name}: attention maps of the heads, block: {options.layer}"
-        figures.save(
-            figures.attention_heads(maps, getattr(model, "num_prefix_tokens", 0), title), output_dir / f"heads_{name}"
-        )
+        draw_heads(name, model, first, options, output_dir)
+        reports[name] = measure_redundancy(model, itertools.chain([first], batches))
         if subject.folder:
             (subject.folder / REPORT).write_text(json.dumps(reports[name]) + "\n")
     whole = reports[names[0]] if len(names) == 1 else {"runs": reports}
@@ -192,9 +221,10 @@ def analyze(options: Namespace, flags: list[str], world: World):
     print(f"written to {output_dir}: {REPORT}, redundancy.md, and figures depth, heads, spectra, variance (png, pdf)")
 
 
-def _chain(first: torch.Tensor, rest: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    yield first
-    yield from rest
+def _block(text: str) -> str:
+    if text not in ("first", "last") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"is first, last or the index of a block; got {text!r}")
+    return text
 
 
 def main(argv: list[str] | None = None):
@@ -206,20 +236,25 @@ def main(argv: list[str] | None = None):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folder, checkpoint file, or name of a timm model")
+    add("runs", nargs="+", metavar="RUN", help="run folder, checkpoint file, or name of a timm model; before the flags")
     add("--names", nargs="+", metavar="NAME", help="for tables and legends; default: the runs' own")
     add("--num-images", type=whole, default=256, help="of the validation set; 0 = all (default: 256)")
     add("--output-dir", metavar="DIR", help="default: the run folder, or analysis for several runs")
     add("--ema", action="store_true", help="measure the averaged weights")
-    add("--layer", default="last", help="block whose heads are drawn: first, last or an index (default: last)")
+    add(
+        "--layer",
+        type=_block,
+        default="last",
+        help="whose heads are drawn: first, last or an index (default: last)",
+    )
     add("--image", type=whole, default=0, help=f"validation image whose attention is drawn, below {CHUNK} (default: 0)")
-    add("--device", default="auto", help="auto, cuda or cpu")
+    add("--device", type=device, default="auto", help="auto, cuda or cpu")
     options, flags = parser.parse_known_args([hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
     quiet_warnings()
     with one_line_errors(), joined_world(options.device, "env://") as world:
         try:
             analyze(options, flags, world)
-        except TapError as error:
+        except (TapError, ValueError) as error:
             raise SystemExit(f"error: {error}") from None
 
 

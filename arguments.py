@@ -18,6 +18,7 @@ from parsing import (
     below_one,
     coefficient,
     count,
+    device,
     flag_of,
     layers,
     or_none,
@@ -156,7 +157,7 @@ def _run(parser):
     add("--batch-size", type=count, default=64, help="images per process and step")
     add("--accum-steps", type=count, default=1, help="batches accumulated per optimizer step; 1 = off")
     add("--seed", type=seed, default=0, help="of weights, data order, augmentation and mixing")
-    add("--device", default="auto", metavar="{auto,cuda,cpu}", help="auto = cuda where there is one")
+    add("--device", type=device, default="auto", metavar="{auto,cuda,cpu}", help="auto = cuda where there is one")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="autocast; auto = bf16 on a GPU that has it, fp16 on another, off on CPU")  # fmt: skip
     add("--model-ema", action=argparse.BooleanOptionalAction, default=True, help="keep and evaluate averaged weights")
@@ -382,8 +383,6 @@ def _check(parser, args):
             parser.error(f"--{name} needs LOW <= HIGH; got {low} {high}")
     if args.start_epoch >= args.epochs + args.cooldown_epochs and not args.eval:
         parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to train")
-    if args.device not in ("auto", "cpu") and not args.device.startswith("cuda"):
-        parser.error(f"--device is auto, cuda or cpu; got {args.device}")
 
 
 def _optimizer_info(name: str) -> timm.optim.OptimInfo:

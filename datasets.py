@@ -1,5 +1,6 @@
 """Transforms, samplers and loaders over the data sets of sources.py."""
 
+import itertools
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -43,6 +44,15 @@ class Data:
             return 0
         is_bad = self.train.dataset.is_bad.to(world.device, torch.int32)
         return int(world.sum(is_bad).count_nonzero())
+
+    def first_val_images(self, count: int) -> torch.Tensor:
+        """The first validation images [n, 3, S, S], the same in every process; no random number is drawn."""
+        dataset = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
+        if isinstance(dataset, IterableDataset):
+            items = itertools.islice(dataset, count)
+        else:
+            items = (dataset[i] for i in range(min(count, len(dataset))))
+        return torch.stack([image for image, _ in items])
 
     @property
     def val_is_shared(self) -> bool:

@@ -274,13 +274,17 @@ def watched_images(args: Namespace, model: nn.Module, data: Data, world: World) 
         measurable(model)
     except TapError as error:
         raise SystemExit(f"error: --redundancy-every cannot measure --model {args.model}: {error}") from None
-    return next(iter(data.val))[0][:WATCHED_IMAGES].to(world.device) if world.is_main else None
+    return data.first_val_images(WATCHED_IMAGES).to(world.device) if world.is_main else None
 
 
 def redundancy_record(model: nn.Module, samples: torch.Tensor, log: RunLog, epoch: int) -> dict[str, float]:
     """Means over the layers of what analyze.py measures, for the epoch's record; `log` gets a figure of the layers."""
-    report = measure_redundancy(model, samples.split(16))
-    log.figure("redundancy", figures.redundancy_depth({f"epoch {epoch}": report}), epoch)
+    try:
+        report = measure_redundancy(model, samples.split(16))
+    except ValueError as error:
+        log.print(f"epoch {epoch}: redundancy is not measured: {error}")
+        return {}
+    log.figure("redundancy", lambda: figures.redundancy_depth({f"epoch {epoch}": report}), epoch)
     return {f"redundancy_{name}": value for name, value in report["summary"].items()}
 
 

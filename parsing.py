@@ -127,6 +127,12 @@ def weight_groups(text: str) -> str:
     return _read_by(parse_weight_groups, text)
 
 
+def device(text: str) -> str:
+    if text not in ("auto", "cpu") and not text.startswith("cuda"):
+        raise argparse.ArgumentTypeError(f"is auto, cuda or cpu; got {text}")
+    return text
+
+
 def or_none(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 

@@ -195,10 +195,10 @@ class RunLog:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
 
-    def figure(self, name: str, figure, step: int):
-        """A matplotlib figure in TensorBoard; it is closed."""
+    def figure(self, name: str, draw: Callable, step: int):
+        """The matplotlib figure that `draw()` returns, in TensorBoard; it is closed. Without events it is not drawn."""
         if self.writer:
-            self.writer.add_figure(name, figure, step)
+            self.writer.add_figure(name, draw(), step)
 
     def epoch(self, record: dict):
         """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/`."""

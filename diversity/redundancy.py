@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .backbones import WEIGHT_GROUPS, Backbone, TapError, block_matrices
 from .similarity import cosines, mean_cosine, mean_cross_cosine, without_diagonal
 
+FLOAT64_EPSILON = torch.finfo(torch.float64).eps
 MEASURES = {
     "embedding": {
         "token_cosine": "mean cosine of two different patch tokens of an image",
@@ -30,7 +31,7 @@ MEASURES = {
     },
     "weight": {
         "effective_rank": "exp of the entropy of the singular values over their sum",
-        "condition_number": "largest over smallest singular value",
+        "condition_number": "largest over smallest singular value, at most 1 / the epsilon of float64",
         "row_abscosine": "mean absolute cosine of two different rows",
         "smallest_angle": "smallest angle between the lines along two rows, in degrees",
     },
@@ -44,7 +45,8 @@ def measure_redundancy(model: nn.Module, batches: Iterable[torch.Tensor]) -> dic
     """Measure a model on images.
 
     The model is put into eval mode, and back; its attention is un-fused meanwhile. On a Swin, windows count as images,
-    the first embedding is that of the stage, and maps are compared only with those of the same windows.
+    the first embedding is that of the stage, maps are compared only with those of the same windows, and maps of windows
+    that hold padding are left out.
 
     Args:
         model: a timm ViT, DeiT, BEiT, EVA or Swin.
@@ -63,19 +65,21 @@ def measure_redundancy(model: nn.Module, batches: Iterable[torch.Tensor]) -> dic
 
     Raises:
         TapError: a model of another family, or one whose attention shows no maps.
-        ValueError: there are no images.
+        ValueError: there are no images, or tokens or weights are not finite.
     """
     backbone = measurable(model)
     meter = _Meter(backbone)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with meter.hooked():
             for samples in batches:
-                meter.begin(len(samples))
-                model(samples)
+                if len(samples):
+                    meter.begin(len(samples))
+                    model(samples)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     if not meter.images:
         raise ValueError("there are no images to measure redundancy on")
     report = meter.report() | _weights(backbone)
@@ -135,7 +139,8 @@ class _Meter:
                     attn.fused_attn = False
                 handles.append(block.register_forward_pre_hook(self._input_hook(i)))
                 handles.append(block.register_forward_hook(self._output_hook(i)))
-                handles.append(attn.attn_drop.register_forward_pre_hook(self._maps_hook(i)))
+                if not _is_padded(block):
+                    handles.append(attn.attn_drop.register_forward_pre_hook(self._maps_hook(i)))
             yield
         finally:
             for handle in handles:
@@ -175,6 +180,8 @@ class _Meter:
 
     def _see_tokens(self, layer: int, tokens: torch.Tensor):
         tokens = tokens.double()
+        if not tokens.isfinite().all():
+            raise ValueError(f"the tokens of layer {layer} are not finite")
         values = {"first_cosine": F.cosine_similarity(self.first.double(), tokens, dim=-1).mean()}
         if tokens.shape[1] > 1:
             similarity = cosines(tokens)
@@ -221,11 +228,18 @@ class _Covariance:
         self.squares = self.squares + rows.mT @ rows
 
     def shares(self) -> torch.Tensor:
-        """Shares of the variance along the principal axes, falling, [D]; those of no variance are equal."""
+        """Shares of the variance along the principal axes, falling, [D]; without any variance, one axis has it all."""
         mean = self.sum / self.count
         variances = torch.linalg.eigvalsh(self.squares / self.count - torch.outer(mean, mean)).flip(0).clamp_min(0)
-        total = variances.sum()
-        return variances / total if total > 0 else torch.full_like(variances, 1 / len(variances))
+        if not variances.any():
+            variances[0] = 1
+        return variances / variances.sum()
+
+
+def _is_padded(block: nn.Module) -> bool:
+    """Whether a Swin block's windows reach beyond its grid: their maps then hold padding."""
+    sizes = getattr(block, "input_resolution", ()), getattr(block, "window_size", ())
+    return any(side % window for side, window in zip(*sizes, strict=True))
 
 
 def _singular_values(items: torch.Tensor) -> torch.Tensor:
@@ -242,13 +256,15 @@ def _weights(backbone: Backbone) -> dict:
         for group in WEIGHT_GROUPS:
             matrices = [matrix for stack in block_matrices(block, group) or [] for matrix in stack.double()]
             for name, matrix in zip(names.get(group, (group,)), matrices, strict=False):
+                if not matrix.isfinite().all():
+                    raise ValueError(f"the weights {name} of a block are not finite")
                 values = torch.linalg.svdvals(matrix)
                 similarity = cosines(matrix).abs()
                 mean = without_diagonal(similarity.mean(), matrix)
                 closest = similarity.fill_diagonal_(0).max().clamp_max(1)
                 measures = {
                     "effective_rank": effective_rank(values).item(),
-                    "condition_number": (values[0] / values[-1]).item() if values[-1] > 0 else math.inf,
+                    "condition_number": 1 / max((values[-1] / values[0]).nan_to_num().item(), FLOAT64_EPSILON),
                     "row_abscosine": mean.item(),
                     "smallest_angle": math.degrees(math.acos(closest.item())),
                 }

@@ -181,6 +181,11 @@ def test_gradient_checkpointing_changes_nothing():
     assert measure_redundancy(model, [images()]) == plain
 
 
+def test_dropout_and_stochastic_depth_are_off():
+    rates = {f"{part}_rate": 0.5 for part in ("pos_drop", "proj_drop", "attn_drop", "drop_path")}
+    assert measure_redundancy(build("deit", **rates), [images()]) == measure_redundancy(build("deit"), [images()])
+
+
 # --- closed forms: tokens
 
 
@@ -269,10 +274,10 @@ def test_the_covariance_of_rows_in_pieces():
     assert covariance.shares().tolist() == pytest.approx(variance_shares(rows).tolist(), abs=1e-9)
 
 
-def test_rows_without_variance_have_equal_shares():
+def test_rows_without_variance_have_one_component():
     covariance = _Covariance()
     covariance.add(torch.ones(8, 4, dtype=torch.float64))
-    assert covariance.shares().tolist() == [0.25] * 4
+    assert covariance.shares().tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -389,10 +394,10 @@ def test_a_matrix_that_lacks_a_direction():
     diagonal = torch.ones(WIDTH).double()
     diagonal[5] = 0
     measures, spectrum = weight_of(torch.diag(diagonal))
-    assert measures["condition_number"] == math.inf and spectrum[-1] == 0
+    assert measures["condition_number"] == 2**52 and spectrum[-1] == 0
     assert measures["effective_rank"] == pytest.approx(WIDTH - 1)
     assert weight_of(torch.zeros(WIDTH, WIDTH).double())[0] == pytest.approx(
-        {"effective_rank": 1, "condition_number": math.inf, "row_abscosine": 0, "smallest_angle": 90}
+        {"effective_rank": 1, "condition_number": 2**52, "row_abscosine": 0, "smallest_angle": 90}
     )
 
 
@@ -542,3 +547,25 @@ def test_the_report_is_plain_json(name):
     report = measure_redundancy(build(name), [images()])
     text = json.dumps(report, allow_nan=False)
     assert json.loads(text) == report
+
+
+def test_what_is_not_finite_is_refused():
+    broken = images().clone()
+    broken[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the tokens of layer 0 are not finite"):
+        measure_redundancy(build("deit"), [broken])
+    model = build("deit")
+    model.blocks[1].mlp.fc2.weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        measure_redundancy(model, [images()])
+    assert hooks(model) == []
+
+
+def test_an_empty_batch_counts_nothing():
+    assert measure_redundancy(build("deit"), [images(), images()[:0]]) == measure_redundancy(build("deit"), [images()])
+
+
+def test_maps_that_hold_padding_are_left_out():
+    report = measure_redundancy(build("swin", img_size=40), [normals(1, 2, 3, 40, 40)])
+    assert report["attention"]["head_cosine"] == [None] * 4
+    assert None not in report["embedding"]["token_cosine"]
