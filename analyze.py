@@ -63,7 +63,12 @@ def find_subject(run: str, flags: list[str]) -> Subject:
         for name in ("args.yaml", checkpoint.LAST):
             if not (path / name).is_file():
                 raise SystemExit(f"error: {run} is no run folder of this program: it holds no {name}")
-        config = yaml.safe_load((path / "args.yaml").read_text())
+        try:
+            config = yaml.safe_load((path / "args.yaml").read_text())
+        except yaml.YAMLError:
+            config = None
+        if not isinstance(config, dict):
+            raise SystemExit(f"error: {run}/args.yaml does not hold the flags of a run")
         return Subject(path.resolve().name, _flags(flags, config), path / checkpoint.LAST, path)
     if path.is_file():
         config = checkpoint.stored_args(run, "RUN")
@@ -116,9 +121,16 @@ def images(subject: Subject, world: World, num_images: int) -> tuple[Iterator[to
 def architecture(model: nn.Module) -> str:
     """What two models must share to be drawn over the same layers."""
     backbone = Backbone.of(model)
-    depth = len(backbone.all_blocks) if backbone else 0
-    width = getattr(model, "embed_dim", None)
-    return f"{type(model).__name__} with {depth} blocks, {width} wide"
+    if backbone is None:
+        return type(model).__name__
+    width, heads = (
+        getattr(model, "embed_dim", None),
+        getattr(getattr(backbone.blocks[0], "attn", None), "num_heads", None),
+    )
+    return (
+        f"{type(model).__name__} of {len(backbone.all_blocks)} blocks, {width} wide, {heads} heads, "
+        f"{backbone.grid[0]} x {backbone.grid[1]} patches and {backbone.num_prefix_tokens} further tokens"
+    )
 
 
 def head_maps(model: nn.Module, sample: torch.Tensor, layer: str) -> np.ndarray:
@@ -186,33 +198,47 @@ def draw_heads(name: str, model: nn.Module, samples: torch.Tensor, options: Name
     figures.save(figure, output_dir / f"heads_{name.replace('/', '_')}")
 
 
+def unique_names(runs: list[str]) -> list[str]:
+    """The shortest last parts of the paths that tell all runs apart: seed0 alone, plain/seed0 beside all/seed0."""
+    paths = [Path(run).resolve().parts for run in runs]
+    lengths = range(1, max(map(len, paths)) + 1)
+    return next(
+        (names for names in (["/".join(path[-n:]) for path in paths] for n in lengths) if len({*names}) == len(names)),
+        runs,
+    )
+
+
 def analyze(options: Namespace, flags: list[str], world: World):
     """Measure every RUN and write what was found."""
     subjects = [find_subject(run, flags) for run in options.runs]
-    names = options.names or [subject.name for subject in subjects]
-    if len(names) != len(subjects) or len(set(names)) != len(names):
+    names = options.names or unique_names(options.runs)
+    if len(names) != len(subjects) or len({name.replace("/", "_") for name in names}) != len(names):
         raise SystemExit(f"error: --names needs a name of its own for each of the {len(subjects)} runs; got {names}")
     output_dir = Path(options.output_dir or (subjects[0].folder if len(subjects) == 1 else None) or "analysis")
-    reports, kinds = {}, {}
+    sources = {name: images(subject, world, options.num_images) for name, subject in zip(names, subjects, strict=True)}
+    models = {
+        name: load_model(subject, sources[name][1], options.ema, world)
+        for name, subject in zip(names, subjects, strict=True)
+    }
+    for name in names[1:]:
+        ours, theirs = architecture(models[names[0]]), architecture(models[name])
+        if ours != theirs:
+            raise SystemExit(f"error: {names[0]} is a {ours}, {name} a {theirs}; compare models of one architecture")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: --output-dir {output_dir} cannot be written: {error.strerror}") from None
-    for name, subject in zip(names, subjects, strict=True):
-        batches, num_classes = images(subject, world, options.num_images)
-        model = load_model(subject, num_classes, options.ema, world)
-        kinds[name] = architecture(model)
-        if kinds[name] != kinds[names[0]]:
-            raise SystemExit(
-                f"error: {names[0]} is a {kinds[names[0]]}, {name} a {kinds[name]}; compare models of one architecture"
-            )
+    reports = {}
+    for name, model in models.items():
+        batches, _ = sources[name]
         first = next(batches)
         draw_heads(name, model, first, options, output_dir)
         reports[name] = measure_redundancy(model, itertools.chain([first], batches))
-        if subject.folder:
-            (subject.folder / REPORT).write_text(json.dumps(reports[name]) + "\n")
-    whole = reports[names[0]] if len(names) == 1 else {"runs": reports}
-    (output_dir / REPORT).write_text(json.dumps(whole) + "\n")
+    for report, subject in zip(reports.values(), subjects, strict=True):
+        if subject.folder and not (flags or options.ema):  # as the run was trained, for tabulate.py
+            (subject.folder / REPORT).write_text(json.dumps(report) + "\n")
+    whole_report = reports[names[0]] if len(names) == 1 else {"runs": reports}
+    (output_dir / REPORT).write_text(json.dumps(whole_report) + "\n")
     (output_dir / "redundancy.md").write_text(markdown(reports))
     figures.save(figures.redundancy_depth(reports), output_dir / "depth")
     figures.save(figures.weight_spectra(reports), output_dir / "spectra")

@@ -167,7 +167,7 @@ def _run(parser):
     add("--max-nonfinite-steps", type=whole, default=100, help="skipped non-finite steps before training stops")
     add("--log-interval", type=whole, default=50, help="optimizer steps between console lines; 0 = one line an epoch")
     add("--redundancy-every", type=whole, default=0, metavar="EPOCHS",
-        help="epochs between measurements of redundancy on a fixed batch of validation images; 0 = off")  # fmt: skip
+        help="epochs between measurements of redundancy on fixed validation images, and the last; 0 = off")  # fmt: skip
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write events into the run folder")
 
 

@@ -47,12 +47,12 @@ class Data:
 
     def first_val_images(self, count: int) -> torch.Tensor:
         """The first validation images [n, 3, S, S], the same in every process; no random number is drawn."""
+        if isinstance(self.val.dataset, IterableDataset):
+            with torch.random.fork_rng(devices=()):  # a loader draws a seed for its workers
+                batches = itertools.takewhile(lambda seen: seen[0] * self.val.batch_size < count, enumerate(self.val))
+                return torch.cat([images for _, (images, _) in batches])[:count]
         dataset = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
-        if isinstance(dataset, IterableDataset):
-            items = itertools.islice(dataset, count)
-        else:
-            items = (dataset[i] for i in range(min(count, len(dataset))))
-        return torch.stack([image for image, _ in items])
+        return torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
 
     @property
     def val_is_shared(self) -> bool:

@@ -138,13 +138,13 @@ def main(args: Namespace, world: World):
         test_stats = evaluate_both(model, model_ema, data, args, world, amp_dtype)
         scheduler.step(epoch, test_stats["acc1"])
         state.epoch = epoch + 1
-        if output_dir:
-            state.save(output_dir, test_stats, vars(args))
         record = {f"train_{name}": value for name, value in train_stats.items()}
         record |= {f"test_{name}": value for name, value in test_stats.items()}
         record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": data.num_bad_images(world)}
-        if watched is not None and (epoch + 1) % args.redundancy_every == 0:
+        if watched is not None and (state.epoch % args.redundancy_every == 0 or state.epoch == num_epochs):
             record |= redundancy_record(model, watched, log, epoch)
+        if output_dir:
+            state.save(output_dir, test_stats, vars(args))
         log.epoch(record)
         log.print(epoch_line(record, num_epochs))
 

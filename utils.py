@@ -182,6 +182,9 @@ class RunLog:
     def __init__(self, output_dir: Path | None, world: World, tensorboard: bool):
         self.is_main = world.is_main
         self.path = output_dir / "log.txt" if output_dir and self.is_main else None
+        if self.path and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            with open(self.path, "a") as file:
+                file.write("\n")  # a line that was cut off must not take the next one with it
         self.writer = SummaryWriter(output_dir) if self.path and tensorboard else None
 
     def print(self, text: str):

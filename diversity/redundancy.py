@@ -206,7 +206,7 @@ class _Meter:
 
         variance = [covariance.shares() for covariance in self.tokens]
         embedding = per_layer(self.embedding, "embedding")
-        embedding["components_90"] = [int((shares.cumsum(0) < 0.9).sum()) + 1 for shares in variance]
+        embedding["components_90"] = [int((shares.cumsum(0) < 0.9 - 1e-9).sum()) + 1 for shares in variance]
         return {
             "images": self.images,
             "embedding": embedding,
@@ -229,8 +229,9 @@ class _Covariance:
 
     def shares(self) -> torch.Tensor:
         """Shares of the variance along the principal axes, falling, [D]; without any variance, one axis has it all."""
-        mean = self.sum / self.count
-        variances = torch.linalg.eigvalsh(self.squares / self.count - torch.outer(mean, mean)).flip(0).clamp_min(0)
+        mean, squares = self.sum / self.count, self.squares / self.count
+        variances = torch.linalg.eigvalsh(squares - torch.outer(mean, mean)).flip(0)
+        variances[variances < len(mean) * FLOAT64_EPSILON * squares.trace()] = 0  # rounding, not variance
         if not variances.any():
             variances[0] = 1
         return variances / variances.sum()

@@ -21,4 +21,4 @@ exec "$root/script/ablate.sh" "$out" "$root/main.py" \
   --model deit_tiny_patch16_224_diverse --model-kwargs depth=6 embed_dim=96 num_heads=3 \
   --epochs 30 --warmup-epochs 3 --batch-size 128 --lr 1e-3 --unscale-lr --drop-path 0 --model-ema-decay 0.999 \
   --no-repeated-aug --aa none --color-jitter 0 --reprob 0 \
-  --mixup 0 --mixup-prob 0.5 --log-interval 0 "$@"
+  --mixup 0 --mixup-prob 0.5 --log-interval 0 --redundancy-every 10 "$@"

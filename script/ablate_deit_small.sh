@@ -16,4 +16,4 @@ shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 
 exec "$here/ablate.sh" "$out" ${NGPU:+env NGPU="$NGPU"} \
-  "$here/train_paper.sh" deit_small_patch16_224_diverse "$data" "$@"
+  "$here/train_paper.sh" deit_small_patch16_224_diverse "$data" --redundancy-every 50 "$@"

@@ -19,4 +19,4 @@ exec "$root/script/ablate.sh" "$out" "$root/main.py" \
   --model deit_tiny_patch16_224_diverse --model-kwargs depth=4 embed_dim=96 num_heads=4 weight_init=jax \
   --epochs 80 --warmup-epochs 1 --batch-size 32 --lr 2e-3 --unscale-lr --drop-path 0 --model-ema-decay 0.98 \
   --no-repeated-aug --aa none --color-jitter 0 --reprob 0 --hflip 0 --scale 0.7 1 --ratio 0.9 1.1 \
-  --mixup 0 --mixup-prob 0.2 --log-interval 0 "$@"
+  --mixup 0 --mixup-prob 0.2 --log-interval 0 --redundancy-every 10 "$@"

@@ -125,7 +125,7 @@ def test_every_cell_has_its_terms(script, checkout):
 def test_deit_small_has_the_recipe_of_the_paper(checkout):
     (args,) = checkout.dry_run("ablate_deit_small.sh", CELLS="all").values()
     paper = checkout.flags_of("script/train_paper.sh deit_small_patch16_224_diverse /data")
-    assert differing(args, paper) == {"preset", "output_dir"}
+    assert differing(args, paper) == {"preset", "output_dir", "redundancy_every"}
 
 
 def test_digits_has_the_recipe_of_the_quickstart(checkout):
@@ -133,7 +133,7 @@ def test_digits_has_the_recipe_of_the_quickstart(checkout):
     text = (REPOSITORY / "script" / "quickstart.sh").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^\.venv/bin/python main\.py (.*)$", text, flags=re.MULTILINE)
     quickstart = arguments.parse_args(shlex.split(command.replace('"$@"', "")))
-    assert differing(args, quickstart) == {"preset", "output_dir"}
+    assert differing(args, quickstart) == {"preset", "output_dir", "redundancy_every"}
 
 
 def test_cifar_has_a_recipe_for_small_images(checkout):
