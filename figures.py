@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -88,16 +89,18 @@ def curves(output_dir: Path, terms: list[str]) -> Path | None:
     return path
 
 
+def _looks() -> Iterator[dict]:
+    """Colour and line style of one curve after the other: all colours, then again in the next style."""
+    return itertools.cycle([{"color": colour, "linestyle": style} for style in STYLES for colour in COLOURS])
+
+
 def _draw(axis, records: list[dict], columns: dict[str, str]):
     """One curve a column, with a look of its own for each."""
     marker = "o" if len(records) < 20 else None
-    looks = [(colour, style) for style in STYLES for colour in COLOURS]
-    for (colour, style), (column, label) in zip(itertools.cycle(looks), columns.items(), strict=False):
+    for look, (column, label) in zip(_looks(), columns.items(), strict=False):
         points = [(record["epoch"], record[column]) for record in records if record.get(column) is not None]
         if points:
-            axis.plot(
-                *zip(*points, strict=True), color=colour, linestyle=style, label=label, marker=marker, markersize=3
-            )
+            axis.plot(*zip(*points, strict=True), **look, label=label, marker=marker, markersize=3)
 
 
 def redundancy_depth(reports: dict[str, dict]) -> Figure:
@@ -112,19 +115,16 @@ def redundancy_depth(reports: dict[str, dict]) -> Figure:
         ("embedding", "first_cosine"): ("Cosine to the first embedding", "cosine"),
         ("embedding", "effective_rank"): ("Effective rank of the tokens", "rank"),
         ("attention", "head_cosine"): ("Cosine of two heads' maps", "cosine"),
-        ("attention", "previous_cosine"): ("Cosine to the block before", "cosine"),
+        ("attention", "previous_cosine"): ("Cosine to the block before, all pairs", "cosine"),
         ("attention", "row_std"): ("Spread of an attention row", "standard deviation"),
         ("attention", "row_entropy"): ("Entropy of an attention row", "nats"),
     }
     figure, axes = plt.subplots(2, 4, figsize=(13, 5.6), layout="constrained")
     for axis, ((level, measure), (title, unit)) in zip(axes.flat, panels.items(), strict=True):
-        for colour, (name, report) in zip(itertools.cycle(COLOURS), reports.items(), strict=False):
+        for look, (name, report) in zip(_looks(), reports.items(), strict=False):
             values = report[level][measure]
-            start = 0 if level == "embedding" else 1  # layer 0 is the input of the first block
-            points = [(start + i, value) for i, value in enumerate(values) if value is not None]
-            axis.plot(
-                *zip(*points, strict=True) if points else ([], []), color=colour, marker="o", markersize=3, label=name
-            )
+            values = [math.nan if value is None else value for value in values]
+            axis.plot(range(len(values)), values, **look, marker="o", markersize=3, label=name)
         axis.set(title=title, ylabel=unit, xlabel="layer" if level == "embedding" else "block")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_below(figure, axes.flat[0], len(reports))
@@ -139,7 +139,7 @@ def weight_spectra(reports: dict[str, dict]) -> Figure:
     matrices = list(next(iter(reports.values()))["spectra"])
     figure, axes = plt.subplots(1, len(matrices), figsize=(2.6 * len(matrices), 3.4), layout="constrained", sharey=True)
     for axis, matrix in zip(axes, matrices, strict=True):
-        for colour, (name, report) in zip(itertools.cycle(COLOURS), reports.items(), strict=False):
+        for look, (name, report) in zip(_looks(), reports.items(), strict=False):
             groups = {}
             for values in report["spectra"][matrix]:
                 groups.setdefault(len(values), []).append(
@@ -147,8 +147,10 @@ def weight_spectra(reports: dict[str, dict]) -> Figure:
                 )
             blocks = np.array(groups[max(groups)])  # a Swin's stages differ in width; the widest is drawn
             index = np.arange(1, blocks.shape[1] + 1)
-            axis.plot(index, np.exp(np.log(blocks).mean(axis=0)), color=colour, label=name)
-            axis.fill_between(index, blocks.min(axis=0), blocks.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+            axis.plot(index, np.exp(np.log(blocks).mean(axis=0)), **look, label=name)
+            axis.fill_between(
+                index, blocks.min(axis=0), blocks.max(axis=0), color=look["color"], alpha=0.15, linewidth=0
+            )
         axis.set(title=matrix, xlabel="singular value, number", yscale="log")
     axes[0].set_ylabel("over the largest (log scale)")
     _legend_below(figure, axes[0], len(reports))
@@ -164,9 +166,9 @@ def variance(reports: dict[str, dict]) -> Figure:
     layers = dict.fromkeys((0, depth // 2, depth))
     figure, axes = plt.subplots(1, len(layers), figsize=(4 * len(layers), 3.6), layout="constrained", sharey=True)
     for axis, layer in zip(np.atleast_1d(axes), layers, strict=True):
-        for colour, (name, report) in zip(itertools.cycle(COLOURS), reports.items(), strict=False):
+        for look, (name, report) in zip(_looks(), reports.items(), strict=False):
             shares = 100 * np.cumsum(report["variance"][layer])
-            axis.plot(np.arange(1, len(shares) + 1), shares, color=colour, label=name)
+            axis.plot(np.arange(1, len(shares) + 1), shares, **look, label=name)
         axis.axhline(90, color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=f"Layer {layer}" + (" (first embedding)" if layer == 0 else ""), xlabel="principal components")
         axis.set(ylim=(0, 102), xscale="log")
@@ -237,9 +239,8 @@ def training_curves(runs: list[tuple[str, list[dict], bool]]) -> Figure:
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.2 * len(panels) + 2, 3.8), layout="constrained", squeeze=False
     )
-    looks = itertools.cycle([{"color": colour, "linestyle": style} for style in STYLES for colour in COLOURS])
     handles = []
-    for cell, look in zip(dict.fromkeys(cell for cell, _, _ in runs), looks, strict=False):
+    for cell, look in zip(dict.fromkeys(cell for cell, _, _ in runs), _looks(), strict=False):
         for axis, column in zip(axes[0], panels, strict=True):
             finished = []
             for records, has_finished in [(records, end) for name, records, end in runs if name == cell]:
