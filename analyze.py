@@ -123,10 +123,8 @@ def architecture(model: nn.Module) -> str:
     backbone = Backbone.of(model)
     if backbone is None:
         return type(model).__name__
-    width, heads = (
-        getattr(model, "embed_dim", None),
-        getattr(getattr(backbone.blocks[0], "attn", None), "num_heads", None),
-    )
+    width = getattr(model, "embed_dim", None)
+    heads = getattr(getattr(backbone.blocks[0], "attn", None), "num_heads", None)
     return (
         f"{type(model).__name__} of {len(backbone.all_blocks)} blocks, {width} wide, {heads} heads, "
         f"{backbone.grid[0]} x {backbone.grid[1]} patches and {backbone.num_prefix_tokens} further tokens"

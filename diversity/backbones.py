@@ -68,6 +68,14 @@ class Backbone:
             return cls(model, last_stage, all_blocks, "blocks in its last stage", grid, 0, head)
         return None
 
+    @classmethod
+    def require(cls, model: nn.Module, tap: str) -> "Backbone":
+        """`of`, or `TapError` for a model of another family."""
+        backbone = cls.of(model)
+        if backbone is None:
+            raise TapError(tap, model, "it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models", "model")
+        return backbone
+
     def patch_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, N, D] or [B, rows, columns, D] -> [B, P, D], without prefix tokens."""
         return tokens.flatten(1, -2)[:, self.num_prefix_tokens :]
@@ -113,18 +121,22 @@ class Backbone:
         if math.prod(self.grid) < 2:
             raise TapError(tap, self.model, "it has a single patch, and terms on patch embeddings compare patches")
 
+    def require_maps(self, tap: str, i: int, block: nn.Module):
+        """Raise `TapError` if a block shows no attention maps."""
+        if not isinstance(getattr(getattr(block, "attn", None), "attn_drop", None), nn.Module):
+            raise TapError(tap, self.model, f"block {i} has no attention with an `attn_drop` to hook")
+
     def require_attention(self, tap: str, indices: Sequence[int]):
         """Raise `TapError` if a block shows no maps, those of a single head, or those of padding."""
         for i in indices:
-            attn = getattr(self.blocks[i], "attn", None)
-            if not isinstance(getattr(attn, "attn_drop", None), nn.Module):
-                raise TapError(tap, self.model, f"block {i} has no attention with an `attn_drop` to hook")
+            self.require_maps(tap, i, self.blocks[i])
+            attn = self.blocks[i].attn
             if hasattr(attn, "lambda_init"):
                 raise TapError(tap, self.model, "its differential attention has two maps for each head")
             if attn.num_heads < 2:
                 raise TapError(tap, self.model, "it has a single head, and terms on attention compare heads")
-            windows = getattr(self.blocks[i], "window_size", self.grid)
-            if any(side % window for side, window in zip(self.grid, windows, strict=True)):
+            if holds_padding(self.blocks[i]):
+                windows = self.blocks[i].window_size
                 missing = (
                     f"its windows of {windows} do not divide the grid of {self.grid}; padding would count as patches"
                 )
@@ -156,6 +168,12 @@ class Backbone:
         if not isinstance(getattr(self.model, "patch_drop", None), nn.Identity | None):
             missing = "patches are dropped (patch_drop_rate), so their labels would not fit"
             raise TapError("patch_logits", self.model, missing)
+
+
+def holds_padding(block: nn.Module) -> bool:
+    """Whether a Swin block's windows reach beyond its grid: their maps then hold padding."""
+    sizes = getattr(block, "input_resolution", ()), getattr(block, "window_size", ())
+    return any(side % window for side, window in zip(*sizes, strict=True))
 
 
 def parse_layers(layers: str | Sequence[int]) -> str | tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .backbones import WEIGHT_GROUPS, Backbone, TapError, block_matrices
+from .backbones import WEIGHT_GROUPS, Backbone, block_matrices, holds_padding
 from .similarity import cosines, mean_cosine, mean_cross_cosine, without_diagonal
 
 FLOAT64_EPSILON = torch.finfo(torch.float64).eps
@@ -92,12 +92,9 @@ def measurable(model: nn.Module) -> Backbone:
     Raises:
         TapError: a model of another family, or one whose attention shows no maps.
     """
-    backbone = Backbone.of(model)
-    if backbone is None:
-        raise TapError("tokens", model, "it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models")
+    backbone = Backbone.require(model, "tokens")
     for i, block in enumerate(backbone.all_blocks):
-        if not isinstance(getattr(getattr(block, "attn", None), "attn_drop", None), nn.Module):
-            raise TapError("attention", model, f"block {i} has no attention with an `attn_drop`")
+        backbone.require_maps("attention", i, block)
     return backbone
 
 
@@ -139,7 +136,7 @@ class _Meter:
                     attn.fused_attn = False
                 handles.append(block.register_forward_pre_hook(self._input_hook(i)))
                 handles.append(block.register_forward_hook(self._output_hook(i)))
-                if not _is_padded(block):
+                if not holds_padding(block):
                     handles.append(attn.attn_drop.register_forward_pre_hook(self._maps_hook(i)))
             yield
         finally:
@@ -163,18 +160,18 @@ class _Meter:
 
     def _maps_hook(self, i):
         def hook(module, inputs):
-            maps, windows = (
-                inputs[0].double().flatten(start_dim=2),
-                getattr(self.backbone.all_blocks[i], "shift_size", None),
-            )
-            values = {"row_std": inputs[0].double().std(dim=-1, unbiased=False).mean()}
-            values["row_entropy"] = torch.special.entr(inputs[0].double()).sum(dim=-1).mean()
+            rows = inputs[0].double()
+            maps, shift = rows.flatten(start_dim=2), getattr(self.backbone.all_blocks[i], "shift_size", None)
+            values = {
+                "row_std": rows.std(dim=-1, unbiased=False).mean(),
+                "row_entropy": torch.special.entr(rows).sum(dim=-1).mean(),
+            }
             if maps.shape[1] > 1:
                 values["head_cosine"] = without_diagonal(mean_cosine(maps), maps).mean()
-            if self.previous is not None and (self.previous[0].shape, self.previous[1]) == (maps.shape, windows):
+            if self.previous is not None and (self.previous[0].shape, self.previous[1]) == (maps.shape, shift):
                 values["previous_cosine"] = mean_cross_cosine(self.previous[0], maps).mean()
             self._add(self.attention[i], values)
-            self.previous = (maps, windows)
+            self.previous = (maps, shift)
 
         return hook
 
@@ -235,12 +232,6 @@ class _Covariance:
         if not variances.any():
             variances[0] = 1
         return variances / variances.sum()
-
-
-def _is_padded(block: nn.Module) -> bool:
-    """Whether a Swin block's windows reach beyond its grid: their maps then hold padding."""
-    sizes = getattr(block, "input_resolution", ()), getattr(block, "window_size", ())
-    return any(side % window for side, window in zip(*sizes, strict=True))
 
 
 def _singular_values(items: torch.Tensor) -> torch.Tensor:

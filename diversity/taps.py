@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .backbones import Backbone, TapError, parse_weight_groups
+from .backbones import Backbone, parse_weight_groups
 
 TAPS = ("first", "last", "tokens", "attention", "attention_first", "attention_last", "weights")
 
@@ -90,10 +90,8 @@ class TappedViT(nn.Module):
         self.reads = tuple(tap for tap in TAPS if tap in reads)
         self.patch_logits = patch_logits
         self.weight_groups = parse_weight_groups(weight_groups)
-        self.backbone = Backbone.of(model)
-        if self.backbone is None and (reads or patch_logits):
-            tap = self.reads[0] if self.reads else "patch_logits"
-            raise TapError(tap, model, "it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models", "model")
+        asked = [*self.reads, *(["patch_logits"] if patch_logits else [])]
+        self.backbone = Backbone.require(model, asked[0]) if asked else Backbone.of(model)
         self.grid = self.backbone.grid if self.backbone else None
         self._sources = {tap: self._sources_of(tap, emb_layers, attn_layers) for tap in self.reads}
         if patch_logits:
