@@ -148,18 +148,18 @@ def load(path: str, flag: str) -> dict:
     return checkpoint
 
 
-def stored_args(path: str, flag: str) -> dict:
-    """The flags that a checkpoint of this program was trained with; empty for other files of weights.
+def origin(path: str, flag: str) -> tuple[dict, int | None]:
+    """The flags that a checkpoint of this program was trained with, and its last epoch; {}, None for other files.
 
     Raises:
         SystemExit: the file is damaged.
     """
     if path.endswith(".safetensors"):
-        return {}
+        return {}, None
     with _readable(path, flag):
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     args = stored.get("args") if isinstance(stored, dict) else None
-    return args if isinstance(args, dict) else {}
+    return (args, stored.get("epoch")) if isinstance(args, dict) else ({}, None)
 
 
 def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, use_ema: bool = False) -> list[str]:

@@ -60,8 +60,11 @@ class Data:
         return isinstance(self.val.dataset, Subset)
 
 
-def build_data(args: Namespace, world: World) -> Data:
+def build_data(args: Namespace, world: World, val_transform: Callable | None = None) -> Data:
     """Data sets named by --data-set, with DeiT's augmentation, and their loaders.
+
+    Args:
+        val_transform: PIL image -> tensor, in place of `build_transform`'s.
 
     Raises:
         SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ.
@@ -71,7 +74,8 @@ def build_data(args: Namespace, world: World) -> Data:
     num_classes = count_classes(args, train, val)
     train_loader = None if train is None else _train_loader(args, world, train, num_classes)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
-    return Data(train_loader, _val_loader(args, world, val, num_classes), num_classes, num_val)
+    val_loader = _val_loader(args, world, val, val_transform or build_transform(args, False), num_classes)
+    return Data(train_loader, val_loader, num_classes, num_val)
 
 
 def build_transform(args: Namespace, is_training: bool) -> Callable:
@@ -177,8 +181,8 @@ class SeededRepeatAugSampler(RepeatAugSampler):
 
 def _train_loader(args: Namespace, world: World, source: Dataset, num_classes: int) -> DataLoader:
     if isinstance(source, IterableDataset):
-        return _stream_loader(args, world, source, num_classes, is_training=True)
-    images = ReadableImages(source, build_transform(args, is_training=True), args.max_bad_images)
+        return _stream_loader(args, world, source, build_transform(args, True), num_classes, is_training=True)
+    images = ReadableImages(source, build_transform(args, True), args.max_bad_images)
     split = {"num_replicas": world.size, "rank": world.rank, "shuffle": True, "seed": args.seed}
     if args.repeated_aug:
         sampler = SeededRepeatAugSampler(images, num_repeats=args.aug_repeats, **split)
@@ -193,18 +197,18 @@ def _train_loader(args: Namespace, world: World, source: Dataset, num_classes: i
     return DataLoader(images, batch_size=args.batch_size, sampler=sampler, drop_last=True, **options)
 
 
-def _val_loader(args: Namespace, world: World, source: Dataset, num_classes: int) -> DataLoader:
+def _val_loader(args: Namespace, world: World, source: Dataset, transform: Callable, num_classes: int) -> DataLoader:
     """Each rank's share without padding: images rank, rank + size, rank + 2 size, ..."""
     if isinstance(source, IterableDataset):
-        return _stream_loader(args, world, source, num_classes, is_training=False)
-    images = ReadableImages(source, build_transform(args, is_training=False), max_bad=0)
+        return _stream_loader(args, world, source, transform, num_classes, is_training=False)
+    images = ReadableImages(source, transform, max_bad=0)
     if args.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
     return DataLoader(images, batch_size=int(1.5 * args.batch_size), **_loader_options(args, world))
 
 
 def _stream_loader(
-    args: Namespace, world: World, source: IterableDataset, num_classes: int, is_training: bool
+    args: Namespace, world: World, source: IterableDataset, transform: Callable, num_classes: int, is_training: bool
 ) -> DataLoader:
     """Training shards are shared among ranks and workers, one at least for each; every rank evaluates all of the rest.
 
@@ -224,7 +228,7 @@ def _stream_loader(
         raise SystemExit(f"error: --data-set {args.data_set} has fewer training shards than the {world.size} processes")
     if options["num_workers"] > shards:
         options |= {"num_workers": shards}
-    source.transform = build_transform(args, is_training)
+    source.transform = transform
     source.target_transform = partial(_known_label, num_classes=num_classes)
     source.set_loader_cfg(num_workers=options["num_workers"])
     return DataLoader(source, batch_size=args.batch_size, drop_last=is_training, **options)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import json
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import arguments
 import checkpoint
 import figures
+import redundancy_figures
 from datasets import Data, build_data
 from diversity import DiversityObjective, PatchMixup, TapError, TappedViT, measurable, measure_redundancy
 from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
@@ -34,6 +34,7 @@ from utils import (
     quiet_warnings,
     run_command,
     seed_everything,
+    write_json,
 )
 
 SUMMARY = "summary.json"
@@ -155,7 +156,8 @@ def main(args: Namespace, world: World):
     if output_dir:
         figures.curves(output_dir, list(objective.coefs))
         accuracies = {f"test_{name}": value for name, value in test_stats.items()}
-        finish(output_dir, {"epochs": num_epochs, "training_seconds": seconds, **accuracies})
+        summary = {"epochs": num_epochs, "training_seconds": seconds, **accuracies}
+        write_json(summary, output_dir / SUMMARY)  # last of all, since a finished run is known by it
         log.print(f"run folder: {output_dir}")
     log.close()
 
@@ -280,19 +282,13 @@ def watched_images(args: Namespace, model: nn.Module, data: Data, world: World) 
 def redundancy_record(model: nn.Module, samples: torch.Tensor, log: RunLog, epoch: int) -> dict[str, float]:
     """Means over the layers of what analyze.py measures, for the epoch's record; `log` gets a figure of the layers."""
     try:
-        report = measure_redundancy(model, samples.split(16))
+        report = measure_redundancy(model, [samples])
     except ValueError as error:
         log.print(f"epoch {epoch}: redundancy is not measured: {error}")
         return {}
-    log.figure("redundancy", lambda: figures.redundancy_depth({f"epoch {epoch}": report}), epoch)
-    return {f"redundancy_{name}": value for name, value in report["summary"].items()}
-
-
-def finish(output_dir: Path, summary: dict):
-    """Write summary.json, by which a finished run is known."""
-    temporary = output_dir / f"{SUMMARY}.tmp"
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    temporary.replace(output_dir / SUMMARY)
+    log.figure("redundancy", lambda: redundancy_figures.redundancy_depth({f"epoch {epoch}": [report]}), epoch)
+    measures = {f"redundancy_{name}": value for name, value in report["summary"].items()}
+    return measures | {"redundancy_images": report["images"]}
 
 
 def epoch_line(record: dict, num_epochs: int) -> str:

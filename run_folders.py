@@ -1,4 +1,4 @@
-"""Run folders read back: which cell of a study a run belongs to, what it tells, and whether it may be averaged."""
+"""Run folders read back: which cell of a study a run belongs to, what it tells, and what of it may be averaged."""
 
 import json
 import math
@@ -19,6 +19,29 @@ MAY_DIFFER = (
     *("dist_url", "dist_eval", "world_size", "local_rank", "resplit", "model_ema_force_cpu", "log_interval"),
     *("tensorboard", "redundancy_every"),
 )  # flags of where and how a run ran, not of what it trained
+REPORT, LOG = "redundancy.json", "log.txt"  # sources of redundancy, the better one first: analyze.py, main.py
+PROVENANCE = {
+    "data_set": "data set {}",
+    "split": "split {}",
+    "images": "the first {} images",
+    "input_size": "{} pixels wide",
+    "weights": "{} weights",
+}  # what must be equal in all runs, and how it is said
+
+
+@dataclass
+class Measured:
+    """Redundancy as one source has it.
+
+    Attributes:
+        measures: {measure: value}, at least one.
+        epoch: the last one of the weights measured, from 0; None where that is not known.
+        on: the values of PROVENANCE; None where one is not known.
+    """
+
+    measures: dict[str, float]
+    epoch: int | None
+    on: dict
 
 
 @dataclass
@@ -29,7 +52,7 @@ class Run:
         cell: the row it belongs to.
         flags: its args.yaml; empty where that cannot be read.
         records: one dict for each epoch, in order.
-        measures: {measure of redundancy: value}.
+        redundancy: {REPORT or LOG: what it has}, without those that have nothing.
         problem: why it is not averaged, "unfinished: ..." or "failed: ..."; None for a finished run.
     """
 
@@ -37,14 +60,19 @@ class Run:
     folder: Path
     flags: dict = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)
-    measures: dict[str, float] = field(default_factory=dict)
+    redundancy: dict[str, Measured] = field(default_factory=dict)
     problem: str | None = None
 
-    def values(self) -> dict[str, float]:
-        """Accuracies of the last epoch in percent, measures, and the median throughput in images/s."""
+    @property
+    def name(self) -> str:
+        return f"{self.cell}/seed{self.flags.get('seed', '?')}"
+
+    def values(self, source: str | None) -> dict[str, float]:
+        """Accuracies of the last epoch in percent, the measures `source` has, the median throughput in images/s."""
         speeds = [r["train_images_per_s"] for r in self.records if _is_finite(r.get("train_images_per_s"))]
         speed = {"images_per_s": statistics.median(speeds)} if speeds else {}
-        return self.measures | speed | {name: self.records[-1].get(name) for name in ACCURACIES}
+        measures = self.redundancy[source].measures if source in self.redundancy else {}
+        return measures | speed | {name: self.records[-1].get(name) for name in ACCURACIES}
 
 
 def find_runs(outs: list[str]) -> list[Run]:
@@ -73,16 +101,18 @@ def find_runs(outs: list[str]) -> list[Run]:
 
 
 def cell_name(folder: Path, out: Path) -> str:
-    """The path of a run below `out` without its seed: out/plain/seed0 and out/plain-seed0 are of the cell plain.
+    """The path of a run below `out` without its seed; the last part of the whole path where `out` is below that."""
+    cell = without_seed(folder)
+    return (
+        str(cell.relative_to(out)) if cell != out and cell.is_relative_to(out) else without_seed(folder.resolve()).name
+    )
 
-    Where that leaves nothing, as `out` is a run or holds the seeds of one cell, the last part of the whole path.
-    """
-    parts = [*folder.relative_to(out).parts]
-    if not parts or (len(parts) == 1 and re.fullmatch(r"seed\d+", parts[0])):
-        parts = [part for part in folder.resolve().parts if not re.fullmatch(r"seed\d+", part)][-1:]
-    elif re.fullmatch(r"seed\d+", parts[-1]):
-        parts.pop()
-    return re.sub(r"[-_]seed\d+$", "", "/".join(parts))
+
+def without_seed(path: Path) -> Path:
+    """What runs share that differ in their seed alone: out/plain/seed0 and out/plain-seed0 become out/plain."""
+    if re.fullmatch(r"seed\d+", path.name):
+        return path.parent
+    return path.with_name(re.sub(r"[-_]seed\d+$", "", path.name)) if path.name else path
 
 
 def read_run(folder: Path, cell: str) -> Run:
@@ -93,13 +123,11 @@ def read_run(folder: Path, cell: str) -> Run:
         if not isinstance(flags, dict) or not {"seed", "epochs"} <= flags.keys():
             raise ValueError("args.yaml does not hold the flags of a run")
         run.flags = flags
-        for record in figures.read_log(folder / "log.txt", sys.stderr) if (folder / "log.txt").exists() else ():
+        for record in figures.read_log(folder / LOG, sys.stderr) if (folder / LOG).exists() else ():
             # a resumed run may have gone back to an earlier epoch
             run.records = [earlier for earlier in run.records if earlier["epoch"] < record["epoch"]] + [record]
-        measured = {name.removeprefix("redundancy_"): value for record in run.records
-                    for name, value in record.items() if name.startswith("redundancy_")}  # fmt: skip
-        measured |= _read_json(folder / "redundancy.json").get("summary", {})
-        run.measures = {name: value for name, value in measured.items() if _is_finite(value)}
+        found = {REPORT: _reported(_read_json(folder / REPORT)), LOG: _logged(run)}
+        run.redundancy = {source: measured for source, measured in found.items() if measured.measures}
         run.problem = _problem(run, _read_json(folder / "summary.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         run.problem = f"failed: its files cannot be read ({' '.join(str(error).split())})"
@@ -112,6 +140,61 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text()) if path.exists() else {}
     except json.JSONDecodeError:
         raise ValueError(f"{path.name} is not whole JSON") from None
+
+
+def _reported(report: dict) -> Measured:
+    measured_on = report.get("measured_on", {})
+    measures = {name: value for name, value in report.get("summary", {}).items() if _is_finite(value)}
+    return Measured(measures, measured_on.get("epoch"), {name: measured_on.get(name) for name in PROVENANCE})
+
+
+def _logged(run: Run) -> Measured:
+    record, prefix = run.records[-1] if run.records else {}, "redundancy_"
+    measures = {name.removeprefix(prefix): value for name, value in record.items()
+                if name.startswith(prefix) and _is_finite(value)}  # fmt: skip
+    images = measures.pop("images", None)
+    on = {"data_set": run.flags.get("data_set"), "split": run.flags.get("val_split") or "validation"}
+    on |= {"input_size": run.flags.get("input_size"), "images": images, "weights": "raw"}
+    return Measured(measures, record.get("epoch"), on)
+
+
+def choose_redundancy(runs: list[Run]) -> tuple[str | None, str | None]:
+    """The one source of the redundancy of all runs: what was measured differently is not compared.
+
+    Returns:
+        source: the first of REPORT and LOG that has all finished runs, measured alike after their last epoch, or None.
+        note: what was measured, or why nothing is compared; None where nothing was measured.
+    """
+    finished = [run for run in runs if not run.problem]
+    if not any(run.redundancy for run in finished):
+        return None, None
+    reasons = []
+    for source in (REPORT, LOG):
+        reason = _unfit(finished, source)
+        if reason is None:
+            on = finished[0].redundancy[source].on
+            said = ", ".join(text.format(on[name]) for name, text in PROVENANCE.items() if on[name] is not None)
+            passed_over = reasons and any(REPORT in run.redundancy for run in finished)
+            instead = f", as {reasons[0]}" if passed_over else ""
+            return source, f"redundancy: measured after the last epoch on {said} ({source}{instead})"
+        reasons.append(reason)
+    return None, f"redundancy: not tabled, as {' and '.join(reasons)}; run analyze.py on all runs alike"
+
+
+def _unfit(runs: list[Run], source: str) -> str | None:
+    """Why a source cannot serve all runs; None if it can."""
+    for run in runs:
+        if source not in run.redundancy:
+            return f"{run.name} has none in {REPORT if source == REPORT else f'the last epoch of {LOG}'}"
+        ours, theirs, last = runs[0].redundancy[source], run.redundancy[source], run.records[-1]["epoch"]
+        if theirs.epoch != last:
+            epoch = "an unknown epoch" if theirs.epoch is None else f"epoch {theirs.epoch}"
+            return f"the {source} of {run.name} is of {epoch}, not of its last, {last}"
+        for name, text in PROVENANCE.items():
+            if ours.on[name] != theirs.on[name]:
+                values = text.format(ours.on[name]), text.format(theirs.on[name])
+                return f"in {source}, {runs[0].name} was measured on {values[0]}, {run.name} on {values[1]}"
+    return None
 
 
 def _problem(run: Run, summary: dict) -> str | None:

@@ -3,7 +3,8 @@
     python tabulate.py runs/study --format latex --output table.tex --curves curves.png
 
 A cell of the study, one row, is a set of runs that differ in their seed alone: runs/study/plain/seed0, seed1, ... Only
-finished runs are averaged; the others are listed below the table.
+finished runs are averaged; the others are listed below the table. Redundancy is compared where all runs were measured
+alike: by analyze.py, else by main.py in the last epoch.
 """
 
 import difflib
@@ -15,16 +16,14 @@ import pandas as pd
 
 import figures
 from parsing import Parser
-from run_folders import ACCURACIES, Run, find_runs
+from run_folders import ACCURACIES, Run, choose_redundancy, find_runs
+from tables import HEADINGS, latex, markdown
 
-LOW = (
-    *("embedding_token_cosine", "embedding_token_abscosine", "embedding_first_cosine", "attention_head_cosine"),
-    *("attention_previous_cosine", "weight_condition_number", "weight_row_abscosine"),
+BETTER = {"↓": min, "↑": max}
+DEFAULT = (
+    *("embedding_token_cosine_last", "embedding_token_abscosine_last", "embedding_effective_rank_last"),
+    *("attention_head_cosine_first", "weight_condition_number_qkv", "weight_row_abscosine_qkv"),
 )
-HIGH = ("embedding_effective_rank", "embedding_components_90", "weight_effective_rank", "weight_smallest_angle")
-NEITHER = ("attention_row_std", "attention_row_entropy")
-BETTER = dict.fromkeys(LOW, min) | dict.fromkeys(HIGH, max) | dict.fromkeys(NEITHER)
-MEASURES = ("embedding_token_cosine", "attention_head_cosine", "weight_row_abscosine")
 
 
 def __getattr__(name: str):
@@ -34,117 +33,116 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def statistics_table(runs: list[Run], measures: list[str], baseline: str) -> pd.DataFrame:
+def statistics_table(runs: list[Run], source: str | None, measures: list[str], baseline: str) -> pd.DataFrame:
     """Means over the finished runs of each cell.
 
     Args:
         runs: of all cells.
+        source: where their redundancy is taken from.
         measures: names of measures of redundancy.
-        baseline: the cell whose accuracies are subtracted from the others'.
+        baseline: the cell whose means are subtracted from the others'.
 
     Returns:
-        One row for each cell, the baseline first. Columns: n (finished runs); for each accuracy in percent, each
-        measure, and images_per_s: <name>_mean, <name>_std (of a sample; none for one run) and <name>_n (runs that have
-        it); <accuracy>_difference in percentage points, where there is the baseline.
+        One row for each cell, the baseline first. Columns: n (finished runs), unfinished and failed (runs); for each
+        accuracy in percent, each measure, and images_per_s: <name>_mean, <name>_std (of a sample; none for one run) and
+        <name>_n (runs that have it); where there is the baseline, <name>_difference of each accuracy in percentage
+        points, and of each measure.
     """
     cells = sorted({run.cell: None for run in runs}, key=lambda cell: cell != baseline)
     finished = [run for run in runs if not run.problem]
     columns = [*ACCURACIES, *measures, "images_per_s"]
     index = pd.Index([run.cell for run in finished], name="cell", dtype=str)
-    values = pd.DataFrame([run.values() for run in finished], index, columns, dtype=float).groupby("cell")
+    values = pd.DataFrame([run.values(source) for run in finished], index, columns, dtype=float).groupby("cell")
     table = pd.DataFrame({"n": values.size()}).reindex(cells, fill_value=0)
+    for state in ("unfinished", "failed"):
+        troubled = [run.cell for run in runs if run.problem and run.problem.startswith(state)]
+        table[state] = [troubled.count(cell) for cell in cells]
     for name in columns:
-        table[f"{name}_mean"] = values[name].mean()
+        mean = values[name].mean().reindex(cells)
+        table[f"{name}_mean"] = mean
         table[f"{name}_std"] = values[name].std()
         table[f"{name}_n"] = values[name].count().reindex(cells, fill_value=0)
-    for name in ACCURACIES if baseline in cells else ():
-        table[f"{name}_difference"] = table[f"{name}_mean"] - table[f"{name}_mean"][baseline]
+        if baseline in cells and name != "images_per_s":
+            table[f"{name}_difference"] = mean - mean[baseline]
     return table
 
 
-def text_columns(table: pd.DataFrame, measures: list[str], baseline: str) -> dict[str, list[str]]:
-    """The columns of `statistics_table` as text: {heading: one text for each cell, **the best ones** so}."""
-    columns = {"n": [str(n) for n in table["n"]]}
-    for name, weights in ACCURACIES.items():
-        columns[f"top-1 {weights}, %"] = _texts(table, name, 2, max)
-    for name, weights in ACCURACIES.items():
-        if f"{name}_difference" in table:
-            values = table[f"{name}_difference"].round(2)
-            texts = ["-" if math.isnan(value) else f"{value:+.2f}" if value else "0.00" for value in values]
-            columns[f"{weights} vs {baseline}, points"] = _embolden(texts, values, max)
-    columns |= {name: _texts(table, name, None, BETTER.get(name)) for name in measures}
-    columns["images/s"] = _texts(table.assign(images_per_s_std=math.nan), "images_per_s", None, None)
-    return columns
+def text_tables(table: pd.DataFrame, measures: list[str], baseline: str) -> list[dict[str, list[str]]]:
+    """`statistics_table` as text: accuracies, then redundancy if there are `measures`.
+
+    Returns:
+        tables: {heading: one text for each cell of the study, **the best values** so}.
+    """
+    states = zip(table.index, table["n"], table["unfinished"], strict=True)
+    names = [name if n else f"{name} ({'unfinished' if unfinished else 'failed'})" for name, n, unfinished in states]
+    rows = {"cell": names, "n": [str(n) for n in table["n"]]}
+    accuracies = {f"top-1 {text}, % ↑": _texts(table, name, 2, max, baseline) for name, text in ACCURACIES.items()}
+    speed = _texts(table.drop(columns="images_per_s_std"), "images_per_s", None, None, baseline)
+    redundancy = {}
+    for name in measures:
+        heading = HEADINGS.get(name, name)
+        redundancy[heading] = _texts(table, name, None, BETTER.get(heading[-1]), baseline)
+    return [rows | accuracies | {"images/s": speed}, *([rows | redundancy] if redundancy else [])]
 
 
-def _texts(table: pd.DataFrame, name: str, decimals: int | None, best) -> list[str]:
-    """mean ± std, by default with three digits of the largest mean; a mean over fewer than n runs tells its own n."""
-    means, texts = table[f"{name}_mean"], []
+def _texts(table: pd.DataFrame, name: str, decimals: int | None, best, baseline: str) -> list[str]:
+    """mean ± std (difference, n = ...), by default with three digits of the largest mean; n where runs lack a value.
+
+    The best means are bold, all that tie; none is where all are equal, or only one is there.
+    """
+    parts = table.reindex(columns=[f"{name}_{part}" for part in ("mean", "std", "difference", "n")])
     if decimals is None:
-        largest = means.abs().max()
+        largest = parts[f"{name}_mean"].abs().max()
         decimals = min(max(2 - math.floor(math.log10(largest)), 0), 6) if largest > 0 else 2
-    for n, mean, std, count in zip(table["n"], means, table[f"{name}_std"], table[f"{name}_n"], strict=True):
+    parts = parts.round(decimals) + 0.0  # no -0.0
+    means = parts[f"{name}_mean"].dropna()
+    chosen = best(means) if best and means.nunique() > 1 else None
+    texts = []
+    for (cell, mean, std, difference, count), n in zip(parts.itertuples(), table["n"], strict=True):
         text = "-" if math.isnan(mean) else f"{mean:.{decimals}f}"
         text += "" if math.isnan(std) else f" ± {std:.{decimals}f}"
-        texts.append(text + (f" (n = {count})" if 0 < count < n else ""))
-    return _embolden(texts, means.round(decimals), best)
+        text = f"**{text}**" if mean == chosen else text
+        remarks = []
+        if cell != baseline and not math.isnan(difference):
+            remarks.append(f"{difference:{'+' if difference else ''}.{decimals}f}")
+        if 0 < count < n:
+            remarks.append(f"n = {count:.0f}")
+        texts.append(f"{text} ({', '.join(remarks)})" if remarks else text)
+    return texts
 
 
-def _embolden(texts: list[str], values: pd.Series, best) -> list[str]:
-    """Ties are all best; none is where all are equal, or only one is there."""
-    if best is None or values.nunique() < 2:
-        return texts
-    return [f"**{t}**" if v == best(values.dropna()) else t for t, v in zip(texts, values, strict=True)]
+def choose_measures(asked: list[str] | None, runs: list[Run]) -> tuple[str | None, list[str], list[str]]:
+    """Which redundancy is tabled.
 
+    Args:
+        asked: names of measures; None = DEFAULT, and not a word if there is no redundancy at all.
+        runs: of all cells.
 
-def markdown(columns: dict[str, list[str]], notes: list[str]) -> str:
-    """A Markdown table of texts, and a list of notes."""
-    texts = [[text.replace("|", r"\|") for text in (head, *cells)] for head, cells in columns.items()]
-    texts = [[column[0], "-" * max(map(len, column)), *column[1:]] for column in texts]
-    texts = [[text.ljust(len(column[1])) for text in column] for column in texts]
-    lines = [f"| {' | '.join(row)} |" for row in zip(*texts, strict=True)]
-    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes)]) + "\n"
-
-
-def latex(columns: dict[str, list[str]], notes: list[str]) -> str:
-    """A booktabs table of texts, names in the first column, and the notes in small print."""
-    head, *rows = zip(*([head, *cells] for head, cells in columns.items()), strict=True)
-    lines = [
-        r"% needs \usepackage{booktabs}",
-        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-        r"\toprule",
-        rf"{' & '.join(map(_latex, head))} \\",
-        r"\midrule",
-        *(rf"{' & '.join([_latex(name), *map(_latex_number, cells)])} \\" for name, *cells in rows),
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join([*lines, *(rf"\par{{\footnotesize {_latex(note)}\par}}" for note in notes)]) + "\n"
-
-
-def _latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-    return text.translate(str.maketrans(special | {char: f"\\{char}" for char in "&%$#_{}"}))
-
-
-def _latex_number(text: str) -> str:
-    number = "--" if text == "-" else _latex(text.strip("*")).replace("-", "$-$")
-    return rf"\textbf{{{number}}}" if text.startswith("**") else number
-
-
-def known_measures(names: list[str], runs: list[Run]) -> list[str]:
-    """`names`, each once.
+    Returns:
+        source: where it is taken from.
+        measures: those of the names that are there, each once.
+        notes: on what was measured, or why there is nothing.
 
     Raises:
-        SystemExit: one is neither a measure of this project nor in any run.
+        SystemExit: a name is neither a measure of this project nor in any run.
     """
-    known = [*dict.fromkeys([*BETTER, *(name for run in runs for name in run.measures)])]
+    own = {name for run in runs for measured in run.redundancy.values() for name in measured.measures}
+    known = sorted({*HEADINGS, *own})
+    names = [*dict.fromkeys(DEFAULT if asked is None else asked)]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known)
             hint = f"; did you mean {' or '.join(near)}?" if near else "."
-            raise SystemExit(f"error: unknown measure {name}{hint} There are {', '.join(sorted(known))}")
-    return [*dict.fromkeys(names)]
+            raise SystemExit(f"error: unknown measure {name}{hint} There are {', '.join(known)}")
+    source, note = choose_redundancy(runs)
+    if not names or (asked is None and note is None):
+        return None, [], []
+    if source is None:
+        return None, [], [note or "redundancy: not tabled, as no finished run has any measures"]
+    there = {name for run in runs if not run.problem for name in run.redundancy[source].measures}
+    lacking = [name for name in names if name not in there]
+    note += f"; it lacks {', '.join(lacking)}" if lacking else ""
+    return source, [name for name in names if name in there], [note]
 
 
 def main(argv: list[str] | None = None):
@@ -153,8 +151,8 @@ def main(argv: list[str] | None = None):
     add = parser.add_argument
     add("out", nargs="+", metavar="OUT", help="run folder, or folder that is searched for run folders")
     add("--format", choices=("markdown", "latex", "csv"), default="markdown", help="default: markdown")
-    add("--measures", nargs="*", metavar="NAME", default=MEASURES, help=f"of redundancy; default: {' '.join(MEASURES)}")
-    add("--baseline", default="plain", metavar="CELL", help="to compare accuracies with; default: plain")
+    add("--measures", nargs="*", metavar="NAME", help=f"of redundancy; default: {' '.join(DEFAULT)}")
+    add("--baseline", default="plain", metavar="CELL", help="to compare with; default: plain")
     add("--curves", type=Path, metavar="FILE.png", help="draw training curves, and as PDF beside it; default: none")
     add("--output", type=Path, metavar="FILE", help="write the table there; default: print it")
     args = parser.parse_args(argv)
@@ -162,20 +160,19 @@ def main(argv: list[str] | None = None):
         parser.error(f"--curves needs a file that ends in .png; got {args.curves}")
 
     runs = find_runs(args.out)
-    measures = known_measures(args.measures, runs)
-    table = statistics_table(runs, measures, args.baseline)
+    source, measures, notes = choose_measures(args.measures, runs)
+    notes += [f"{run.name}, {run.problem}" for run in runs if run.problem]
+    table = statistics_table(runs, source, measures, args.baseline)
     if args.baseline not in table.index:
-        sys.stderr.write(f"there is no cell {args.baseline} to compare accuracies with (--baseline)\n")
-    troubled = [run for run in runs if run.problem]
-    notes = [f"{run.cell}, seed {run.flags.get('seed', '?')}, {run.problem}" for run in troubled]
+        sys.stderr.write(f"there is no cell {args.baseline} to compare with (--baseline)\n")
     if args.format == "csv":
         text = table.to_csv(index_label="cell")
         sys.stderr.writelines(f"{note}\n" for note in notes)
     else:
-        states = {run.cell: run.problem.split(":")[0] for run in sorted(troubled, key=lambda run: run.problem)}
-        names = [f"{cell} ({states[cell]})" if n == 0 else cell for cell, n in table["n"].items()]
-        columns = {"cell": names} | text_columns(table, measures, args.baseline)
-        text = {"markdown": markdown, "latex": latex}[args.format](columns, notes)
+        compared = f" (difference from the mean of {args.baseline})" if args.baseline in table.index else ""
+        notes.insert(0, f"mean ± standard deviation of a sample of n runs{compared}; the best in bold")
+        tables = text_tables(table, measures, args.baseline)
+        text = {"markdown": markdown, "latex": latex}[args.format](tables, notes)
     try:
         if args.output:
             args.output.write_text(text, encoding="utf-8")

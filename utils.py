@@ -218,6 +218,13 @@ class RunLog:
             self.writer.close()
 
 
+def write_json(value: dict, path: Path):
+    """Write a JSON file that is whole whenever it is there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value) + "\n")
+    temporary.replace(path)
+
+
 def environment_lines(world: World, seed: int) -> list[str]:
     """What a reader of the log needs to repeat the run: versions, commit, device, seed."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "CPU"

@@ -3,6 +3,7 @@
 A new family is one more case in `Backbone.of`.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ class Backbone:
         model: the model.
         blocks: the blocks whose tokens and attention maps are tapped, in order; they share one grid and one width.
         all_blocks: every block of the model; their weights are tapped.
+        stages: indices in `all_blocks` of the first block of each stage.
         blocks_are: words for `blocks`, for messages.
         grid: (rows, columns) of patch tokens in `blocks`.
         num_prefix_tokens: class, distillation and register tokens in front of the patch tokens.
@@ -47,6 +49,7 @@ class Backbone:
     model: nn.Module
     blocks: Sequence[nn.Module]
     all_blocks: Sequence[nn.Module]
+    stages: list[int]
     blocks_are: str
     grid: tuple[int, int]
     num_prefix_tokens: int
@@ -60,12 +63,13 @@ class Backbone:
         """
         if isinstance(model, (VisionTransformer, Beit, Eva)):
             grid, head = tuple(model.patch_embed.grid_size), ("fc_norm", "head_drop", "head")
-            return cls(model, model.blocks, model.blocks, "blocks", grid, model.num_prefix_tokens, head)
+            return cls(model, model.blocks, model.blocks, [0], "blocks", grid, model.num_prefix_tokens, head)
         if isinstance(model, (SwinTransformer, SwinTransformerV2)):
             last_stage = model.layers[-1].blocks
             all_blocks = [block for stage in model.layers for block in stage.blocks]
+            stages = [*itertools.accumulate((len(stage.blocks) for stage in model.layers[:-1]), initial=0)]
             grid, head = tuple(last_stage[0].input_resolution), ("head.drop", "head.fc")
-            return cls(model, last_stage, all_blocks, "blocks in its last stage", grid, 0, head)
+            return cls(model, last_stage, all_blocks, stages, "blocks in its last stage", grid, 0, head)
         return None
 
     @classmethod

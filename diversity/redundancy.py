@@ -1,10 +1,11 @@
 """The three levels of redundancy as measurements: for every layer, exact, without gradient.
 
-Images are streamed: only running sums and one batch are held, whatever the number of images.
+Images are streamed: only running sums and a few images are held, whatever their number.
 """
 
 import contextlib
 import math
+import statistics
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from .backbones import WEIGHT_GROUPS, Backbone, block_matrices, holds_padding
 from .similarity import cosines, mean_cosine, mean_cross_cosine, without_diagonal
 
+CHUNK = 16  # images that run through the model at a time; maps of all heads are held in float64
 FLOAT64_EPSILON = torch.finfo(torch.float64).eps
 MEASURES = {
     "embedding": {
@@ -50,18 +52,20 @@ def measure_redundancy(model: nn.Module, batches: Iterable[torch.Tensor]) -> dic
 
     Args:
         model: a timm ViT, DeiT, BEiT, EVA or Swin.
-        batches: images [B, 3, S, S] on the model's device.
+        batches: images [B, 3, S, S] on the model's device, B of any size.
 
     Returns:
         Numbers and lists only, ready for JSON; None where there is nothing to compare:
 
         images: how many there were.
+        stages: the blocks with which the stages of a Swin begin; [0] for the others.
         embedding, attention: {measure: one value for each layer}.
         weight: {matrix: {measure: one value for each block}}, for q, k, v, proj, fc1, fc2 where the model has them.
         variance: for each layer, the shares of the variance of the principal components, falling.
         spectra: {matrix: for each block, its singular values, falling}.
-        summary: {level_measure: the mean over layers (without layer 0) and matrices; of condition numbers, the
-            geometric mean}.
+        summary: {level_measure: the mean over layers (without layer 0) and matrices}, and where the paper's terms act:
+            {embedding_measure_last, attention_measure_first, weight_measure_qkv}, of the last layer, the first block
+            and the matrices q, k, v. Means of condition numbers are geometric.
 
     Raises:
         TapError: a model of another family, or one whose attention shows no maps.
@@ -73,7 +77,7 @@ def measure_redundancy(model: nn.Module, batches: Iterable[torch.Tensor]) -> dic
     model.eval()
     try:
         with meter.hooked():
-            for samples in batches:
+            for samples in (chunk for batch in batches for chunk in batch.split(CHUNK)):
                 if len(samples):
                     meter.begin(len(samples))
                     model(samples)
@@ -206,6 +210,7 @@ class _Meter:
         embedding["components_90"] = [int((shares.cumsum(0) < 0.9 - 1e-9).sum()) + 1 for shares in variance]
         return {
             "images": self.images,
+            "stages": self.backbone.stages,
             "embedding": embedding,
             "attention": per_layer(self.attention, "attention"),
             "variance": [shares.tolist() for shares in variance],
@@ -267,16 +272,18 @@ def _weights(backbone: Backbone) -> dict:
 
 
 def _summary(report: dict) -> dict[str, float]:
-    """Means over layers and matrices."""
-    layers = {("embedding", measure): values[1:] for measure, values in report["embedding"].items()}
-    layers |= {("attention", measure): values for measure, values in report["attention"].items()}
-    for measure in MEASURES["weight"]:
-        layers["weight", measure] = [value for matrix in report["weight"].values() for value in matrix[measure]]
-    summary = {}
-    for (level, measure), values in layers.items():
-        values = [value for value in values if value is not None]
-        if values and measure == "condition_number":
-            summary[f"{level}_{measure}"] = math.exp(sum(map(math.log, values)) / len(values))
-        elif values:
-            summary[f"{level}_{measure}"] = sum(values) / len(values)
-    return summary
+    """Means over layers and matrices, and over those that the paper's terms read."""
+    values = {}
+    for measure, layers in report["embedding"].items():
+        values[f"embedding_{measure}"], values[f"embedding_{measure}_last"] = layers[1:], layers[-1:]
+    for measure, blocks in report["attention"].items():
+        values[f"attention_{measure}"], values[f"attention_{measure}_first"] = blocks, blocks[:1]
+    for suffix, names in (("", report["weight"]), ("_qkv", [n for n in ("q", "k", "v") if n in report["weight"]])):
+        for measure in MEASURES["weight"]:
+            values[f"weight_{measure}{suffix}"] = [x for name in names for x in report["weight"][name][measure]]
+    means = {}
+    for name, of_name in values.items():
+        mean = statistics.geometric_mean if "condition_number" in name else statistics.fmean
+        if there := [value for value in of_name if value is not None]:
+            means[name] = mean(there)
+    return means

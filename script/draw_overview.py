@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import figures  # noqa: E402  (sets the style)
 from figures import COLOURS, plt  # noqa: E402
 
-EMBEDDING, ATTENTION, WEIGHT, LABELS = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[3]
+EMBEDDING, ATTENTION, WEIGHT = COLOURS[0], "#B34700", "#00734F"  # darker than the curves': they colour text, too
 
 
 def box(axis, x, width, text, colour="white", edge="#444444"):
@@ -53,7 +54,7 @@ def draw_model(axis):
     tap(axis, centres[2], ATTENTION, "attention")
     tap(axis, centres[3], WEIGHT, "weights (q, k, v of all blocks)")
     tap(axis, 9.42, EMBEDDING, "last", top=0.55)
-    tap(axis, centres[6], LABELS, "patch logits")
+    tap(axis, centres[6], EMBEDDING, "patch logits")
 
 
 def draw_tokens(axis, angles, title):
@@ -85,26 +86,30 @@ def draw_spectrum(axis, values, title):
     """Singular values as bars."""
     axis.bar(range(len(values)), values, color=WEIGHT)
     axis.set(xticks=[], yticks=[], ylim=(0, 1.05))
-    axis.set_box_aspect(0.6)
+    axis.set_box_aspect(0.48)
+    axis.set_facecolor("none")
     axis.set_xlabel("singular values of one matrix", fontsize=8)
     axis.grid(False)
     axis.set_title(title, fontsize=9)
 
 
-TEXTS = {
-    "Patch embeddings": (EMBEDDING, "emb_cos_within: tokens of the last layer apart\n"
-                         "emb_contrast_cross: each token near its own first\nembedding, away from the other tokens"),
-    "Attention maps": (ATTENTION, "attn_cos_within: the heads of block 0 apart"),
-    "Weights": (WEIGHT, "weight_mha_cond_orth: the spectrum of W W^T narrow"),
-    "Labels": (LABELS, "mixing: every patch classified by the label\nof its own pixels"),
-}  # fmt: skip
+LEVELS = {
+    "Level 1: patch embeddings": (EMBEDDING, ""),
+    "Level 2: attention maps": (ATTENTION, "attn_cos_within:\nthe heads of block 0 apart"),
+    "Level 3: weights": (WEIGHT, "weight_mha_cond_orth:\nthe spectrum of W W^T narrow"),
+}
+TOKENS = (
+    "emb_cos_within: tokens of the last layer apart\n"
+    "emb_contrast_cross: each token near its own first\nembedding, away from the other tokens"
+)
+MIXING = "mixing, a supporting loss: every token\nclassified by the label of its own pixels"
 
 
 def draw_mixed_image(axis):
     """An image with a pasted box, its patches numbered by their label."""
     image = np.zeros((4, 4))
     image[1:3, 2:4] = 1
-    axis.imshow(image, cmap="PuRd", vmin=-0.4, vmax=2.6)
+    axis.imshow(image, cmap="Blues", vmin=-0.4, vmax=2.6)
     for row in range(4):
         for column in range(4):
             axis.text(column, row, "cat" if image[row, column] else "dog", ha="center", va="center", fontsize=8)
@@ -114,29 +119,45 @@ def draw_mixed_image(axis):
     axis.set_title("a label for each patch", fontsize=9)
 
 
+def draw_embeddings(panel):
+    """Tokens apart, and beside them the loss that supports it."""
+    tokens, labels = panel.subfigures(1, 2, width_ratios=(1.05, 1))
+    redundant, diverse = tokens.subplots(2, 1)
+    generator = np.random.RandomState(1)
+    draw_tokens(redundant, 0.9 + 0.25 * generator.standard_normal(7), "redundant")
+    draw_tokens(diverse, 0.3 + 2 * np.pi * np.arange(7) / 7, "diverse")
+    tokens.supxlabel(TOKENS, fontsize=8.5)
+    draw_mixed_image(labels.subplots())
+    labels.supxlabel(MIXING, fontsize=8.5)
+
+
+def draw_attention(panel):
+    """Heads alike, and heads apart."""
+    redundant, diverse = panel.subplots(2, 1)
+    draw_maps(redundant, True, "redundant")
+    draw_maps(diverse, False, "diverse")
+
+
+def draw_weights(panel):
+    """A wide spectrum, and a narrow one."""
+    redundant, diverse = panel.subplots(2, 1)
+    draw_spectrum(redundant, np.exp(-0.55 * np.arange(10)), "redundant")
+    draw_spectrum(diverse, 0.9 - 0.03 * np.arange(10), "diverse")
+
+
 def overview():
-    """The whole figure."""
-    figure = plt.figure(figsize=(13, 7.2), layout="constrained")
+    """The whole figure: the model, and below it a panel for each of the three levels."""
+    figure = plt.figure(figsize=(13, 7.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.6))
     draw_model(top.subplots())
-    columns = bottom.subfigures(1, 4, width_ratios=(1.15, 1.15, 1.15, 1))
-    generator = np.random.RandomState(1)
-    pictures = [
-        lambda axes: (
-            draw_tokens(axes[0], 0.9 + 0.25 * generator.standard_normal(7), "redundant"),
-            draw_tokens(axes[1], 0.3 + 2 * np.pi * np.arange(7) / 7, "diverse"),
-        ),
-        lambda axes: (draw_maps(axes[0], True, "redundant"), draw_maps(axes[1], False, "diverse")),
-        lambda axes: (
-            draw_spectrum(axes[0], np.exp(-0.55 * np.arange(10)), "redundant"),
-            draw_spectrum(axes[1], 0.9 - 0.03 * np.arange(10), "diverse"),
-        ),
-        lambda axes: draw_mixed_image(axes),
-    ]
-    for column, (level, (colour, text)), draw in zip(columns, TEXTS.items(), pictures, strict=True):
-        draw(column.subplots(2, 1) if level != "Labels" else column.subplots())
-        column.suptitle(level, color=colour, fontsize=12, fontweight="bold")
-        column.supxlabel(text, fontsize=8.5)
+    panels = bottom.subfigures(1, 3, width_ratios=(2.1, 1.1, 1.1), wspace=0.03)
+    draws = (draw_embeddings, draw_attention, draw_weights)
+    for panel, (level, (colour, text)), draw in zip(panels, LEVELS.items(), draws, strict=True):
+        draw(panel)
+        panel.set_facecolor(to_rgba(colour, 0.04))
+        panel.suptitle(level, color=colour, fontsize=12, fontweight="bold")
+        panel.supxlabel(text, fontsize=8.5)
     return figure
 
 

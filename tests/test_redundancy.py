@@ -22,7 +22,7 @@ from test_backbones import (
 )
 from textbook import cosines, flat, mean, mean_of
 
-from diversity import MEASURES, TAPS, TapError, TappedViT, measurable, measure_redundancy
+from diversity import MEASURES, TAPS, TapError, TappedViT, measurable, measure_redundancy, redundancy
 from diversity.redundancy import _Covariance, _Meter, _weights, effective_rank
 
 PATCHES, WIDTH, HEADS = 16, 24, 3  # of the models of test_backbones that are no Swin
@@ -61,7 +61,14 @@ def textbook(name, model, samples):
             for measure, value in measures.items():
                 weight.setdefault(matrix_name, {}).setdefault(measure, []).append(value)
             spectra.setdefault(matrix_name, []).append(singular)
-    report = {"images": len(samples), "embedding": embedding, "attention": attention, "weight": weight}
+    stages = [0, 2] if "swin" in name else [0]
+    report = {
+        "images": len(samples),
+        "stages": stages,
+        "embedding": embedding,
+        "attention": attention,
+        "weight": weight,
+    }
     return report | {"variance": shares, "spectra": spectra, "summary": textbook_summary(report)}
 
 
@@ -117,15 +124,20 @@ def matrices(block):
 
 
 def textbook_summary(report):
-    values = {("embedding", measure): layers[1:] for measure, layers in report["embedding"].items()}
-    values |= {("attention", measure): layers for measure, layers in report["attention"].items()}
-    for measures in report["weight"].values():
-        for measure, blocks in measures.items():
-            values.setdefault(("weight", measure), []).extend(blocks)
+    every = [value for values in report["weight"].values() for value in zip(*values.values(), strict=True)]
+    qkv = [value for name in "qkv" for value in zip(*report["weight"][name].values(), strict=True)]
+    values = {f"embedding_{measure}": layers[1:] for measure, layers in report["embedding"].items()}
+    values |= {f"embedding_{measure}_last": [layers[-1]] for measure, layers in report["embedding"].items()}
+    values |= {f"attention_{measure}": blocks for measure, blocks in report["attention"].items()}
+    values |= {f"attention_{measure}_first": [blocks[0]] for measure, blocks in report["attention"].items()}
+    values |= dict(zip((f"weight_{m}" for m in MEASURES["weight"]), zip(*every, strict=True), strict=True))
+    values |= dict(zip((f"weight_{m}_qkv" for m in MEASURES["weight"]), zip(*qkv, strict=True), strict=True))
     values = {key: torch.tensor([v for v in layers if v is not None]).double() for key, layers in values.items()}
-    values["weight", "condition_number"] = values["weight", "condition_number"].log()
-    means = {"_".join(key): layers.mean() for key, layers in values.items() if len(layers)}
-    return means | {"weight_condition_number": means["weight_condition_number"].exp()}
+    return {
+        key: layers.log().mean().exp() if "condition" in key else layers.mean()
+        for key, layers in values.items()
+        if len(layers)
+    }
 
 
 def flattened(report, path=""):
@@ -157,9 +169,11 @@ def test_every_measure_equals_the_textbook(name):
 
 
 @pytest.mark.parametrize("name", ["registers", "swin_windows"])
-def test_batches_of_any_size_give_what_one_batch_gives(name):
+def test_batches_of_any_size_give_what_one_batch_gives(name, monkeypatch):
     model, samples = build(name), images(6)
     at_once = measure_redundancy(model, [samples])
+    monkeypatch.setattr(redundancy, "CHUNK", 4)
+    assert_close(measure_redundancy(model, [samples]), at_once)
     assert_close(measure_redundancy(model, samples.split([1, 3, 2])), at_once)
     assert_close(measure_redundancy(model, (image[None] for image in samples)), at_once)
     assert at_once["images"] == 6
@@ -516,15 +530,22 @@ def test_no_images_are_refused(batches):
 
 def test_the_summary_is_the_mean_over_layers_and_matrices():
     report = measure_redundancy(build("vit"), [images()])
-    summary = report["summary"]
-    assert list(summary) == [f"{level}_{measure}" for level, measures in MEASURES.items() for measure in measures]
-    cosine = report["embedding"]["token_cosine"]
+    summary, weight = report["summary"], report["weight"]
+    where = {"embedding": "last", "attention": "first", "weight": "qkv"}
+    names = {f"{level}_{measure}" for level, measures in MEASURES.items() for measure in measures}
+    names |= {f"{level}_{measure}_{where[level]}" for level, measures in MEASURES.items() for measure in measures}
+    assert set(summary) == names - {"attention_previous_cosine_first"}  # there is no block before
+    cosine, heads = report["embedding"]["token_cosine"], report["attention"]["head_cosine"]
     assert len(cosine) == 4 and summary["embedding_token_cosine"] == pytest.approx(sum(cosine[1:]) / 3)
+    assert (summary["embedding_token_cosine_last"], summary["attention_head_cosine_first"]) == (cosine[-1], heads[0])
     assert summary["attention_previous_cosine"] == pytest.approx(sum(report["attention"]["previous_cosine"][1:]) / 2)
-    angles = [angle for matrix in report["weight"].values() for angle in matrix["smallest_angle"]]
-    assert len(angles) == 18 and summary["weight_smallest_angle"] == pytest.approx(sum(angles) / 18)
-    conditions = [value for matrix in report["weight"].values() for value in matrix["condition_number"]]
+    angles = {name: matrix["smallest_angle"] for name, matrix in weight.items()}
+    assert summary["weight_smallest_angle"] == pytest.approx(sum(map(sum, angles.values())) / 18)
+    assert summary["weight_smallest_angle_qkv"] == pytest.approx(sum(sum(angles[name]) for name in "qkv") / 9)
+    conditions = [value for matrix in weight.values() for value in matrix["condition_number"]]
     assert summary["weight_condition_number"] == pytest.approx(math.prod(conditions) ** (1 / 18))
+    conditions = [value for name in "qkv" for value in weight[name]["condition_number"]]
+    assert summary["weight_condition_number_qkv"] == pytest.approx(math.prod(conditions) ** (1 / 9))
 
 
 @pytest.mark.parametrize(
