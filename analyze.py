@@ -159,7 +159,7 @@ def draw_heads(name: str, subject: Subject, model: nn.Module, samples: torch.Ten
     mean, std = (torch.as_tensor(values).view(3, 1, 1) for values in (normalise.mean, normalise.std))
     picture = (sample.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     grid = backbone.grid if maps.shape[-1] == backbone.num_prefix_tokens + math.prod(backbone.grid) else None
-    where = f"block {block} of the {backbone.blocks_are} (0 to {len(backbone.blocks) - 1})"
+    where = f"block {block} ({backbone.blocks_are} 0 to {len(backbone.blocks) - 1})"
     title = f"{name}, {where}, validation image {options.image}" + ("" if grid else ", first window")
     figures.save(redundancy_figures.attention_heads(maps, picture, prefix_names(model), grid, title), path)
 

@@ -330,7 +330,7 @@ def test_the_heads_drawn_are_those_of_the_block_and_the_image(layer, runs, tmp_p
     torch.testing.assert_close(torch.from_numpy(drawn["maps"]), kept[0][0])
     assert drawn["maps"].shape == (3, 17, 17) and (drawn["prefix_tokens"], drawn["grid"]) == (["class token"], (4, 4))
     block = 0 if layer == "first" else 1
-    assert drawn["title"] == f"plain, block {block} of the blocks (0 to 1), validation image 5"
+    assert drawn["title"] == f"plain, block {block} (blocks 0 to 1), validation image 5"
     scan = Digits(is_training=False)[5][0].convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
     assert abs(drawn["picture"] - np.asarray(scan) / 255).max() < 0.01
 

@@ -296,6 +296,17 @@ def test_webdataset(tmp_path, num_workers, shards):
     assert len(set(images_of(data.val))) == 5
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_first_images_of_a_webdataset(tmp_path, num_workers, count):
+    words = (*write_webdataset(tmp_path, train=(4,), validation=(3, 2)), "--num-classes", 3)
+    data = build(*words, "--num-workers", num_workers)
+    every = torch.cat([samples for samples, _ in data.val])
+    before = torch.get_rng_state()
+    assert torch.equal(data.first_val_images(count), every[:count])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_evaluates_the_whole_webdataset(tmp_path, rank):
     words = write_webdataset(tmp_path, train=(4, 4), validation=(3, 2))
