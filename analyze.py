@@ -26,6 +26,7 @@ import arguments
 import checkpoint
 import figures
 import redundancy_figures
+import weights
 from datasets import build_data, build_transform
 from diversity import TapError, TappedViT, measurable, measure_redundancy
 from diversity.backbones import Backbone
@@ -66,7 +67,7 @@ def find_subject(run: str, flags: list[str]) -> Subject:
     folder = path if path.is_dir() else None
     file = path / checkpoint.LAST if folder else path
     if file.is_file():
-        config, epoch = checkpoint.origin(str(file), "RUN")
+        config, epoch = weights.origin(str(file), "RUN")
         args = _flags(flags, config)
         return Subject(run, args, file, folder, epoch, build_transform(args, is_training=False))
     if folder:
@@ -102,7 +103,7 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
     measurable(build_model(args.model, *rest, **args.model_kwargs | {"pretrained": False}))  # before a download
     model = build_model(args.model, *rest, **args.model_kwargs)
     if subject.file is not None:
-        for note in checkpoint.load_weights(model, str(subject.file), "RUN", use_ema=ema):
+        for note in weights.load_weights(model, str(subject.file), "RUN", use_ema=ema):
             print(f"{subject.run}: {note}")
     return model.to(world.device).eval()
 

@@ -95,7 +95,8 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (args.data_set.lower().startswith("wds/"), "repeated_aug aug_repeats max_bad_images dist_eval",
          "--data-set streams: its reader skips unreadable images"),
         (args.resume, "start_epoch", "--resume sets it"),
-        (not args.output_dir, "tensorboard redundancy_every", "nothing is written without --output-dir"),
+        (not args.output_dir, "tensorboard redundancy_every save_every_steps save_every_minutes keep_checkpoints",
+         "nothing is written without --output-dir"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) takes its place"),
         (small, "scale ratio eval_crop_ratio", "inputs up to 32 px are resized whole"),
@@ -149,14 +150,23 @@ def _run(parser):
         metavar="DIR",
         help="run folder for log, checkpoints and curves; empty = nothing saved",
     )
-    add("--resume", default="", metavar="FILE", help="continue from a checkpoint.pth (or evaluate it, with --eval)")
+    add("--resume", default="", metavar="FILE",
+        help="continue from a checkpoint.pth (or evaluate it, with --eval); "
+        "auto = the newest whole one of --output-dir, or start if there is none")  # fmt: skip
+    add("--save-every-steps", type=whole, default=0, metavar="STEPS",
+        help="optimizer steps between saves within an epoch; 0 = none")  # fmt: skip
+    add("--save-every-minutes", type=coefficient, default=10.0, metavar="MINUTES",
+        help="minutes between saves within an epoch; 0 = none")  # fmt: skip
+    add("--keep-checkpoints", type=count, default=2, metavar="N", help="checkpoint.pth and the N - 1 before it")
     add("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is dropped")
     add("--eval", action=argparse.BooleanOptionalAction, default=False, help="evaluate only")
     add("--epochs", type=count, default=300, help="epochs of the schedule, before any cool-down")
     add("--start-epoch", type=whole, default=0, help="first epoch; --resume sets it")
     add("--batch-size", type=count, default=64, help="images per process and step")
     add("--accum-steps", type=count, default=1, help="batches accumulated per optimizer step; 1 = off")
-    add("--seed", type=seed, default=0, help="of weights, data order, augmentation and mixing")
+    add("--seed", type=seed, default=0, help="of weights, data order, augmentation, mixing, dropout and probes")
+    add("--deterministic", action=argparse.BooleanOptionalAction, default=False,
+        help="have a GPU repeat a run bit for bit, more slowly; a CPU does so anyway")  # fmt: skip
     add("--device", type=device, default="auto", metavar="{auto,cuda,cpu}", help="auto = cuda where there is one")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="autocast; auto = bf16 on a GPU that has it, fp16 on another, off on CPU")  # fmt: skip
@@ -327,6 +337,8 @@ def _data(parser):
         default=None,
         help="loader processes per rank; None = cores / local ranks, up to 10",
     )
+    add("--loader-timeout", type=whole, default=600, metavar="SECONDS",
+        help="longest wait for a loader process before the run ends with an error; 0 = no limit")  # fmt: skip
     add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="page-locked batches, on CUDA")
     add("--dist-eval", action=argparse.BooleanOptionalAction, default=True,
         help="share the evaluation among the ranks; exact, no padding is counted")  # fmt: skip
@@ -371,8 +383,10 @@ def _check(parser, args):
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path")
     if args.eval and not (args.resume or args.finetune):
         parser.error("--eval needs the weights to evaluate: --resume or --finetune")
-    if args.resume and args.finetune:
-        parser.error("--resume and --finetune both say where to start; give one")
+    if args.resume == "auto" and not args.output_dir:
+        parser.error("--resume auto looks into --output-dir; give one")
+    if args.resume not in ("", "auto") and args.finetune:
+        parser.error("--resume and --finetune both say where to start; give one (--resume auto goes with --finetune)")
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         parser.error(f"--cutmix-minmax needs LOW < HIGH; got {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}")
     if args.lr_noise and len(args.lr_noise) > 2:

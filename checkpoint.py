@@ -1,18 +1,21 @@
-"""Checkpoint files: written whole or not at all, read without running code from them, refused with one line."""
+"""What a run continues from: its state, when it is saved, and how it is found again."""
 
-import argparse
-import contextlib
-import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+
+import checkpoint_files
+from interruption import RESUMABLE, Agreement, StopSignals
+from utils import EpochTotals, RunLog, World
+from weights import is_weights, load_state_dict, local_file, read
 
 SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr"}  # of an optimizer's group, from the flags
 LAST = "checkpoint.pth"
@@ -23,10 +26,17 @@ BEST = {"acc1": "checkpoint_best.pth", "acc1_ema": "checkpoint_best_ema.pth"}
 class TrainState:
     """Everything that changes while a run trains, and so everything a run continues from.
 
+    No random state is among it: see randomness.py. It is saved between optimizer steps, when no batch is accumulated.
+
     Attributes:
         model: the stock timm model, not its wrappers, so that files hold timm's keys.
-        epoch: the next epoch to train.
+        epoch: the epoch in training, or the next one.
+        step: optimizer steps of this epoch that are done.
+        totals: what this epoch has added up.
+        skipped: steps of the whole run that were not finite.
         best: {"acc1": percent, "acc1_ema": percent}, the best so far.
+        earlier_seconds: of the processes that this one continues.
+        started: this process's clock.
     """
 
     model: nn.Module
@@ -35,50 +45,68 @@ class TrainState:
     scheduler: Scheduler | None
     loss_scaler: torch.amp.GradScaler
     epoch: int = 0
+    step: int = 0
+    totals: EpochTotals = field(default_factory=EpochTotals)
+    skipped: int = 0
     best: dict[str, float] = field(default_factory=dict)
+    earlier_seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
 
-    def save(self, output_dir: Path, accuracies: dict[str, float], args: dict):
-        """Write checkpoint.pth, and the weights alone as a best checkpoint where an accuracy is the best so far.
+    @property
+    def seconds(self) -> float:
+        """What all processes of this run have taken, one after the other."""
+        return self.earlier_seconds + time.monotonic() - self.started
 
-        Args:
-            accuracies: the epoch's values for the keys of `BEST`; those of weights that are not kept are left out.
-            args: the run's flags, kept in the files.
-        """
-        weights = {"acc1": self.model.state_dict()}
-        if self.model_ema is not None:
-            weights["acc1_ema"] = self.model_ema.module.state_dict()
-        improved = [name for name in weights if accuracies[name] > self.best.get(name, -1.0)]
+    def next_epoch(self, accuracies: dict[str, float]) -> list[str]:
+        """Begin the next epoch; returns the keys of `BEST` whose value in `accuracies` is the best so far."""
+        kept = ["acc1"] if self.model_ema is None else list(BEST)
+        improved = [name for name in kept if accuracies[name] > self.best.get(name, -1.0)]
         self.best |= {name: accuracies[name] for name in improved}
+        self.epoch, self.step, self.totals = self.epoch + 1, 0, EpochTotals()
+        return improved
+
+    def state_dict(self, world: World) -> dict:
+        """What a checkpoint holds, not yet copied; every process must call it."""
         whole = {
-            "model": weights["acc1"],
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict(),
+            "lr_scheduler": _scheduler_state(self.scheduler),
             "scaler": self.loss_scaler.state_dict(),
             "epoch": self.epoch - 1,  # the finished one, as DeiT writes it
-            "best": self.best,
-            "args": args,
+            "step": self.step,
+            "totals": self.totals.state_dict(world),
+            "skipped": self.skipped,
+            "best": dict(self.best),
+            "seconds": self.seconds,
         }
         if self.model_ema is not None:
-            whole["model_ema"] = weights["acc1_ema"]
-        save(whole, output_dir / LAST)
-        for name in improved:
-            best = {"model": weights[name], "acc1": accuracies[name], "epoch": self.epoch - 1, "args": args}
-            save(best, output_dir / BEST[name])
+            whole["model_ema"] = self.model_ema.module.state_dict()
+        return whole
 
-    def restore(self, checkpoint: dict, path: str):
+    def restore(self, checkpoint: dict, path: str, global_batch: int = 0, device: torch.device | None = None):
         """Continue from a loaded checkpoint.pth, weights included.
 
         The schedule and the optimizer's settings stay those of the flags; timm's schedules depend on the epoch alone,
         except plateau's.
 
+        Args:
+            global_batch: images of an optimizer step; within an epoch it must be the stored one.
+            device: of the means so far.
+
         Raises:
-            SystemExit: it is of another model, of another optimizer, or holds weights alone.
+            SystemExit: it is of another model, of another optimizer, of another global batch, or holds weights alone.
         """
         missing = {"optimizer", "lr_scheduler", "scaler", "epoch"} - checkpoint.keys()
         if missing:
             raise SystemExit(
                 f"error: --resume {path} holds no {', '.join(sorted(missing))}; "
                 f"training continues from {LAST}, other weights start a new run with --finetune"
+            )
+        step, stored_batch = checkpoint.get("step", 0), checkpoint.get("global_batch", global_batch)
+        if step and stored_batch != global_batch:
+            raise SystemExit(
+                f"error: --resume {path} is within an epoch of {stored_batch} images per optimizer step, not "
+                f"{global_batch}; keep processes x --batch-size x --accum-steps"
             )
         load_model_and_ema(self.model, self.model_ema, checkpoint, path)
         stored, own = (
@@ -93,14 +121,155 @@ class TrainState:
             raise SystemExit(f"error: --resume {path} was written with another optimizer: {error}") from None
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
-        self.epoch = checkpoint["epoch"] + 1
+        self.epoch, self.step = checkpoint["epoch"] + 1, step
         if isinstance(self.scheduler, PlateauLRScheduler):
-            self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
-        else:
+            _restore_plateau(self.scheduler, checkpoint["lr_scheduler"])
+        elif self.epoch:
             self.scheduler.step(checkpoint["epoch"])
         if checkpoint["scaler"]:  # empty when the run so far did not scale its loss
             self.loss_scaler.load_state_dict(checkpoint["scaler"])
+        if "totals" in checkpoint:
+            self.totals.load_state_dict(checkpoint["totals"], device)
+        self.skipped = checkpoint.get("skipped", 0)
         self.best = checkpoint.get("best", {})
+        self.earlier_seconds = checkpoint.get("seconds", 0.0)
+
+
+def _scheduler_state(scheduler: Scheduler) -> dict:
+    """timm's state, and for plateau the counters of torch's scheduler inside, which timm leaves out."""
+    state = scheduler.state_dict()
+    if isinstance(scheduler, PlateauLRScheduler):
+        state["plateau"] = scheduler.lr_scheduler.state_dict()
+    return state
+
+
+def _restore_plateau(scheduler: PlateauLRScheduler, state: dict):
+    scheduler.load_state_dict({name: value for name, value in state.items() if name != "plateau"})
+    if "plateau" in state:
+        scheduler.lr_scheduler.load_state_dict(state["plateau"])
+
+
+class Saver:
+    """Saves a run while it trains: after some steps or minutes, at the end of an epoch, and when it is stopped.
+
+    Files are written by a thread while training goes on; one at a time. A save that fails is said, and the next one
+    tries again; weights that are not finite are not saved. Every process calls each method; the main one writes.
+
+    Args:
+        state: of the run.
+        extras: what else a checkpoint holds: the flags, the global batch, known bad images; every process calls it.
+        output_dir: the run folder; None on other processes, or for a run that keeps nothing.
+        steps: optimizer steps between saves; 0 = none.
+        minutes: between saves; 0 = none.
+        keep: checkpoints that are kept, the newest and those before it.
+        signals: what asks the run to stop.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        extras: Callable[[], dict],
+        output_dir: Path | None,
+        log: RunLog,
+        world: World,
+        signals: StopSignals,
+        *,
+        steps: int = 0,
+        minutes: float = 0,
+        keep: int = 2,
+    ):
+        self.state, self.extras, self.output_dir, self.log, self.world = state, extras, output_dir, log, world
+        self.signals, self.steps, self.minutes, self.keep = signals, steps, minutes, keep
+        self.agreement = Agreement(world)
+        self.writer = checkpoint_files.BackgroundWriter(self._failed)
+        self.error: BaseException | None = None
+        self._begin_interval()
+
+    def after_step(self):
+        """Save if it is time, stop if a signal came to any process.
+
+        Raises:
+            SystemExit: with `RESUMABLE`, once the state is saved.
+        """
+        self.writer.poll()
+        self.steps_since += 1
+        is_due = 0 < self.steps <= self.steps_since or 0 < self.minutes * 60 <= time.monotonic() - self.saved_at
+        is_due = is_due and self.output_dir is not None and not self.asked and not self.writer.busy
+        self.asked = self.asked or is_due
+        stop, due = self.agreement.exchange(bool(self.signals.received), is_due)
+        if stop:
+            self._stop()
+        if due:
+            self._submit([])
+
+    def after_batch(self):
+        """In the midst of an evaluation: stop if a signal came to any process.
+
+        Raises:
+            SystemExit: with `RESUMABLE`, once the state is saved.
+        """
+        if self.agreement.vote(bool(self.signals.received))[0]:
+            self._stop()
+
+    def end_epoch(self, improved: list[str]):
+        """Save after an epoch, and the weights alone as best checkpoints.
+
+        Args:
+            improved: the keys of `BEST` to write.
+        """
+        self._submit(improved)
+
+    def close(self):
+        """Wait for the last save, and try once more if it failed.
+
+        Raises:
+            SystemExit: it cannot be written.
+        """
+        self.agreement.finish()
+        self.writer.wait()
+        if self.error is not None:
+            self._submit([])
+            self.writer.wait()
+        self.writer.close()
+        if self.error is not None:
+            raise SystemExit(f"error: the last checkpoint could not be written: {self.error}")
+
+    def _stop(self):
+        self._submit([])
+        self.close()
+        self.agreement.vote(False)  # no process leaves before the file is there: torchrun would end the others
+        self.log.print(f"stopped in epoch {self.state.epoch} after step {self.state.step}, saved; start again to go on")
+        self.log.close()
+        raise SystemExit(RESUMABLE)
+
+    def _submit(self, improved: list[str]):
+        whole = self.state.state_dict(self.world) | self.extras()
+        self.log.flush()  # the rows up to this state must not be lost when the run goes on from it
+        self._begin_interval()
+        if self.output_dir is None:
+            return
+        whole, path = checkpoint_files.copied(whole), self.output_dir / LAST
+        weights = {"acc1": whole["model"], "acc1_ema": whole.get("model_ema")}
+
+        def write():
+            bad = checkpoint_files.first_non_finite({key: whole.get(key, {}) for key in ("model", "model_ema")})
+            if bad:
+                raise ValueError(f"{bad} is not finite")
+            for name in improved:  # first, since a run that goes on from before them writes them again
+                best = {"model": weights[name], "acc1": whole["best"][name], "epoch": whole["epoch"]}
+                checkpoint_files.write(best | {"args": whole["args"]}, self.output_dir / BEST[name], keep=1)
+            checkpoint_files.write(whole, path, keep=self.keep)
+            self.error = None
+
+        self.writer.submit(write)
+
+    def _begin_interval(self):
+        self.saved_at, self.steps_since, self.asked = time.monotonic(), 0, False
+
+    def _failed(self, error: BaseException):
+        self.error = error
+        line = f"error: no checkpoint saved in {self.output_dir}: {error}; training goes on, the next save tries again"
+        print(line, file=sys.stderr, flush=True)
 
 
 def load_model_and_ema(model: nn.Module, model_ema: ModelEmaV3 | None, checkpoint: dict, path: str):
@@ -114,24 +283,17 @@ def load_model_and_ema(model: nn.Module, model_ema: ModelEmaV3 | None, checkpoin
         load_state_dict(model_ema.module, checkpoint.get("model_ema", checkpoint["model"]), path, "--resume")
 
 
-def save(state: dict, path: Path):
-    """Write `state` so that `path` holds either the old file or the new one, whenever the machine stops.
-
-    The file is written beside the target, flushed to disk and renamed.
-
-    Args:
-        state: tensors, numbers, strings, dicts and lists only, so that `weights_only=True` can load it.
-        path: the target.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+def find_newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder, None where there is none; damaged ones are said and set aside."""
+    for path in checkpoint_files.candidates(folder / LAST):
+        try:
+            checkpoint_files.verify(path)
+        except checkpoint_files.DamagedFile as error:
+            aside = checkpoint_files.set_aside(path)
+            print(f"damaged checkpoint: {error}; it is now {aside.name}", file=sys.stderr, flush=True)
+        else:
+            return path
+    return None
 
 
 def load(path: str, flag: str) -> dict:
@@ -140,135 +302,8 @@ def load(path: str, flag: str) -> dict:
     Raises:
         SystemExit: the file is missing, damaged, or not one of this program's.
     """
-    path = _local_file(path, flag)
-    with _readable(path, flag):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or not _is_weights(checkpoint.get("model")):
+    path = local_file(path, flag)
+    checkpoint = read(path, flag)
+    if not isinstance(checkpoint, dict) or not is_weights(checkpoint.get("model")):
         raise SystemExit(f"error: {flag} {path} holds no weights under 'model'; it is not a checkpoint of this program")
     return checkpoint
-
-
-def origin(path: str, flag: str) -> tuple[dict, int | None]:
-    """The flags that a checkpoint of this program was trained with, and its last epoch; {}, None for other files.
-
-    Raises:
-        SystemExit: the file is damaged.
-    """
-    if path.endswith(".safetensors"):
-        return {}, None
-    with _readable(path, flag):
-        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    args = stored.get("args") if isinstance(stored, dict) else None
-    return (args, stored.get("epoch")) if isinstance(args, dict) else ({}, None)
-
-
-def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, use_ema: bool = False) -> list[str]:
-    """Load weights in any of timm's and DeiT's layouts, to fine-tune from or to teach with.
-
-    Position embeddings and patch embeddings of another size are resampled by timm. A classifier of another size is
-    dropped when `new_head` is set, which leaves the model's own initial one.
-
-    Args:
-        model: a timm model.
-        path: .pth or .safetensors file, or an https URL.
-        flag: the flag that named it, for messages.
-        use_ema: load the averaged weights.
-
-    Returns:
-        One line for each thing that did not go in as it was.
-
-    Raises:
-        SystemExit: the file is missing or damaged, or does not fit beyond the head.
-    """
-    path = _local_file(path, flag)
-    with _readable(path, flag):
-        if use_ema and "model_ema" not in torch.load(path, map_location="cpu", weights_only=True):
-            raise SystemExit(f"error: {flag} {path} holds no averaged weights")
-        weights = timm.models.load_state_dict(path, use_ema=use_ema, weights_only=True)
-    if not _is_weights(weights):
-        raise SystemExit(f"error: {flag} {path} holds no model weights")
-    notes, own = [], model.state_dict()
-    for name in _classifier_names(model):
-        if new_head and _differs(name, weights, own):
-            notes.append(f"{name} of shape {[*weights[name].shape]} dropped: the model needs {[*own[name].shape]}")
-            del weights[name]
-        elif new_head and name not in weights:
-            notes.append(f"{name} is not in the file: it starts anew")
-    resized = [name for name in ("pos_embed", "patch_embed.proj.weight") if _differs(name, weights, own)]
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is not None:
-        with contextlib.suppress(RuntimeError):  # what cannot be resampled is named as a misfit below
-            weights = adapt(weights, model)
-    for name in resized:
-        if not _differs(name, weights, own):
-            notes.append(f"{name} resampled to {[*own[name].shape]}")
-    load_state_dict(model, weights, path, flag, may_miss=[note.split()[0] for note in notes])
-    return notes
-
-
-def load_state_dict(model: nn.Module, weights: dict, path: str, flag: str, may_miss: list[str] = ()):
-    """model.load_state_dict that answers a misfit with one line that names the first tensor.
-
-    Raises:
-        SystemExit: a tensor is missing, unknown or of another shape.
-    """
-    own = model.state_dict()
-    misfits = [
-        f"{name} is {[*weights[name].shape]} in the file and {[*own[name].shape]} in the model"
-        for name in own.keys() & weights.keys()
-        if _differs(name, weights, own)
-    ]
-    misfits += [f"{name} is not in the file" for name in own.keys() - weights.keys() - set(may_miss)]
-    misfits += [f"{name} is not in the model" for name in weights.keys() - own.keys()]
-    if misfits:
-        misfits.sort()
-        more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
-        raise SystemExit(f"error: {flag} {path} does not fit {type(model).__name__}: {misfits[0]}{more}")
-    model.load_state_dict(weights, strict=False)
-
-
-def _classifier_names(model: nn.Module) -> list[str]:
-    """state_dict names of the classifiers."""
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
-    return [
-        f"{name}.{parameter}" if parameter else name
-        for name, module in model.named_modules()
-        if any(module is head for head in heads)
-        for parameter in module.state_dict()
-    ]
-
-
-def _is_weights(value) -> bool:
-    return isinstance(value, dict) and bool(value) and all(torch.is_tensor(tensor) for tensor in value.values())
-
-
-def _differs(name: str, weights: dict, own: dict) -> bool:
-    return name in weights and name in own and weights[name].shape != own[name].shape
-
-
-def _local_file(path: str, flag: str) -> str:
-    """A file on this machine: `path` itself, or what an https URL names, kept in torch's hub folder."""
-    if not path.startswith("https://"):
-        if not Path(path).is_file():
-            raise SystemExit(f"error: {flag} {path}: there is no such file")
-        return path
-    local = Path(torch.hub.get_dir()) / "checkpoints" / path.rsplit("/", 1)[-1]
-    if not local.is_file():
-        local.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(path, str(local), progress=False)
-        except OSError as error:
-            raise SystemExit(f"error: {flag} {path} cannot be downloaded: {error}") from None
-    return str(local)
-
-
-@contextlib.contextmanager
-def _readable(path: str, flag: str):
-    """Turn whatever a damaged or foreign file makes torch raise into one line."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            yield
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise SystemExit(f"error: {flag} {path} cannot be read, it is truncated or no checkpoint ({reason})") from None

@@ -1,21 +1,23 @@
 """Transforms, samplers and loaders over the data sets of sources.py."""
 
 import itertools
-import sys
+import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import timm.data
 import torch
-from PIL import Image
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, Subset
 from torchvision import transforms
 
-from sources import build_source, count_classes, image_name
+from images import ReadableImages, Sample
+from interruption import ignore_in_worker
+from randomness import reseed
+from sources import build_source, count_classes
 from utils import BadImageError, World, cpu_count
 
 
@@ -26,24 +28,55 @@ class Data:
     Attributes:
         train: None when a run only evaluates.
         num_val: validation images of all processes together.
+        num_steps: optimizer steps of an epoch.
+        accum_steps: batches of a step.
+        seed: of the order that a data set which streams is shuffled into.
     """
 
     train: DataLoader | None
     val: DataLoader
     num_classes: int
     num_val: int
+    num_steps: int = 0
+    accum_steps: int = 1
+    seed: int = 0
 
-    def set_epoch(self, epoch: int):
-        """Give the epoch to what shuffles: the sampler, or a data set that streams."""
-        shuffler = self.train.dataset if isinstance(self.train.dataset, IterableDataset) else self.train.sampler
-        shuffler.set_epoch(epoch)
+    def batches(self, epoch: int, step: int) -> Iterable:
+        """The training batches of an epoch from an optimizer step on.
 
-    def num_bad_images(self, world: World) -> int:
-        """Distinct unreadable training images that any process has met; every process must call it."""
+        What was done is skipped unread; a data set that streams reads it again, with the same result where the number
+        of its worker processes, at least one, is the same.
+        """
         if isinstance(self.train.dataset, IterableDataset):
-            return 0
+            self.train.dataset.set_epoch(epoch)
+            self.train.dataset.reader.ds = None  # timm's pipeline, which would go on drawing from where it was
+            reseed("order", self.seed, epoch)  # the loader draws its workers' seeds from it
+            return itertools.islice(self.train, step * self.accum_steps, self.num_steps * self.accum_steps)
+        self.train.batch_sampler.start(epoch, step * self.accum_steps)
+        return self.train
+
+    def step_images(self, step: int) -> str:
+        """Which images an optimizer step of this epoch is made of on this process."""
+        if isinstance(self.train.dataset, IterableDataset):
+            return "images of a stream"
+        batches = self.train.batch_sampler.batches()[step * self.accum_steps : (step + 1) * self.accum_steps]
+        return f"images number {', '.join(str(sample.index) for batch in batches for sample in batch)}"
+
+    def bad_images(self, world: World) -> list[int]:
+        """Unreadable training images that any process has met; every process must call it."""
+        if isinstance(self.train.dataset, IterableDataset):
+            return []
         is_bad = self.train.dataset.is_bad.to(world.device, torch.int32)
-        return int(world.sum(is_bad).count_nonzero())
+        return world.sum(is_bad).nonzero().flatten().tolist()
+
+    def mark_bad_images(self, indices: list[int]):
+        """Tell the training set what `bad_images` has found in an earlier process."""
+        if not isinstance(self.train.dataset, IterableDataset):
+            self.train.dataset.mark_bad(indices)
+
+    def common_val_batches(self, world: World) -> int:
+        """Validation batches that every process has; shares differ by an image."""
+        return math.ceil(self.num_val // world.size / self.val.batch_size)
 
     def first_val_images(self, count: int) -> torch.Tensor:
         """The first validation images [n, 3, S, S], the same in every process; no random number is drawn."""
@@ -72,10 +105,10 @@ def build_data(args: Namespace, world: World, val_transform: Callable | None = N
     train = None if args.eval else build_source(args, is_training=True)
     val = build_source(args, is_training=False)
     num_classes = count_classes(args, train, val)
-    train_loader = None if train is None else _train_loader(args, world, train, num_classes)
+    train_loader, num_steps = (None, 0) if train is None else _train_loader(args, world, train, num_classes)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     val_loader = _val_loader(args, world, val, val_transform or build_transform(args, False), num_classes)
-    return Data(train_loader, val_loader, num_classes, num_val)
+    return Data(train_loader, val_loader, num_classes, num_val, num_steps, args.accum_steps, args.seed)
 
 
 def build_transform(args: Namespace, is_training: bool) -> Callable:
@@ -116,58 +149,6 @@ def build_transform(args: Namespace, is_training: bool) -> Callable:
     return transform
 
 
-class ReadableImages(Dataset):
-    """The images of a source with transforms applied; an unreadable one is logged, counted and replaced by the next.
-
-    Args:
-        source: map-style data set of (PIL image, label), without transforms.
-        transform: PIL image -> tensor.
-        max_bad: distinct unreadable images that are replaced; the next one raises `BadImageError`.
-    """
-
-    def __init__(self, source: Dataset, transform: Callable, max_bad: int):
-        self.source = source
-        self.transform = transform
-        self.max_bad = max_bad
-        self.is_bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # one for all loader workers
-
-    @property
-    def num_bad(self) -> int:
-        """Distinct unreadable images this process and its workers have met."""
-        return int(self.is_bad.count_nonzero())
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index: int):
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            if self.is_bad[candidate]:
-                continue
-            try:
-                image, label = self._read(candidate)
-            except Exception as error:  # decoders raise anything
-                self._report(candidate, error)
-                continue
-            return self.transform(image), label
-        raise BadImageError(f"none of the {len(self)} images can be read")
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        if isinstance(self.source, timm.data.ImageDataset):  # would skip unreadable images in silence
-            file, label = self.source.reader[index]
-            with file:
-                return Image.open(file).convert("RGB"), label
-        image, label = self.source[index]
-        return image.convert("RGB"), label
-
-    def _report(self, index: int, error: Exception):
-        self.is_bad[index] = 1
-        message = f"unreadable image {image_name(self.source, index)}: {' '.join(str(error).split())}"
-        if self.num_bad > self.max_bad:
-            raise BadImageError(f"{message} (number {self.num_bad}; {self.max_bad} may be replaced)") from None
-        print(f"{message}; replaced by the next one", file=sys.stderr, flush=True)
-
-
 class SeededRepeatAugSampler(RepeatAugSampler):
     """timm's repeated augmentation with a seed; seed 0 draws the same order as DeiT."""
 
@@ -179,22 +160,70 @@ class SeededRepeatAugSampler(RepeatAugSampler):
         super().set_epoch(epoch + 1_000_003 * self.seed)
 
 
-def _train_loader(args: Namespace, world: World, source: Dataset, num_classes: int) -> DataLoader:
+class ResumableBatches(Sampler):
+    """Batches of `Sample`, from any of an epoch's batches on.
+
+    Batch k of all ranks together holds the positions k * W * B to (k + 1) * W * B of the epoch's order, whatever the
+    number W of ranks: a global batch holds the same samples when ranks, batch size or accumulated batches change in
+    such a way that its size stays.
+
+    Args:
+        sampler: every `world.size`-th index of the epoch's order, from `world.rank` on, as timm's and torch's do.
+        batch_size: samples of a batch.
+        num_batches: of an epoch; what is left over is dropped.
+        repeats: times that an index follows itself in the epoch's order.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, num_batches: int, repeats: int, world: World):
+        self.sampler, self.batch_size, self.num_batches, self.repeats = sampler, batch_size, num_batches, repeats
+        self.world = world
+        self.epoch = self.first = 0
+
+    def start(self, epoch: int, batch: int = 0):
+        """Begin the next pass at a batch of an epoch."""
+        self.epoch, self.first = epoch, batch
+        self.sampler.set_epoch(epoch)
+
+    def batches(self) -> list[list[Sample]]:
+        """All batches of the epoch."""
+        positions = itertools.count(self.world.rank, self.world.size)
+        samples = [
+            Sample(index, self.epoch, position % self.repeats)
+            for index, position in zip(self.sampler, positions, strict=False)
+        ]
+        return [samples[i * self.batch_size : (i + 1) * self.batch_size] for i in range(self.num_batches)]
+
+    def __iter__(self):
+        return iter(self.batches()[self.first :])
+
+    def __len__(self):
+        return self.num_batches - self.first
+
+
+def _train_loader(args: Namespace, world: World, source: Dataset, num_classes: int) -> tuple[DataLoader, int]:
+    """The loader, and the optimizer steps of an epoch."""
     if isinstance(source, IterableDataset):
-        return _stream_loader(args, world, source, build_transform(args, True), num_classes, is_training=True)
-    images = ReadableImages(source, build_transform(args, True), args.max_bad_images)
-    split = {"num_replicas": world.size, "rank": world.rank, "shuffle": True, "seed": args.seed}
-    if args.repeated_aug:
-        sampler = SeededRepeatAugSampler(images, num_repeats=args.aug_repeats, **split)
-    else:
-        sampler = DistributedSampler(images, **split)
-    if len(sampler) < args.batch_size:
+        loader = _stream_loader(args, world, source, build_transform(args, True), num_classes, is_training=True)
+        return loader, len(loader) // args.accum_steps
+    images = ReadableImages(source, build_transform(args, True), args.max_bad_images, args.seed)
+
+    def sampler(ranks, rank):
+        split = {"num_replicas": ranks, "rank": rank, "shuffle": True, "seed": args.seed}
+        if args.repeated_aug:
+            return SeededRepeatAugSampler(images, num_repeats=args.aug_repeats, **split)
+        return DistributedSampler(images, **split)
+
+    global_batch = args.batch_size * world.size * args.accum_steps
+    num_steps = len(sampler(1, 0)) // global_batch
+    if num_steps == 0:
         raise SystemExit(
-            f"error: the training set gives {len(sampler)} images to each process, "
-            f"less than one --batch-size {args.batch_size}"
+            f"error: an epoch has {len(sampler(1, 0))} images, less than the {global_batch} of one step: "
+            f"--batch-size {args.batch_size}, {world.size} processes, --accum-steps {args.accum_steps}"
         )
-    options = _loader_options(args, world)
-    return DataLoader(images, batch_size=args.batch_size, sampler=sampler, drop_last=True, **options)
+    repeats = args.aug_repeats if args.repeated_aug else 1
+    mine = sampler(world.size, world.rank)
+    batches = ResumableBatches(mine, args.batch_size, num_steps * args.accum_steps, repeats, world)
+    return DataLoader(images, batch_sampler=batches, **_loader_options(args, world)), num_steps
 
 
 def _val_loader(args: Namespace, world: World, source: Dataset, transform: Callable, num_classes: int) -> DataLoader:
@@ -231,6 +260,7 @@ def _stream_loader(
     source.transform = transform
     source.target_transform = partial(_known_label, num_classes=num_classes)
     source.set_loader_cfg(num_workers=options["num_workers"])
+    options |= {"persistent_workers": False}  # each epoch begins with new ones, seeded by it
     return DataLoader(source, batch_size=args.batch_size, drop_last=is_training, **options)
 
 
@@ -250,4 +280,6 @@ def _loader_options(args: Namespace, world: World) -> dict:
         "multiprocessing_context": "fork" if by_name else None,  # our classes have lost their module's name
         "pin_memory": args.pin_mem and world.device.type == "cuda",
         "persistent_workers": num_workers > 0,
+        "worker_init_fn": ignore_in_worker,
+        "timeout": args.loader_timeout if num_workers else 0,
     }

@@ -4,7 +4,7 @@ import contextlib
 import datetime
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from timm.utils import accuracy
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from checkpoint import TrainState
 from diversity import DiversityObjective, PatchMixup
+from randomness import reseed
 from utils import Meters, RunLog, World
 
 
@@ -32,7 +33,7 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
 
 
 class FiniteGuard:
-    """Decides, alike on all ranks, whether a step may be taken; counts and names the ones that may not.
+    """Decides, alike on all ranks, whether a step may be taken; names the ones that may not.
 
     Args:
         budget: skipped steps before training stops.
@@ -42,32 +43,31 @@ class FiniteGuard:
     def __init__(self, budget: int, world: World):
         self.budget = budget
         self.world = world
-        self.skipped = 0
 
-    def allows(self, values: dict[str, torch.Tensor], where: str) -> bool:
+    def allows(self, values: dict[str, torch.Tensor], where: str, images: Callable[[], str]) -> bool:
         """True when all values are finite on all ranks.
 
         Args:
             values: 0-dim tensors: the loss, the gradient norm, the terms.
             where: the step, for the message.
-
-        Raises:
-            SystemExit: more than `budget` steps have been skipped.
+            images: tells which images this rank's step was made of, for the message.
         """
         finite = torch.stack([value.isfinite() for value in values.values()])
-        finite_everywhere = self.world.sum((~finite.all()).float()) == 0
-        if finite_everywhere:
+        if self.world.sum((~finite.all()).float()) == 0:
             return True
-        self.skipped += 1
         names = [name for name, ok in zip(values, finite.tolist(), strict=True) if not ok]
         if names:
-            print(f"{where}: step skipped, not finite on rank {self.world.rank}: {', '.join(names)}", flush=True)
-        if self.skipped > self.budget:
+            line = f"{where}: step skipped, not finite on rank {self.world.rank}: {', '.join(names)}; {images()}"
+            print(line, flush=True)
+        return False
+
+    def require_within_budget(self, skipped: int):
+        """Raise SystemExit if more than `budget` steps have been skipped in all."""
+        if skipped > self.budget:
             raise SystemExit(
-                f"error: {self.skipped} steps were not finite, more than --max-nonfinite-steps {self.budget}; "
+                f"error: {skipped} steps were not finite, more than --max-nonfinite-steps {self.budget}; "
                 "lower --lr, set --clip-grad or use --amp bf16 or off"
             )
-        return False
 
 
 def train_one_epoch(
@@ -80,49 +80,58 @@ def train_one_epoch(
     log: RunLog,
     world: World,
     *,
+    num_steps: int | None = None,
+    seed: int = 0,
+    images: Callable[[int], str] = lambda step: "",
+    after_step: Callable[[], None] = lambda: None,
     amp_dtype: torch.dtype | None = None,
     accum_steps: int = 1,
     clip_grad: float | None = None,
     log_interval: int = 50,
 ) -> dict[str, float]:
-    """Train for one pass over the loader.
+    """Train the rest of an epoch, from `state.step` on.
 
     Args:
         model: a TappedViT around `state.model`, or DistributedDataParallel around one.
-        state: what the steps change.
-        accum_steps: batches per optimizer step; a last, shorter group is averaged over the batches it has.
+        loader: the batches of the steps that are left, `accum_steps` for each.
+        state: what the steps change; its `step` counts up.
+        num_steps: optimizer steps of the whole epoch; None = those done and those the loader has.
+        seed: of mixing, dropout and probes.
+        images: tells which images a step of this epoch is made of on this rank, for messages.
+        after_step: called when `state` holds everything up to a step; may save it, or raise to stop.
+        accum_steps: batches per optimizer step.
         clip_grad: largest gradient norm, or None.
         log_interval: optimizer steps between console lines; 0 = none.
 
     Returns:
-        Means over steps and processes: loss, every term and its share, lr, grad_norm; and images_per_s of all
-        processes, data_wait (share of the time spent waiting for the loader), skipped_steps, and overflows (steps that
-        fp16's loss scale skipped to settle, which is no fault).
+        Means over the epoch's steps and processes: loss, every term and its share, lr, grad_norm; and images_per_s of
+        all processes, data_wait (share of the time spent waiting for the loader), skipped_steps, and overflows (steps
+        that fp16's loss scale skipped to settle, which is no fault).
     """
     model.train()
-    optimizer, loss_scaler, epoch = state.optimizer, state.loss_scaler, state.epoch
+    optimizer, loss_scaler, epoch, totals = state.optimizer, state.loss_scaler, state.epoch, state.totals
     optimizer.zero_grad()
-    num_batches = len(loader)
-    num_steps = -(-num_batches // accum_steps)
-    epoch_meters, window, group = Meters(), Meters(), Meters()
-    progress = Progress(epoch, num_steps, log, world, log_interval)
-    skipped_before, overflows = guard.skipped, 0
-    for index, (samples, labels) in enumerate(progress.timed(loader)):
+    num_steps = state.step + len(loader) // accum_steps if num_steps is None else num_steps
+    progress = Progress(state, num_steps, log, world, log_interval)
+    group = Meters()
+    first_batch = state.step * accum_steps
+    for index, (samples, labels) in enumerate(progress.timed(loader), start=first_batch):
         step = index // accum_steps
-        group_size = min(accum_steps, num_batches - step * accum_steps)
-        ends_group = index % accum_steps == group_size - 1
+        ends_group = index % accum_steps == accum_steps - 1
         samples = samples.to(world.device, non_blocking=True)
         labels = labels.to(world.device, non_blocking=True)
+        reseed("mixing", seed, epoch, index)
         samples, target = mixup_fn(samples, labels)
 
+        reseed("step", seed, world.rank, epoch, index, device=world.device)
         gradients_stay_local = world.size > 1 and not ends_group
         with model.no_sync() if gradients_stay_local else contextlib.nullcontext():
             with autocast(world.device, amp_dtype):
                 output = model(samples)
                 loss, terms = objective(output, target, samples)
-            loss_scaler.scale(loss / group_size).backward()
+            loss_scaler.scale(loss / accum_steps).backward()
         group.add({"loss": loss, **terms})
-        progress.images += len(samples) * world.size
+        totals.images += len(samples) * world.size
         if not ends_group:
             continue
 
@@ -134,41 +143,53 @@ def train_one_epoch(
         checked = {name: value for name, value in values.items() if not name.endswith("_share")}
         if scale_still_settles:
             del checked["grad_norm"]
-        if guard.allows(checked, f"epoch {epoch} step {step}"):
+        if not guard.allows(checked, f"epoch {epoch} step {step}", lambda step=step: images(step)):
+            totals.skipped += 1
+            state.skipped += 1
+            guard.require_within_budget(state.skipped)
+        else:
             loss_scaler.step(optimizer)  # which skips a step whose scaled gradients overflowed
             if grad_norm.isfinite():
-                epoch_meters.add(values)
-                window.add(values)
+                totals.epoch.add(values)
+                totals.window.add(values)
                 if state.model_ema is not None:
                     state.model_ema.update(state.model)
             else:
-                overflows += 1
+                totals.overflows += 1
         loss_scaler.update()
         optimizer.zero_grad()
 
+        state.step = step + 1
         if progress.finished_step(step):
-            progress.report(step, optimizer.param_groups[0]["lr"], window.averages(world))
-            window = Meters()
+            progress.report(step, optimizer.param_groups[0]["lr"], totals.window.averages(world))
+            totals.window = Meters()
+        after_step()
     progress.close()
     return {
         "lr": optimizer.param_groups[0]["lr"],
-        **epoch_meters.averages(world),
-        "images_per_s": progress.images / progress.seconds,
-        "data_wait": progress.waited / progress.seconds,
-        "skipped_steps": guard.skipped - skipped_before,
-        "overflows": overflows,
+        **totals.epoch.averages(world),
+        "images_per_s": totals.images / max(totals.seconds, 1e-9),
+        "data_wait": totals.waited / max(totals.seconds, 1e-9),
+        "skipped_steps": totals.skipped,
+        "overflows": totals.overflows,
     }
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Iterable, world: World, amp_dtype: torch.dtype | None = None
+    model: nn.Module,
+    loader: Iterable,
+    world: World,
+    amp_dtype: torch.dtype | None = None,
+    after_batch: Callable[[], None] = lambda: None,
+    common_batches: int = 0,
 ) -> dict[str, float]:
     """Cross-entropy and top-1, top-5 accuracy over the images of all processes' loaders, each counted once.
 
     Args:
         model: a plain timm model (not DistributedDataParallel: ranks may have unequal numbers of batches).
         loader: this process's share of the images.
+        after_batch: called after each of the first `common_batches`, which every process has; may raise to stop.
 
     Returns:
         loss in nats, acc1 and acc5 in percent (acc5 is of all classes where there are fewer than five), images.
@@ -179,7 +200,7 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64, device=device)
-    for samples, labels in loader:
+    for index, (samples, labels) in enumerate(loader):
         samples = samples.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
@@ -189,6 +210,8 @@ def evaluate(
         batch = len(labels)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         totals += torch.stack([loss, acc1 * batch / 100, acc5 * batch / 100, loss.new_tensor(batch)])
+        if index < common_batches:
+            after_batch()
     loss, hits1, hits5, images = world.sum(totals.to(world.device)).tolist()
     if not images:
         raise SystemExit("error: the validation set is empty")
@@ -198,17 +221,14 @@ def evaluate(
 class Progress:
     """Clock, throughput and console lines of one epoch; a bar too where a person watches a terminal."""
 
-    def __init__(self, epoch: int, num_steps: int, log: RunLog, world: World, log_interval: int):
-        self.epoch, self.num_steps, self.log, self.world, self.log_interval = epoch, num_steps, log, world, log_interval
-        self.start = self.window_start = time.perf_counter()
-        self.images = 0
-        self.waited = self.window_waited = 0.0
+    def __init__(self, state: TrainState, num_steps: int, log: RunLog, world: World, log_interval: int):
+        self.epoch, self.totals = state.epoch, state.totals
+        self.num_steps, self.log, self.world, self.log_interval = num_steps, log, world, log_interval
+        self.clock = self.window_start = time.perf_counter()
+        self.window_waited, self.window_steps = 0.0, 0
         on_terminal = world.is_main and sys.stderr.isatty()
-        self.bar = tqdm(total=num_steps, desc=f"epoch {epoch}", leave=False, disable=not on_terminal)
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
+        steps = {"initial": state.step, "total": num_steps}
+        self.bar = tqdm(**steps, desc=f"epoch {self.epoch}", leave=False, disable=not on_terminal)
 
     def timed(self, loader: Iterable) -> Iterator:
         """The loader's batches, with the time spent waiting for each added up."""
@@ -220,30 +240,33 @@ class Progress:
             except StopIteration:
                 return
             wait = time.perf_counter() - asked
-            self.waited += wait
+            self.totals.waited += wait
             self.window_waited += wait
             yield batch
 
     def finished_step(self, step: int) -> bool:
         """Count an optimizer step; True when a console line is due."""
+        now = time.perf_counter()
+        self.totals.seconds += now - self.clock
+        self.clock = now
+        self.window_steps += 1
         self.bar.update()
         return self.log_interval > 0 and (step % self.log_interval == 0 or step == self.num_steps - 1)
 
     def report(self, step: int, lr: float, averages: dict[str, float]):
         """One console line in DeiT's form, and the same values to TensorBoard."""
-        seconds, waited = time.perf_counter() - self.window_start, self.window_waited
-        self.window_start, self.window_waited = time.perf_counter(), 0.0
-        steps = 1 if step == 0 else (step - 1) % self.log_interval + 1
-        eta = datetime.timedelta(seconds=round(self.seconds / (step + 1) * (self.num_steps - step - 1)))
+        seconds = time.perf_counter() - self.window_start
+        eta = datetime.timedelta(seconds=round(self.totals.seconds / (step + 1) * (self.num_steps - step - 1)))
         width = len(str(self.num_steps))
         parts = [f"Epoch: [{self.epoch}]", f"[{step:>{width}}/{self.num_steps}]", f"eta: {eta}", f"lr: {lr:.6f}"]
         parts += [f"{name}: {value:.4g}" for name, value in averages.items() if not name.endswith("_share")]
-        parts += [f"time: {seconds / steps:.4f}", f"data: {waited / steps:.4f}"]
+        parts += [f"time: {seconds / self.window_steps:.4f}", f"data: {self.window_waited / self.window_steps:.4f}"]
         if self.world.device.type == "cuda":
             parts.append(f"max mem: {torch.cuda.max_memory_allocated(self.world.device) / 2**20:.0f}")
         self.log.print("  ".join(parts))
         values = {f"train/{name}": value for name, value in averages.items()}
         self.log.scalars({"train/lr": lr, **values}, self.epoch * self.num_steps + step)
+        self.window_start, self.window_waited, self.window_steps = time.perf_counter(), 0.0, 0
 
     def close(self):
         self.bar.close()

@@ -1,9 +1,10 @@
 """Train or evaluate a timm vision transformer with the diversity regularizers of "The Principle of Diversity"."""
 
+import contextlib
 import dataclasses
 import datetime
-import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,14 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import arguments
 import checkpoint
+import checkpoint_files
 import figures
 import redundancy_figures
 from datasets import Data, build_data
 from diversity import DiversityObjective, PatchMixup, TapError, TappedViT, measurable, measure_redundancy
 from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
+from interruption import StopSignals, locked
 from losses import DistillationLoss
 from models import build_model
 from parsing import flag_of
+from randomness import make_deterministic, seed_everything
 from utils import (
     RunLog,
     World,
@@ -33,9 +37,9 @@ from utils import (
     one_line_errors,
     quiet_warnings,
     run_command,
-    seed_everything,
     write_json,
 )
+from weights import load_weights
 
 SUMMARY = "summary.json"
 WATCHED_IMAGES = 64  # whose redundancy is measured while training
@@ -46,30 +50,42 @@ def main(args: Namespace, world: World):
     quiet_warnings()
     if world.device.type == "cpu":
         keep_freed_memory()
-    seed_everything(args.seed)  # the same initial weights, and so the same average of them, on every rank
-    amp_dtype = autocast_dtype(args.amp, world.device)
+    if args.deterministic:
+        make_deterministic()
+    with contextlib.ExitStack() as stack:
+        if not args.eval:
+            hold_folder(stack, args, world)
+        finds_its_own = args.resume == "auto"
+        if finds_its_own:
+            newest = checkpoint.find_newest(Path(args.output_dir)) if world.is_main else None
+            args.resume = world.from_main(str(newest or ""))
+        if args.eval:
+            evaluate_only(args, world)
+        else:
+            train(args, world, stack, finds_its_own)
 
+
+def evaluate_only(args: Namespace, world: World):
+    """Print the accuracies of a checkpoint."""
     data = build_data(args, world)
+    model, model_ema, resumed, notes = build_weights(args, world, data)
+    if resumed:
+        checkpoint.load_model_and_ema(model, model_ema, resumed, args.resume)
+    stats = evaluate_both(model, model_ema, data, args, world, autocast_dtype(args.amp, world.device))
+    if world.is_main:
+        print("\n".join([*environment_lines(world, args.seed), *notes, accuracy_line(stats)]))
 
-    model = build_model(
-        args.model, data.num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
-    )
-    notes = checkpoint.load_weights(model, args.finetune, "--finetune") if args.finetune else []
-    resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
-    model.to(world.device)
-    seed_everything(args.seed + world.rank)
-    model_ema = None
-    if args.model_ema and (not args.eval or "model_ema" in resumed):
-        model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
 
-    if args.eval:
-        if resumed:
-            checkpoint.load_model_and_ema(model, model_ema, resumed, args.resume)
-        test_stats = evaluate_both(model, model_ema, data, args, world, amp_dtype)
-        if world.is_main:
-            print("\n".join([*environment_lines(world, args.seed), *notes, accuracy_line(test_stats)]))
-        return
+def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_own: bool):
+    """Train, from the start or from `--resume`, and evaluate each epoch.
 
+    Args:
+        stack: what holds the run folder; it ends with the run.
+        finds_its_own: whether `--resume auto` chose the checkpoint, if there was any.
+    """
+    amp_dtype = autocast_dtype(args.amp, world.device)
+    data = build_data(args, world)
+    model, model_ema, resumed, notes = build_weights(args, world, data)
     objective = build_objective(args, world, model, data.num_classes)
     tapped = build_tapped(args, model, objective)
     mixup_fn = PatchMixup(
@@ -86,8 +102,8 @@ def main(args: Namespace, world: World):
         device_ids = [world.device.index] if world.device.type == "cuda" else None
         ddp_or_tapped = DistributedDataParallel(tapped, device_ids=device_ids)
 
-    effective_batch = args.batch_size * world.size * args.accum_steps
-    lr = args.lr if args.unscale_lr else args.lr * effective_batch / 512
+    global_batch = args.batch_size * world.size * args.accum_steps
+    lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
     optimizer = build_optimizer(args, model, lr)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     loss_scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
@@ -95,22 +111,30 @@ def main(args: Namespace, world: World):
     if args.start_epoch:
         scheduler.step(args.start_epoch - 1)
     if resumed:
-        state.restore(resumed, args.resume)
+        state.restore(resumed, args.resume, global_batch, world.device)
+        data.mark_bad_images(resumed.get("bad_images", []))
         resumed = None  # its tensors are copied by now
         if state.epoch >= num_epochs and not awaits_summary(args):
+            if finds_its_own:
+                if world.is_main:
+                    print(f"{args.output_dir} has finished its {num_epochs} epochs")
+                return
             raise SystemExit(
                 f"error: --resume {args.resume} has finished its {num_epochs} epochs; raise --epochs or use --eval"
             )
 
     tables = "\n".join(filter(None, [args.preset and f"preset {args.preset}", objective.table(), tapped.table()]))
-    output_dir = prepare_output_dir(args, world, tables)
-    log = RunLog(output_dir, world, args.tensorboard)
+    output_dir = prepare_output_dir(args, world, tables, finds_its_own)
+    hold_folder(stack, args, world)
+    log = RunLog(output_dir, world, args.tensorboard, state.epoch, state.epoch * data.num_steps + state.step)
     num_parameters = sum(p.numel() for p in model.parameters())
+    since = f" from step {state.step} of {data.num_steps} on" if state.step else ""
     log.print("\n".join([
         *environment_lines(world, args.seed),
         f"model {args.model}: {num_parameters:,} parameters, {data.num_classes} classes, "
         f"autocast {str(amp_dtype).removeprefix('torch.') if amp_dtype else 'off'}",
-        f"{effective_batch} images per optimizer step, learning rate {lr:g}, epochs {state.epoch} to {num_epochs - 1}",
+        f"{global_batch} images per optimizer step, learning rate {lr:g}, "
+        f"epochs {state.epoch}{since} to {num_epochs - 1}",
         *notes,
         *(f"warning: {line}" for line in arguments.without_effect(args)),
         tables,
@@ -118,39 +142,53 @@ def main(args: Namespace, world: World):
 
     watched = watched_images(args, model, data, world)
     guard = FiniteGuard(args.max_nonfinite_steps, world)
-    started, test_stats = time.time(), None
+    saver = checkpoint.Saver(
+        state,
+        lambda: {"args": vars(args), "global_batch": global_batch, "bad_images": data.bad_images(world)},
+        output_dir,
+        log,
+        world,
+        stack.enter_context(StopSignals()),
+        steps=args.save_every_steps,
+        minutes=args.save_every_minutes,
+        keep=args.keep_checkpoints,
+    )
+    test_stats = None
     while state.epoch < num_epochs:
         epoch = state.epoch
-        data.set_epoch(epoch)
         train_stats = train_one_epoch(
             ddp_or_tapped,
             objective,
-            data.train,
+            data.batches(epoch, state.step),
             mixup_fn,
             state,
             guard,
             log,
             world,
+            num_steps=data.num_steps,
+            seed=args.seed,
+            images=data.step_images,
+            after_step=saver.after_step,
             amp_dtype=amp_dtype,
             accum_steps=args.accum_steps,
             clip_grad=args.clip_grad,
             log_interval=args.log_interval,
         )
-        test_stats = evaluate_both(model, model_ema, data, args, world, amp_dtype)
+        test_stats = evaluate_both(model, model_ema, data, args, world, amp_dtype, saver.after_batch)
         scheduler.step(epoch, test_stats["acc1"])
-        state.epoch = epoch + 1
         record = {f"train_{name}": value for name, value in train_stats.items()}
         record |= {f"test_{name}": value for name, value in test_stats.items()}
-        record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": data.num_bad_images(world)}
-        if watched is not None and (state.epoch % args.redundancy_every == 0 or state.epoch == num_epochs):
-            record |= redundancy_record(model, watched, log, epoch)
-        if output_dir:
-            state.save(output_dir, test_stats, vars(args))
-        log.epoch(record)
+        bad_images = len(data.bad_images(world))
+        record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": bad_images}
+        if watched is not None and ((epoch + 1) % args.redundancy_every == 0 or epoch + 1 == num_epochs):
+            record |= redundancy_record(model, watched, log, (epoch + 1) * data.num_steps - 1, epoch)
+        log.epoch(record, (epoch + 1) * data.num_steps - 1)  # before the save, which ends an epoch for good
+        saver.end_epoch(state.next_epoch(test_stats))
         log.print(epoch_line(record, num_epochs))
+    saver.close()
 
     test_stats = test_stats or evaluate_both(model, model_ema, data, args, world, amp_dtype)
-    seconds = round(time.time() - started)
+    seconds = round(state.seconds)
     log.print(f"training time {datetime.timedelta(seconds=seconds)}")
     log.print(accuracy_line(test_stats))
     if output_dir:
@@ -162,12 +200,44 @@ def main(args: Namespace, world: World):
     log.close()
 
 
+def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:
+    """The model as the flags start it, its average, the checkpoint to continue from, and what there is to say."""
+    seed_everything(args.seed)  # the same initial weights, and so the same average of them, on every rank
+    model = build_model(
+        args.model, data.num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
+    )
+    notes = load_weights(model, args.finetune, "--finetune") if args.finetune and not args.resume else []
+    resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
+    model.to(world.device)
+    model_ema = None
+    if args.model_ema and (not args.eval or "model_ema" in resumed):
+        model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    return model, model_ema, resumed, notes
+
+
+def hold_folder(stack: contextlib.ExitStack, args: Namespace, world: World):
+    """Lock the run folder, once it is there, against other runs, and clear it of what a killed one left half written.
+
+    Raises:
+        SystemExit: on all processes, if another run holds it.
+    """
+    folder, error = Path(args.output_dir), None
+    if world.is_main and args.output_dir and folder.is_dir():
+        try:
+            stack.enter_context(locked(folder))
+            checkpoint_files.sweep(folder)
+        except SystemExit as refusal:
+            error = refusal.code
+    if error := world.from_main(error):
+        raise SystemExit(error)
+
+
 def build_objective(args: Namespace, world: World, model: nn.Module, num_classes: int) -> DiversityObjective:
     """The loss that the flags describe, with its teacher if there is one."""
     distillation = None
     if args.distillation_type != "none":
         teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
-        checkpoint.load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
+        load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
         teacher.to(world.device)
         distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     if hasattr(model, "set_distilled_training"):
@@ -214,20 +284,23 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
         ) from None
 
 
-def evaluate_both(model, model_ema, data, args, world, amp_dtype) -> dict[str, float]:
+def evaluate_both(
+    model, model_ema, data, args, world, amp_dtype, after_batch: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """`evaluate` of the raw weights and, with `_ema` appended to its names, of their average."""
     if not data.val_is_shared:
         world = dataclasses.replace(world, size=1)
-    stats = evaluate(model, data.val, world, amp_dtype)
+    common = {"after_batch": after_batch, "common_batches": data.common_val_batches(world)}
+    stats = evaluate(model, data.val, world, amp_dtype, **common)
     if stats["images"] != data.num_val:
         raise SystemExit(f"error: {data.num_val - stats['images']} of {data.num_val} validation images are unreadable")
     if model_ema is not None:
-        averaged = evaluate(model_ema.module, data.val, world, amp_dtype)
+        averaged = evaluate(model_ema.module, data.val, world, amp_dtype, **common)
         stats |= {f"{name}_ema": value for name, value in averaged.items()}
     return stats
 
 
-def prepare_output_dir(args: Namespace, world: World, tables: str) -> Path | None:
+def prepare_output_dir(args: Namespace, world: World, tables: str, finds_its_own: bool) -> Path | None:
     """The run folder, made by the main process; None on the others or without one.
 
     It holds the flags as args.yaml and `tables`, the terms and what they read, as objective.txt; a summary.json of an
@@ -239,7 +312,8 @@ def prepare_output_dir(args: Namespace, world: World, tables: str) -> Path | Non
     if not args.output_dir:
         return None
     output_dir, error = Path(args.output_dir), None
-    if world.is_main and not args.resume and (output_dir / "log.txt").exists():
+    continues = args.resume and Path(args.resume).resolve().parent == output_dir.resolve()
+    if world.is_main and not (continues or finds_its_own) and (output_dir / "log.txt").exists():
         error = (
             f"error: --output-dir {output_dir} already holds a run; continue it with "
             f"--resume {output_dir / checkpoint.LAST}, or choose another folder"
@@ -253,7 +327,7 @@ def prepare_output_dir(args: Namespace, world: World, tables: str) -> Path | Non
             (output_dir / SUMMARY).unlink(missing_ok=True)
         except OSError as failure:
             error = f"error: --output-dir {output_dir} cannot be written: {failure.strerror}"
-    if error := world.same_error(error):
+    if error := world.from_main(error):
         raise SystemExit(error)
     return output_dir if world.is_main else None
 
@@ -279,14 +353,14 @@ def watched_images(args: Namespace, model: nn.Module, data: Data, world: World) 
     return data.first_val_images(WATCHED_IMAGES).to(world.device) if world.is_main else None
 
 
-def redundancy_record(model: nn.Module, samples: torch.Tensor, log: RunLog, epoch: int) -> dict[str, float]:
+def redundancy_record(model: nn.Module, samples: torch.Tensor, log: RunLog, step: int, epoch: int) -> dict[str, float]:
     """Means over the layers of what analyze.py measures, for the epoch's record; `log` gets a figure of the layers."""
     try:
         report = measure_redundancy(model, [samples])
     except ValueError as error:
         log.print(f"epoch {epoch}: redundancy is not measured: {error}")
         return {}
-    log.figure("redundancy", lambda: redundancy_figures.redundancy_depth({f"epoch {epoch}": [report]}), epoch)
+    log.figure("redundancy", lambda: redundancy_figures.redundancy_depth({f"epoch {epoch}": [report]}), step)
     measures = {f"redundancy_{name}": value for name, value in report["summary"].items()}
     return measures | {"redundancy_images": report["images"]}
 

@@ -17,7 +17,8 @@ FINITE = ("train_loss", "test_loss", "test_loss_ema", *ACCURACIES)  # in the las
 MAY_DIFFER = (
     *("seed", "output_dir", "resume", "start_epoch", "config", "data_path", "num_workers", "pin_mem", "device"),
     *("dist_url", "dist_eval", "world_size", "local_rank", "resplit", "model_ema_force_cpu", "log_interval"),
-    *("tensorboard", "redundancy_every"),
+    *("tensorboard", "redundancy_every", "save_every_steps", "save_every_minutes", "keep_checkpoints"),
+    *("loader_timeout", "deterministic"),
 )  # flags of where and how a run ran, not of what it trained
 REPORT, LOG = "redundancy.json", "log.txt"  # sources of redundancy, the better one first: analyze.py, main.py
 PROVENANCE = {

@@ -16,6 +16,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
+from weights import refusal
+
 BUILT_IN = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS", "FAKE")
 TIMM_PREFIXES = ("torch", "hfds", "wds")
 FAKE_SIZES = {"train": 1024, "val": 256}
@@ -58,7 +60,8 @@ def build_source(args: Namespace, is_training: bool) -> Dataset:
         year = 2018 if name == "INAT" else 2019
         return INaturalist(root, split, year, args.inat_category)
     except Exception as error:  # the libraries raise anything from AssertionError to HTTP errors
-        reason = " ".join(str(error).split()) or type(error).__name__
+        refused = refusal(error)
+        reason = f"a file {refused}" if refused else " ".join(str(error).split()) or type(error).__name__
         raise SystemExit(
             f"error: --data-set {name} cannot be read from {args.data_path or 'the hub'}: {reason}"
         ) from None

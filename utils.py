@@ -5,15 +5,13 @@ import ctypes
 import json
 import os
 import platform
-import random
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.distributed as dist
@@ -67,12 +65,12 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def same_error(self, error: str | None) -> str | None:
-        """The main process's error message, told to all."""
-        message = [error]
+    def from_main(self, value: str | None) -> str | None:
+        """The main process's text, such as an error message, told to all."""
+        told = [value]
         if self.size > 1:
-            dist.broadcast_object_list(message, device=self.device)
-        return message[0]
+            dist.broadcast_object_list(told, device=self.device)
+        return told[0]
 
 
 def init_world(device: str = "auto", dist_url: str = "env://") -> World:
@@ -137,13 +135,6 @@ def joined_world(device: str, dist_url: str):
         dist.destroy_process_group()
 
 
-def seed_everything(seed: int):
-    """Seed Python, numpy (which draws the mixing) and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 class Meters:
     """Running sums of named 0-dim tensors, kept on their device so that adding never waits for the host."""
 
@@ -164,8 +155,51 @@ class Meters:
         """Means over all steps and processes; every process must call it."""
         if not self.count:
             return {}
-        sums = world.sum(torch.stack([*self.sums.values()]) / self.count) / world.size
-        return dict(zip(self.sums, sums.tolist(), strict=True))
+        return {name: value / self.count for name, value in self.state_dict(world)["sums"].items()}
+
+    def state_dict(self, world: World) -> dict:
+        """The sums as means over the processes, and the count; every process must call it."""
+        means = world.sum(torch.stack([*self.sums.values()])) / world.size if self.count else torch.empty(0)
+        return {"sums": dict(zip(self.sums, means.tolist(), strict=True)), "count": self.count}
+
+    def load_state_dict(self, state: dict, device: torch.device):
+        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self.count = state["count"]
+
+
+@dataclass
+class EpochTotals:
+    """What an epoch has added up so far.
+
+    Attributes:
+        epoch: means over its steps.
+        window: means since the last console line.
+        images: seen by all processes.
+        seconds: trained.
+        waited: of these seconds, those spent waiting for the loader.
+        skipped: steps that were not finite.
+        overflows: steps that fp16's loss scale skipped.
+    """
+
+    epoch: Meters = field(default_factory=Meters)
+    window: Meters = field(default_factory=Meters)
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    skipped: int = 0
+    overflows: int = 0
+
+    def state_dict(self, world: World) -> dict:
+        """Numbers only, the same on all processes, each of which must call it."""
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        return numbers | {"epoch": self.epoch.state_dict(world), "window": self.window.state_dict(world)}
+
+    def load_state_dict(self, state: dict, device: torch.device):
+        for name, value in state.items():
+            if isinstance(value, dict):
+                getattr(self, name).load_state_dict(value, device)
+            else:
+                setattr(self, name, value)
 
 
 class RunLog:
@@ -177,15 +211,25 @@ class RunLog:
         output_dir: the run folder, or None to write to the console alone.
         world: this process.
         tensorboard: also write events.
+        epoch, step: where the run goes on; what an earlier process logged from there on is dropped, as it comes again.
     """
 
-    def __init__(self, output_dir: Path | None, world: World, tensorboard: bool):
+    def __init__(self, output_dir: Path | None, world: World, tensorboard: bool, epoch: int = 0, step: int = 0):
         self.is_main = world.is_main
         self.path = output_dir / "log.txt" if output_dir and self.is_main else None
-        if self.path and self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            with open(self.path, "a") as file:
-                file.write("\n")  # a line that was cut off must not take the next one with it
-        self.writer = SummaryWriter(output_dir) if self.path and tensorboard else None
+        self.unwritten = ""
+        if self.path and self.path.exists():
+            self._drop_from(epoch)
+        self.writer = SummaryWriter(output_dir, purge_step=step) if self.path and tensorboard else None
+
+    def _drop_from(self, epoch: int):
+        """Leave the whole lines of earlier epochs in log.txt."""
+        lines = self.path.read_text().splitlines()
+        kept = [line for line in lines if (record := _parsed(line)) is not None and record["epoch"] < epoch]
+        if kept != lines or not self.path.read_bytes().endswith(b"\n"):
+            temporary = self.path.with_name(f"{self.path.name}.tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(self.path)
 
     def print(self, text: str):
         if self.is_main:
@@ -203,19 +247,51 @@ class RunLog:
         if self.writer:
             self.writer.add_figure(name, draw(), step)
 
-    def epoch(self, record: dict):
-        """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/`."""
-        if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+    def epoch(self, record: dict, step: int):
+        """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/` at its last step.
+
+        A line that cannot be written is said, and written with the next one.
+        """
         numbers = {f"epoch/{name}": value for name, value in record.items() if isinstance(value, int | float)}
-        self.scalars(numbers, record["epoch"])
+        self.scalars(numbers, step)
+        self.flush()
+        if not self.path:
+            return
+        self.unwritten += json.dumps(record) + "\n"
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            with open(self.path, "a") as file:
+                try:
+                    file.write(self.unwritten)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self.path, size)  # no part of a line stays
+                    raise
+            self.unwritten = ""
+        except OSError as error:
+            print(f"error: {self.path} cannot be written: {error.strerror}; training goes on", file=sys.stderr)
+
+    def flush(self):
+        """Write what TensorBoard has been told so far."""
         if self.writer:
-            self.writer.flush()
+            try:
+                self.writer.flush()
+            except OSError as error:
+                print(f"error: TensorBoard's events cannot be written: {error}; they end here", file=sys.stderr)
+                self.writer = None
 
     def close(self):
         if self.writer:
             self.writer.close()
+
+
+def _parsed(line: str) -> dict | None:
+    """A record of log.txt; None for a line that was cut off."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def write_json(value: dict, path: Path):

@@ -5,6 +5,8 @@ import difflib
 import timm
 from torch import nn
 
+from weights import refusal
+
 from . import diverse_deit
 
 __all__ = ["build_model", "diverse_deit"]
@@ -48,7 +50,8 @@ def build_model(
                 raise
             model = timm.create_model(name, **model_kwargs)  # a model of free input size
     except Exception as error:  # what a model makes of arguments it did not expect
-        reason = " ".join(str(error).split()) or type(error).__name__
+        refused = refusal(error)  # by a file that model_kwargs name
+        reason = f"its file {refused}" if refused else " ".join(str(error).split()) or type(error).__name__
         raise SystemExit(f"error: {flag} {name} cannot be built with {model_kwargs}: {reason}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if input_size % patch[0] or input_size % patch[1]:

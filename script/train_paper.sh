@@ -5,7 +5,8 @@
 #   script/train_paper.sh MODEL DATA [flags of main.py]
 #
 # DATA is a folder with train/ and val/, one folder a class. One process per GPU, or NGPU=n of them; without a GPU one
-# process on the CPU. The run folder is runs/MODEL unless --output_dir names another.
+# process on the CPU. TORCHRUN_ARGS replaces torchrun's --standalone, for several machines. The run folder is runs/MODEL
+# unless --output_dir names another; the same command again continues it from its newest whole checkpoint.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 MODEL DATA [flags of main.py]" >&2
@@ -20,6 +21,6 @@ terms=()
 python=python3
 [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 NGPU=${NGPU:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$((NGPU > 0 ? NGPU : 1))" "$root/main.py" \
+exec "$python" -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$((NGPU > 0 ? NGPU : 1))" "$root/main.py" \
   --model "$model" --data-path "$data" --batch-size 128 --epochs 300 --lr 5e-4 \
-  --output_dir "runs/$model" ${terms[@]+"${terms[@]}"} "$@"
+  --output_dir "runs/$model" --resume auto ${terms[@]+"${terms[@]}"} "$@"

@@ -11,6 +11,7 @@ from PIL import Image
 
 import arguments
 import main
+from models import build_model
 from utils import World
 
 torch.set_num_threads(1)  # small tensors, and threads that spin make a busy machine many times slower
@@ -73,3 +74,34 @@ def make_image_folder(root: Path, classes=("cat", "dog"), n=4, size=40, splits=(
                 photo(seed, size).save(root / split / name / f"{number}.png")
                 seed += 1
     return root
+
+
+def model_of(seed=0, **kwargs):
+    """A `TINY_MODEL` of 7 classes, with arguments of `build_model` over its own."""
+    torch.manual_seed(seed)
+    return build_model(**{"name": "deit_tiny_patch16_224_diverse", "num_classes": 7} | TINY_MODEL | kwargs)
+
+
+def assert_equal(first, second):
+    """Nested dicts and lists of tensors and numbers are the same, bit for bit."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        for one, other in zip(first, second, strict=True):
+            assert_equal(one, other)
+    elif torch.is_tensor(first):
+        assert torch.equal(first, second)
+    else:
+        assert first == second
+
+
+def one_line(caught, *named):
+    """The message of a SystemExit, after checking its form."""
+    line = str(caught.value)
+    assert line.startswith("error: ") and "\n" not in line
+    for word in named:
+        assert str(word) in line
+    return line

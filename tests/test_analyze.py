@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import BRIEF, TINY, make_image_folder, parse, run_main, world
+from helpers import BRIEF, TINY, make_image_folder, one_line, parse, run_main, world
 from matplotlib import pyplot as plt
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_bad_input import CONVNET
-from test_checkpoint import one_line
 from test_end_to_end import log_of
 
 import analyze

@@ -8,17 +8,15 @@ import tarfile
 
 import numpy as np
 import pytest
-import timm.data
 import torch
 import torchvision
 from helpers import TINY, make_image_folder, parse, photo, run_main, run_process, world
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DistributedSampler
 from torchvision.transforms import RandomHorizontalFlip
 
-from datasets import ReadableImages, SeededRepeatAugSampler, build_data, build_transform
+from datasets import SeededRepeatAugSampler, build_data, build_transform
 from sources import Digits
 from utils import BadImageError
 
@@ -288,10 +286,12 @@ def test_webdataset(tmp_path, num_workers, shards):
     with pytest.raises(SystemExit, match="--num-classes"):
         build(*words)
     data = build(*words, "--num-classes", 3)
-    data.set_epoch(0)
-    batches = list(data.train)
+    batches = list(data.batches(0, 0))
     assert all(samples.shape == (2, 3, 32, 32) for samples, _ in batches)
-    assert len(batches) == len(data.train) == 4
+    assert len(batches) == data.num_steps == 4
+    torch.manual_seed(5)  # what was drawn before does not matter
+    assert [labels.tolist() for _, labels in data.batches(0, 1)] == [labels.tolist() for _, labels in batches[1:]]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(data.batches(0, 2), batches[2:], strict=True))
     assert sorted(labels_of(data.val)) == [0, 0, 1, 1, 2]
     assert len(set(images_of(data.val))) == 5
 
@@ -453,25 +453,69 @@ def test_ranks_see_each_image_as_often_as_repeated():
     assert max(everything.count(image) for image in everything) == 3
 
 
+def samples_of(data, epoch, step=0):
+    """The samples of all batches from a step on."""
+    data.batches(epoch, step)
+    return [sample for batch in data.train.batch_sampler for sample in batch]
+
+
 @pytest.mark.parametrize("flags", [("--repeated-aug", "--aug-repeats", 2), ("--no-repeated-aug",)])
-def test_sampler_of_a_run_follows_seed_and_epoch(flags):
+def test_the_order_of_a_run_follows_seed_and_epoch(flags):
     orders = {}
     for seed in (0, 7):
         data = build("--data-set", "DIGITS", "--seed", seed, *flags)
-        kind = SeededRepeatAugSampler if "--repeated-aug" in flags else DistributedSampler
-        assert isinstance(data.train.sampler, kind)
         for epoch in (0, 1, 0):
-            data.set_epoch(epoch)
-            orders.setdefault((seed, epoch), []).append(tuple(data.train.sampler))
+            order = [(sample.index, sample.repeat) for sample in samples_of(data, epoch)]
+            orders.setdefault((seed, epoch), []).append(tuple(order))
     assert all(len(set(draws)) == 1 for draws in orders.values())
     assert len({draws[0] for draws in orders.values()}) == 4
     if "--aug-repeats" in flags:
-        assert orders[0, 0][0][0] == orders[0, 0][0][1] != orders[0, 0][0][2]
+        (first, a), (second, b), (third, c) = orders[0, 0][0][:3]
+        assert first == second != third and (a, b, c) == (0, 1, 0)
+    else:
+        assert {repeat for _, repeat in orders[0, 0][0]} == {0}
+
+
+@pytest.mark.parametrize("repeats", [("--no-repeated-aug",), (), ("--aug-repeats", 2)])
+@pytest.mark.parametrize("length", [1437, 100])
+def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks(repeats, length, tmp_path):
+    words = ("--data-set", "DIGITS", *repeats)
+    if length == 100:
+        words = ("--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=50), *repeats)
+    steps = {}
+    for ranks, batch, accumulated in ((1, 24, 1), (1, 12, 2), (2, 12, 1), (3, 8, 1), (2, 4, 3), (3, 4, 2)):
+        flags = (*words, "--batch-size", batch, "--accum-steps", accumulated)
+        parts = [build(*flags, rank=rank, size=ranks) for rank in range(ranks)]
+        assert len({data.num_steps for data in parts}) == 1
+        shares = [samples_of(data, 3) for data in parts]
+        size = batch * accumulated
+        assert all(len(share) == size * parts[0].num_steps for share in shares)
+        steps[ranks, batch, accumulated] = [
+            sorted(sample for share in shares for sample in share[i * size : (i + 1) * size])
+            for i in range(parts[0].num_steps)
+        ]
+    assert len(steps[1, 24, 1]) == {1437: 59 if repeats == ("--no-repeated-aug",) else 53, 100: 4}[length]
+    assert all(of_ranks == steps[1, 24, 1] for of_ranks in steps.values())
+
+
+def test_an_epoch_can_be_entered_at_any_step():
+    data = build("--data-set", "DIGITS", "--batch-size", 8, "--accum-steps", 3)
+    every = samples_of(data, 2)
+    for step in (0, 1, 20, data.num_steps):
+        assert samples_of(data, 2, step) == every[step * 24 :]
+    data.batches(2, 7)
+    assert data.step_images(1) == f"images number {', '.join(str(sample.index) for sample in every[24:48])}"
+
+
+def test_less_than_one_step_of_images_is_refused(tmp_path):
+    words = ("--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=5), "--no-repeated-aug")
+    with pytest.raises(SystemExit, match="has 10 images, less than the 12 of one step"):
+        build(*words, "--batch-size", 2, "--accum-steps", 3, size=2)
 
 
 def test_plain_sampler_shows_ranks_disjoint_images():
-    orders = [list(build("--data-set", "DIGITS", "--no-repeated-aug", rank=r, size=3).train.sampler) for r in range(3)]
-    assert len(set().union(*orders)) == sum(map(len, orders)) == 1437
+    orders = [samples_of(build("--data-set", "DIGITS", "--no-repeated-aug", rank=r, size=3), 0) for r in range(3)]
+    assert len(set().union(*orders)) == sum(map(len, orders)) == 1437 // 6 * 6
 
 
 # Evaluation shards
@@ -515,24 +559,13 @@ def test_unreadable_training_images_are_replaced_named_and_counted_once(tmp_path
     words = ("--data-set", "IMNET", "--data-path", tmp_path, "--no-repeated-aug", "--num-workers", num_workers)
     data = build(*words)
     for epoch in range(3):
-        data.set_epoch(epoch)
-        assert len(list(data.train)) == len(data.train) == 5
-    assert data.num_bad_images(world()) == 3
+        assert len(list(data.batches(epoch, 0))) == data.num_steps == 5
+    assert len(data.bad_images(world())) == 3
     lines = capfd.readouterr().err.splitlines()
     assert all(line.startswith("unreadable image") and "replaced" in line for line in lines)
     for path in bad:
         met = [line for line in lines if str(path) in line]
         assert 1 <= len(met) <= max(1, num_workers)  # workers may meet it at the same time
-
-
-def test_a_replacement_is_the_next_image_with_its_label(tmp_path):
-    damaged_folder(tmp_path, ["zero.png"])
-    source = torchvision.datasets.ImageFolder(tmp_path / "train")
-    images = ReadableImages(source, np.asarray, max_bad=1)
-    bad = [path for path, _ in source.samples].index(str(tmp_path / "train" / "cat" / "x-zero.png"))
-    image, label = images[bad]
-    assert np.array_equal(image, np.asarray(source[bad + 1][0]))
-    assert label == source[bad + 1][1] == 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -559,21 +592,3 @@ def test_a_set_without_a_readable_image_stops(tmp_path):
     data = build("--data-set", "IMNET", "--data-path", tmp_path)
     with pytest.raises(BadImageError, match="none of the 2 images can be read"):
         list(data.train)
-
-
-def test_a_bug_in_a_transform_is_not_taken_for_a_bad_image():
-    def broken(image):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        ReadableImages(Digits(is_training=False), broken, max_bad=100)[0]
-
-
-def test_timm_skips_no_unreadable_image_in_silence(tmp_path, capsys):
-    [path] = damaged_folder(tmp_path, ["text.jpg"])
-    source = timm.data.ImageDataset(str(tmp_path / "train"))
-    images = ReadableImages(source, np.asarray, max_bad=1)
-    for index in range(len(images)):
-        images[index]
-    assert images.num_bad == 1
-    assert path.name in capsys.readouterr().err

@@ -73,17 +73,6 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-5, atol=1e-6)
 
 
-def test_a_last_group_of_fewer_batches_is_averaged_over_those():
-    samples, labels = images(6)
-    batches = list(zip(samples.split(2), labels.split(2), strict=True))
-    accumulated, by_hand = small_vit(), small_vit()
-    train(accumulated, batches, accum_steps=2)
-    state = make_state(by_hand)
-    train(by_hand, [(samples[:4], labels[:4])], state=state)
-    train(by_hand, [(samples[4:], labels[4:])], state=state)
-    torch.testing.assert_close(weights(accumulated), weights(by_hand), rtol=1e-5, atol=1e-6)
-
-
 def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
     model = small_vit()
     before = weights(model)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import REPOSITORY
 
-from utils import Meters, cpu_count, init_world, seed_everything
+from randomness import seed_everything
+from utils import Meters, cpu_count, init_world
 
 FREED = """
 import sys, torch

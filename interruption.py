@@ -1,0 +1,155 @@
+"""How a run is stopped so that it can go on: signals noted, ranks that decide alike, a folder with one writer."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from utils import World
+
+RESUMABLE = 75  # exit code, EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; start again to continue
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_STOP_SECONDS = 2.0  # terminals, torchrun and SLURM each pass one stop on, so it comes several times
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+
+
+class StopSignals:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted instead of ending the process.
+
+    A second signal, later than `SAME_STOP_SECONDS` after the first, ends the process at once with 128 + its number and
+    without any cleanup. As always in Python, both wait for the call into C that the main thread is in.
+
+    Attributes:
+        received: name of the first signal, or None.
+    """
+
+    def __init__(self):
+        self.received: str | None = None
+        self._first = 0.0
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame):
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._first = signal.Signals(number).name, now
+            line = f"{self.received} received: saving at the next step; a second signal leaves at once\n"
+            with contextlib.suppress(OSError):  # print could find its own lock taken by the code that was interrupted
+                os.write(2, line.encode())
+        elif now - self._first > SAME_STOP_SECONDS:
+            os._exit(128 + number)
+
+
+def ignore_in_worker(worker_id: int):
+    """`worker_init_fn` of a DataLoader: a stop that reaches the whole process group leaves its workers at work.
+
+    They end when the loader tells them, when their parent has died, and by a SIGTERM that their parent sends, with
+    which multiprocessing ends those that are left at exit, and for whose effect it then waits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_parent(parent: int):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+class Agreement:
+    """Flags that are set for all ranks as soon as one rank sets them; told between CPUs, without waiting for a GPU.
+
+    All ranks make it, and call its methods in the same order with the same number of flags.
+
+    Args:
+        world: this process.
+        timeout: how long a rank waits for the slowest.
+    """
+
+    def __init__(self, world: World, timeout: datetime.timedelta = datetime.timedelta(minutes=30)):
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def vote(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether any rank set each flag; waits for all ranks."""
+        return self._result(self._start(flags)) if self.group else flags
+
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """Once a step: `vote`'s result for the flags of the previous call, at first all False, without waiting for it.
+
+        A single process gets back the flags of this call.
+        """
+        if not self.group:
+            return flags
+        before, self._pending = self._pending, self._start(flags)
+        return self._result(before) if before else (False,) * len(flags)
+
+    def finish(self) -> tuple[bool, ...]:
+        """The result for the flags of the last `exchange`; empty if that is known already or there was none."""
+        before, self._pending = self._pending, None
+        return self._result(before) if before else ()
+
+    def _start(self, flags: tuple[bool, ...]) -> tuple[dist.Work, torch.Tensor]:
+        votes = torch.tensor(flags, dtype=torch.int32)
+        return dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group, async_op=True), votes
+
+    @staticmethod
+    def _result(started: tuple[dist.Work, torch.Tensor]) -> tuple[bool, ...]:
+        work, votes = started
+        work.wait()
+        return tuple(bool(vote) for vote in votes.tolist())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes, on any host, from entering `locked` for an existing folder.
+
+    The lock ends with this process, however that ends, and forked children do not have it; its file may stay behind.
+    The file must not be opened elsewhere in this process, since closing it anywhere gives the lock up.
+
+    Raises:
+        SystemExit: another process has the folder.
+        OSError: the folder cannot be written.
+    """
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as failure:
+            if failure.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+                raise SystemExit(
+                    f"error: --output-dir {folder} is in use by {holder}; wait for its end, or choose another folder"
+                ) from None
+            if failure.errno not in NO_LOCKS:
+                raise
+            sys.stderr.write(
+                f"warning: --output-dir {folder} is on a file system without locks ({failure.strerror}); "
+                "nothing keeps a second run out of it\n"
+            )
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(file)
