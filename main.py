@@ -23,6 +23,7 @@ import redundancy_figures
 from datasets import Data, build_data
 from diversity import DiversityObjective, PatchMixup, TapError, TappedViT, measurable, measure_redundancy
 from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
+from images import loader_errors
 from interruption import StopSignals, locked
 from losses import DistillationLoss
 from models import build_model
@@ -52,7 +53,7 @@ def main(args: Namespace, world: World):
         keep_freed_memory()
     if args.deterministic:
         make_deterministic()
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, loader_errors():
         if not args.eval:
             hold_folder(stack, args, world)
         finds_its_own = args.resume == "auto"

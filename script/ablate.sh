@@ -13,8 +13,7 @@
 #   DRY_RUN=1            print the commands, one a line, and run nothing
 #
 # The same command again continues a grid: what has finished (summary.json) is skipped, what was interrupted resumes
-# from its checkpoint.pth. A log.txt without a checkpoint is moved to log.txt.1 (.2, ...) and its run starts anew. A run
-# that fails does not stop the others; the last line names all that did, and the exit status is 1.
+# (--resume auto). A run that fails does not stop the others; the last line names all that did, and the exit status is 1.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 OUT PROGRAM [arguments]" >&2
@@ -102,25 +101,20 @@ for seed in $SEEDS; do  # outermost, so that an unfinished grid is a finished on
       echo "$run: finished, skipped" >&2
       continue
     fi
-    command=("$@" $(flags_of "$cell") --seed "$seed" --output_dir "$run")
-    before=()
-    if [ -e "$run/checkpoint.pth" ]; then
+    command=("$@" $(flags_of "$cell") --seed "$seed" --output_dir "$run" --resume auto)
+    if compgen -G "$run/checkpoint*.pth" >/dev/null; then
       echo "$run: interrupted, resumes" >&2
-      command+=(--resume "$run/checkpoint.pth")
-    elif [ -e "$run/log.txt" ]; then
-      number=1
-      while [ -e "$run/log.txt.$number" ]; do number=$((number + 1)); done
-      echo "$run: has a log and no checkpoint, starts anew; the log becomes log.txt.$number" >&2
-      before=(mv "$run/log.txt" "$run/log.txt.$number")
     else
       echo "$run: starts" >&2
     fi
-    line=$(quoted "${command[@]}")
-    [ ${#before[@]} -eq 0 ] || line="$(quoted "${before[@]}") && $line"
     if [ "${DRY_RUN:-0}" != 0 ]; then
-      echo "$line"
+      quoted "${command[@]}"
+      echo
     else
-      eval "$line" || failed+=("$cell/seed$seed")
+      status=0
+      "${command[@]}" || status=$?
+      [ "$status" -ne 75 ] || exit 75  # stopped by a signal, and saved
+      [ "$status" -eq 0 ] || failed+=("$cell/seed$seed")
     fi
   done
 done

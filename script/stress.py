@@ -5,17 +5,17 @@
 A tiny ViT trains on the digits with all that draws random numbers switched on, once uninterrupted and then from life to
 life: every life is a process that starts with `--resume auto`, and ends in one of these ways.
 
-    kill   SIGKILL at any moment
-    save   SIGKILL by itself at some call of fsync, replace, link, unlink or a raw write, most of them within a save:
-           before the call, after it, or halfway through the bytes
-    term   SIGTERM, on which it must save and leave with code 75; in some lives SIGKILL follows before that is done
+    SIGKILL  at any moment
+    SIGTERM  at any moment, on which it must save and leave with code 75; in some lives SIGKILL follows at once
+    a call   it kills itself before, after or halfway through some call of fsync, replace, link, unlink or a raw write,
+             most of them within a save: of a checkpoint, of the best ones, in their rotation
 
 A run that has come to its end is compared with the uninterrupted one, and the next one begins in a new folder. Checked:
 
-    after each life  The newest checkpoint is whole, as are the best ones, and the life began at the newest one of
-                     the life before. Of the optimizer steps that were done after it, no more
-                     than --save-every-steps were done while no save was being written: a save begins when it is due and
-                     the one before is on disk. After SIGTERM none is lost. Loader workers go with their parent.
+    after each life  The newest checkpoint is whole, as are the best ones, and the life began at the newest one of the
+                     life before. Of the optimizer steps done since the newest one, no more than --save-every-steps
+                     ended while no save was being written: a save begins when it is due and the one before is on disk.
+                     Leaving with code 75 loses none. Loader workers go with their parent.
     after each run   Weights, average, optimizer, schedule and counters of the last checkpoint, and the best
                      checkpoints, are the same bit for bit; so are log.txt, TensorBoard's points as its own reader
                      has them, and summary.json, but for times.
@@ -24,6 +24,7 @@ A run that has come to its end is compared with the uninterrupted one, and the n
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import logging
 import multiprocessing
@@ -36,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
@@ -52,7 +54,7 @@ import checkpoint_files  # noqa: E402
 import main  # noqa: E402
 from interruption import RESUMABLE  # noqa: E402
 
-SAVE_EVERY = 3  # optimizer steps
+SAVE_EVERY = 3  # optimizer steps, 45 of which are an epoch: saves fall on its last one, too
 FLAGS = (
     *("--data-set", "DIGITS", "--device", "cpu", "--input-size", "32", "--batch-size", "14", "--accum-steps", "2"),
     *("--model", "deit_tiny_patch16_224_diverse", "--patch-size", "8"),
@@ -64,6 +66,7 @@ FLAGS = (
 LONGEST_LIFE = 25  # optimizer steps until a signal, on average half as many
 CALLS = {"fsync": 12, "replace": 18, "link": 6, "unlink": 6, "write": 4000}  # those of five or six saves
 CALLS_FOR_BEST = {"fsync": 2, "replace": 2, "write": 390}  # those of the two best checkpoints of an epoch
+ENDS = (*["SIGKILL"] * 4, "SIGTERM", *CALLS)
 WORKERS_LEAVE = 20  # seconds; a loader worker looks for its parent every five
 HANGS = 300  # seconds
 TIMES = ("images_per_s", "data_wait", "training_seconds")  # endings of the names of what a clock tells
@@ -95,22 +98,21 @@ class Plan:
     workers: int = 0
 
 
-def drawn(draw: random.Random) -> Plan:
-    """The plan of a life that is to be killed."""
-    (workers,) = draw.choices([0, 1, 2], [75, 15, 10])
-    if draw.random() < 0.45:
-        best = draw.random() < 0.3
-        calls = CALLS_FOR_BEST if best else CALLS
-        call = draw.choice([*calls])
-        where = draw.choice(["before", "half", "after"] if call == "write" else ["before", "after"])
-        return Plan(call=call, number=draw.randint(1, calls[call]), where=where, best=best, workers=workers)
-    plan = Plan(signal=signal.SIGKILL if draw.random() < 0.7 else signal.SIGTERM, workers=workers)
-    if draw.random() < 0.1:
-        plan.in_startup = draw.random()
-    plan.steps = draw.uniform(0, LONGEST_LIFE)
-    if plan.signal == signal.SIGTERM and draw.random() < 0.4:
-        plan.then_kill = draw.uniform(0, 0.15)
-    return plan
+def plans(draw: random.Random) -> Iterator[Plan]:
+    """Lives that are to be killed; any ten from a multiple of ten on have every kind of end."""
+    while True:
+        for end in draw.sample(ENDS, len(ENDS)):
+            (workers,) = draw.choices([0, 1, 2], [75, 15, 10])
+            if end in CALLS:
+                best = end in CALLS_FOR_BEST and draw.random() < 0.4
+                number = draw.randint(1, (CALLS_FOR_BEST if best else CALLS)[end])
+                where = draw.choice(["before", "half", "after"] if end == "write" else ["before", "after"])
+                yield Plan(call=end, number=number, where=where, best=best, workers=workers)
+            else:
+                in_startup = draw.random() if draw.random() < 0.1 else None
+                then_kill = draw.uniform(0, 0.15) if end == "SIGTERM" and draw.random() < 0.4 else None
+                steps = draw.uniform(0, LONGEST_LIFE)
+                yield Plan(signal.Signals[end], in_startup, steps, then_kill, workers=workers)
 
 
 class Progress:
@@ -335,8 +337,8 @@ def difference(first, second, name: str = "") -> str:
     """The first place where two nested values differ, in a few words; empty where they are the same."""
     if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
         pairs = [(f"{name} {key}", first[key], second[key]) for key in first]
-    elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
-        pairs = [(f"{name} [{i}]", one, other) for i, (one, other) in enumerate(zip(first, second, strict=True))]
+    elif isinstance(first, list) and isinstance(second, list):
+        pairs = [(f"{name}[{i}]", *two) for i, two in enumerate(itertools.zip_longest(first, second))]
     else:
         return "" if first == second or first != first != second != second else f"{name}: {first} is not {second}"
     return next(filter(None, (difference(one, other, place) for place, one, other in pairs)), "")
@@ -368,12 +370,12 @@ class Stress:
         self.lives.step_time = (time.monotonic() - self.begun) / (epochs * self.progress.done)
         return outcome(folder)
 
-    def run(self, draw: random.Random, num_kills: int):
+    def run(self, plans: Iterator[Plan], num_kills: int):
         """One run from its start to its end, with kills as long as there are fewer than `num_kills`."""
         self.num_runs += 1
         folder, saved, code = self.folder / f"run{self.num_runs}", 0, None
         while code != 0:
-            plan = drawn(draw) if self.kills.total() < num_kills else Plan()
+            plan = next(plans) if self.kills.total() < num_kills else Plan()
             self.progress.begin(saved)
             code = self.lives.live(folder, plan)
             if code not in (0, -signal.SIGKILL, -signal.SIGTERM, RESUMABLE):
@@ -446,9 +448,9 @@ def stress():
     folder.mkdir(parents=True, exist_ok=args.keep is None)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every life that has dropped rows
     test = Stress(folder, args.epochs)
-    draw = random.Random(args.seed)
+    deaths = plans(random.Random(args.seed))
     while test.kills.total() < args.kills:
-        test.run(draw, args.kills)
+        test.run(deaths, args.kills)
     test.finish()
     print(f"total: {test}")
     if test.violations:

@@ -250,32 +250,25 @@ def test_flags_that_the_grid_sets_are_refused(flag, checkout):
 
 @pytest.mark.parametrize("dry", ["", "1"])
 def test_each_run_goes_on_where_it_was(dry, checkout):
-    """Finished: skipped. With a checkpoint: resumed. With a log alone: started anew, the log kept."""
+    """Finished: skipped. With a checkpoint, if only the one before the last: resumed. With a log alone: started."""
     names = ("finished", "interrupted", "died")
     cells = ("plain", "only_mixing", "all")
     folders = {name: checkout.folder / "out" / cell / "seed0" for name, cell in zip(names, cells, strict=True)}
     for folder in folders.values():
         folder.mkdir(parents=True)
-        for file in ("log.txt", "checkpoint.pth"):
-            (folder / file).write_text("old")
+        (folder / "log.txt").write_text("old")
     (folders["finished"] / "summary.json").touch()
-    (folders["died"] / "checkpoint.pth").unlink()
-    (folders["died"] / "log.txt.1").write_text("older")
+    (folders["interrupted"] / "checkpoint.1.pth").touch()
     checkout.python(PRINT)
     result = checkout.run("script/ablate_digits.sh", "out", CELLS=" ".join(cells), DRY_RUN=dry)
     assert result.rc == 0
-    for line, told in zip(result.lines, ("skipped", "resumes", "log.txt.2"), strict=True):
-        assert told in line
+    for line, told in zip(result.lines, ("finished, skipped", "interrupted, resumes", "starts"), strict=True):
+        assert line.endswith(told)
     if dry:
-        assert (folders["died"] / "log.txt").exists()
-        resumed, anew = map(checkout.flags_of, result.out.splitlines())
+        runs = [*map(checkout.flags_of, result.out.splitlines())]
     else:
-        resumed, anew = (arguments.parse_args(part.splitlines()) for part in re.split(r".*/main\.py\n", result.out)[1:])
-    assert (resumed.output_dir, resumed.resume) == (f"out/{cells[1]}/seed0", f"out/{cells[1]}/seed0/checkpoint.pth")
-    assert (anew.output_dir, anew.resume) == (f"out/{cells[2]}/seed0", "")
-    assert not (folders["died"] / "log.txt").exists()
-    assert [(folders["died"] / f"log.txt.{number}").read_text() for number in (1, 2)] == ["older", "old"]
-    assert (folders["interrupted"] / "log.txt").exists()
+        runs = [arguments.parse_args(part.splitlines()) for part in re.split(r".*/main\.py\n", result.out)[1:]]
+    assert [(run.output_dir, run.resume) for run in runs] == [(f"out/{cell}/seed0", "auto") for cell in cells[1:]]
 
 
 def test_a_failed_run_is_named_and_the_others_run(checkout):
@@ -297,6 +290,12 @@ def test_a_signal_ends_the_grid_and_not_one_run_alone(name, status, checkout):
     checkout.python(f"trap '' {name}; echo begun; kill -{name} 0; exit 1")  # 0: the whole group, as from a terminal
     result = checkout.run("script/ablate_digits.sh", "out", CELLS="plain all")
     assert (result.rc, result.out) == (status, "begun\n")
+
+
+def test_a_run_that_was_stopped_and_saved_stops_the_grid(checkout):
+    checkout.python("echo begun; exit 75")
+    result = checkout.run("script/ablate_digits.sh", "out", CELLS="plain all")
+    assert (result.rc, result.out) == (75, "begun\n")
 
 
 def test_a_killed_grid_is_continued(checkout):

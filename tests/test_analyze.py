@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
     shutil.copytree(folder / "plain", folder / "other")
     whole = torch.load(folder / "other" / checkpoint.LAST, weights_only=True)
     whole["model"] = {key: value + 0.1 * value.roll(1, 0) for key, value in whole["model"].items()}
-    checkpoint.save(whole, folder / "other" / checkpoint.LAST)
+    torch.save(whole, folder / "other" / checkpoint.LAST)
     return folder
 
 
@@ -437,14 +437,14 @@ def test_an_empty_data_set_is_refused(runs, tmp_path):
 def test_models_that_do_not_compare_are_refused(runs, tmp_path, undrawn):
     deeper = tmp_path / "deeper.pth"
     args = vars(parse("--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3"))
-    checkpoint.save({"model": small_model(depth=3).state_dict(), "args": args}, deeper)
+    torch.save({"model": small_model(depth=3).state_dict(), "args": args}, deeper)
     words = ("--num-images", "4", "--output-dir", tmp_path / "out")
     refused(runs / "plain", deeper, *words, named=("plain", "deeper", "2 blocks", "3 blocks"))
 
 
 def test_runs_measured_on_different_images_are_refused(runs, tmp_path, undrawn):
     args = vars(parse("--data-set", "FAKE", "--num-classes", "10", *PLAIN_VIT[-4:]))
-    checkpoint.save({"model": small_model().state_dict(), "args": args}, tmp_path / "fake.pth")
+    torch.save({"model": small_model().state_dict(), "args": args}, tmp_path / "fake.pth")
     words = (runs / "plain", tmp_path / "fake.pth", "--num-images", "4", "--output-dir", tmp_path / "out")
     refused(*words, named=("fake.pth", "measured on DIGITS", "measured on FAKE"))
     analyzed(tmp_path, *words[:4], "--data-set", "DIGITS")

@@ -165,6 +165,14 @@ def test_a_damaged_file_set_aside_takes_no_good_ones_place(tmp_path):
     assert [epoch_in(file) for file in files.candidates(path)] == [3, 1]
 
 
+def test_a_rotation_that_was_stopped_is_not_done_twice(tmp_path):
+    path = written(tmp_path, 2, 2)
+    (tmp_path / "checkpoint.1.pth").rename(tmp_path / "checkpoint.2.pth")
+    os.link(path, tmp_path / "checkpoint.1.pth")
+    files.write(state_of(3), path, 3)
+    assert [epoch_in(file) for file in files.candidates(path)] == [3, 2, 1]
+
+
 def test_fewer_to_keep_removes_nothing(tmp_path):
     path = written(tmp_path, 3, 3)
     files.write(state_of(4), path, 1)
