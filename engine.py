@@ -164,6 +164,8 @@ def train_one_epoch(
             progress.report(step, optimizer.param_groups[0]["lr"], totals.window.averages(world))
             totals.window = Meters()
         after_step()
+    if log_interval:  # the last line waits for the end, so that a run which goes on from the last step tells it again
+        progress.report(num_steps - 1, optimizer.param_groups[0]["lr"], totals.window.averages(world))
     progress.close()
     return {
         "lr": optimizer.param_groups[0]["lr"],
@@ -251,16 +253,16 @@ class Progress:
         self.clock = now
         self.window_steps += 1
         self.bar.update()
-        return self.log_interval > 0 and (step % self.log_interval == 0 or step == self.num_steps - 1)
+        return self.log_interval > 0 and step % self.log_interval == 0 and step < self.num_steps - 1
 
     def report(self, step: int, lr: float, averages: dict[str, float]):
         """One console line in DeiT's form, and the same values to TensorBoard."""
-        seconds = time.perf_counter() - self.window_start
+        seconds, steps = time.perf_counter() - self.window_start, max(self.window_steps, 1)
         eta = datetime.timedelta(seconds=round(self.totals.seconds / (step + 1) * (self.num_steps - step - 1)))
         width = len(str(self.num_steps))
         parts = [f"Epoch: [{self.epoch}]", f"[{step:>{width}}/{self.num_steps}]", f"eta: {eta}", f"lr: {lr:.6f}"]
         parts += [f"{name}: {value:.4g}" for name, value in averages.items() if not name.endswith("_share")]
-        parts += [f"time: {seconds / self.window_steps:.4f}", f"data: {self.window_waited / self.window_steps:.4f}"]
+        parts += [f"time: {seconds / steps:.4f}", f"data: {self.window_waited / steps:.4f}"]
         if self.world.device.type == "cuda":
             parts.append(f"max mem: {torch.cuda.max_memory_allocated(self.world.device) / 2**20:.0f}")
         self.log.print("  ".join(parts))

@@ -127,7 +127,10 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     tables = "\n".join(filter(None, [args.preset and f"preset {args.preset}", objective.table(), tapped.table()]))
     output_dir = prepare_output_dir(args, world, tables, finds_its_own)
     hold_folder(stack, args, world)
-    log = RunLog(output_dir, world, args.tensorboard, state.epoch, state.epoch * data.num_steps + state.step)
+    told_again = state.epoch * data.num_steps + min(
+        state.step, data.num_steps - 1
+    )  # with an epoch's last step, its end
+    log = RunLog(output_dir, world, args.tensorboard, state.epoch, told_again)
     num_parameters = sum(p.numel() for p in model.parameters())
     since = f" from step {state.step} of {data.num_steps} on" if state.step else ""
     log.print("\n".join([

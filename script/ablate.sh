@@ -101,7 +101,7 @@ for seed in $SEEDS; do  # outermost, so that an unfinished grid is a finished on
       echo "$run: finished, skipped" >&2
       continue
     fi
-    command=("$@" $(flags_of "$cell") --seed "$seed" --output_dir "$run" --resume auto)
+    command=("$@" $(flags_of "$cell") --seed "$seed" --resume auto --output_dir "$run")
     if compgen -G "$run/checkpoint*.pth" >/dev/null; then
       echo "$run: interrupted, resumes" >&2
     else

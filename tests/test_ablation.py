@@ -133,7 +133,7 @@ def test_digits_has_the_recipe_of_the_quickstart(checkout):
     text = (REPOSITORY / "script" / "quickstart.sh").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^\.venv/bin/python main\.py (.*)$", text, flags=re.MULTILINE)
     quickstart = arguments.parse_args(shlex.split(command.replace('"$@"', "")))
-    assert differing(args, quickstart) == {"preset", "output_dir", "redundancy_every"}
+    assert differing(args, quickstart) == {"preset", "output_dir", "redundancy_every", "resume"}
 
 
 def test_cifar_has_a_recipe_for_small_images(checkout):
