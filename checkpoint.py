@@ -288,6 +288,8 @@ def find_newest(folder: Path) -> Path | None:
     for path in checkpoint_files.candidates(folder / LAST):
         try:
             checkpoint_files.verify(path)
+        except checkpoint_files.UnsealedFile:  # an older version's
+            return path
         except checkpoint_files.DamagedFile as error:
             aside = checkpoint_files.set_aside(path)
             print(f"damaged checkpoint: {error}; it is now {aside.name}", file=sys.stderr, flush=True)

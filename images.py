@@ -4,6 +4,7 @@ import contextlib
 import errno
 import multiprocessing
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -199,24 +200,38 @@ def loader_errors(then: str = "start again with --resume auto"):
     except BadImageError:
         raise
     except (RuntimeError, OSError, EOFError) as error:
-        line = _last_line(error)
-        failure = _loader_failure(error, line)
+        known = _death_behind(error) if _is_in_pipe(error) else error
+        line = _last_line(known)
+        failure = _loader_failure(known, line)
         if failure is None:
             raise
         raise SystemExit(f"error: {failure}; {then} ({line})") from None
 
 
+def _is_in_pipe(error: Exception) -> bool:
+    """Whether it was raised in talking to a worker."""
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name == "multiprocessing"
+
+
+def _death_behind(error: Exception) -> Exception:
+    """The death of a worker, which the system tells a little after its pipes break, or else `error`."""
+    try:
+        time.sleep(2)
+    except RuntimeError as death:
+        return death
+    return error
+
+
 def _loader_failure(error: Exception, line: str) -> str | None:
-    last_file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    in_pipe = last_file.parent.name == "multiprocessing"
+    is_in_pipe = _is_in_pipe(error)
     from_worker = "in DataLoader worker process" in str(error)
     too_many_files = getattr(error, "errno", None) in TOO_MANY_FILES
-    if not (in_pipe or from_worker or too_many_files or isinstance(error, RuntimeError)):
+    if not (is_in_pipe or from_worker or too_many_files or isinstance(error, RuntimeError)):
         return None
     for failure, parts in LOADER_FAILURES:
         if any(part in line for part in parts):
             return failure
-    return DEAD_WORKER if in_pipe else None  # a pipe may break before the death of its worker is known
+    return DEAD_WORKER if is_in_pipe else None
 
 
 def _last_line(error: Exception) -> str:

@@ -203,6 +203,8 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, capsys):
     assert torch.load(previous)["epoch"] == 1
     assert "damaged checkpoint" in capsys.readouterr().err and not newest.exists()
     assert (tmp_path / "checkpoint.pth.damaged").read_bytes() == content
+    torch.save({"model": {}}, newest)
+    assert checkpoint.find_newest(tmp_path) == newest
 
 
 # Resuming

@@ -346,6 +346,15 @@ def test_a_failure_before_the_end_puts_everything_back(tmp_path, monkeypatch, ke
     assert [epoch_in(file) for file in files.candidates(path)] == [9, *range(keep, 1, -1)]
 
 
+def test_a_failure_takes_back_the_first_previous_file(tmp_path, monkeypatch):
+    path = written(tmp_path, 1, 2)
+    before = folder_of(tmp_path)
+    monkeypatch.setattr(os, "replace", refuse(errno.EIO))
+    with pytest.raises(OSError):
+        files.write(state_of(2), path, 2)
+    assert folder_of(tmp_path) == before
+
+
 def test_a_folder_that_cannot_be_flushed_is_told_with_the_new_file_in_place(tmp_path, monkeypatch):
     path = written(tmp_path, 2, 2)
     monkeypatch.setattr(os, "fsync", nth(os.fsync, 2, refuse(errno.EIO)))

@@ -541,6 +541,14 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def break_pipes_and_die():
+    """As when the system is slow: it closes a dying process's files before it tells the parent."""
+    time.sleep(0.1)  # the batch before waits in the queue
+    os.closerange(2, 1000)
+    time.sleep(0.7)
+    kill()
+
+
 def leave():
     os._exit(3)
 
@@ -592,6 +600,13 @@ def test_a_worker_killed_while_the_main_process_computes():
 
 
 def test_a_pipe_that_breaks_before_its_worker_is_known_dead():
+    loader = DataLoader(Failing(break_pipes_and_die), batch_size=2, num_workers=1)
+    with pytest.raises(SystemExit, match=r"a loader worker was killed.*killed by signal: Killed"), loader_errors():
+        for _ in loader:
+            time.sleep(0.3)
+
+
+def test_a_pipe_that_breaks_and_no_death_is_told():
     here, there = multiprocessing.Pipe()
     there.close()
     with (
