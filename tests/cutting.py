@@ -1,7 +1,11 @@
-"""What a run feeds its model, and a signal to it after some step.
+"""What a run feeds its model, and a signal in the midst of it.
 
-As a program, for torchrun: python cutting.py OUT EPOCH STEP RANK FLAGS of main.py...; that rank sends itself SIGTERM
-after that step (-1: none does), and every rank leaves the sample indices of its steps as OUT/<rank>.json.
+As a program, also for torchrun: python cutting.py OUT MOMENT RANK TARGET SIGNAL FLAGS of main.py... At the moment,
+once, that rank sends the signal; every rank leaves the sample indices of its steps as OUT/<rank>.json.
+
+    MOMENT  step:EPOCH:STEP (after it), validation:EPOCH, save:NUMBER (while it is written), or never
+    TARGET  self, group (all processes of its session), or parent (torchrun)
+    SIGNAL  such as TERM
 """
 
 import hashlib
@@ -9,9 +13,12 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoint
+import checkpoint_files
 import engine
 import main
 
@@ -21,12 +28,13 @@ class Fed:
 
     Args:
         replace: monkeypatch.setattr, or setattr.
-        stop_after: (epoch, step) after which this process sends itself SIGTERM.
+        at: called with each moment, ("step", epoch, step), ("validation", epoch) or ("save", number).
     """
 
-    def __init__(self, replace: Callable, stop_after: tuple[int, int] | None = None):
-        self.digests, self.indices, self.last = {}, {}, None
+    def __init__(self, replace: Callable, at: Callable = lambda *moment: None):
+        self.digests, self.indices, self.last, self.saves = {}, {}, None, 0
         train, mix = engine.train_one_epoch, engine.PatchMixup.__call__
+        after_batch, write = checkpoint.Saver.after_batch, checkpoint_files.write
 
         def watched_train(model, objective, loader, mixup_fn, state, *args, **kwargs):
             self.state, self.batch = state, state.step * kwargs["accum_steps"]
@@ -36,8 +44,7 @@ class Fed:
                 self.last = (state.epoch, state.step)
                 numbers = images(state.step - 1).removeprefix("images number ").split(", ")
                 self.indices[f"{state.epoch} {state.step}"] = sorted(map(int, numbers))
-                if self.last == stop_after:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                at("step", *self.last)
                 after_step()
 
             return train(model, objective, loader, mixup_fn, state, *args, **kwargs | {"after_step": stop})
@@ -50,14 +57,41 @@ class Fed:
             self.batch += 1
             return mixed, target
 
+        def watched_after_batch(saver):
+            at("validation", saver.state.epoch)
+            after_batch(saver)
+
+        def watched_write(*args, **kwargs):
+            self.saves += 1
+            at("save", self.saves)
+            write(*args, **kwargs)
+
         replace(main, "train_one_epoch", watched_train)
         replace(engine.PatchMixup, "__call__", watched_mix)
+        replace(checkpoint.Saver, "after_batch", watched_after_batch)
+        replace(checkpoint_files, "write", watched_write)
+
+
+def send(target: str, number: int):
+    """A signal to this process, its session's processes, or its parent."""
+    if target == "group":
+        os.killpg(os.getpgrp(), number)
+    else:
+        os.kill({"self": os.getpid, "parent": os.getppid}[target](), number)
 
 
 if __name__ == "__main__":
-    out, epoch, step, rank, *flags = sys.argv[1:]
-    own = os.environ.get("RANK", "0")
-    fed = Fed(setattr, (int(epoch), int(step)) if rank == own else None)
+    out, when, rank, to, name, *flags = sys.argv[1:]
+    own, sent = os.environ.get("RANK", "0"), Path(out, "sent")
+
+    def interrupt(*moment):
+        if rank == own and ":".join(map(str, moment)) == when and not sent.exists():
+            sent.write_text(str(time.time()))
+            send(to, signal.Signals[f"SIG{name}"])
+            if moment[0] == "save":
+                time.sleep(0.5)  # the signal comes while the file is written
+
+    fed = Fed(setattr, interrupt)
     try:
         main.command_line(flags)
     finally:

@@ -522,6 +522,12 @@ def test_a_set_without_a_readable_image(tmp_path):
 # Loaders that fail
 
 
+@pytest.fixture
+def old_loaders_are_gone():
+    """The end of an earlier test's loader, in the middle of this test, would swallow the news of a worker's death."""
+    gc.collect()
+
+
 class Failing(Dataset):
     """Its item 5 fails; the others are the process that reads them."""
 
@@ -580,7 +586,7 @@ def be_wrong():
         (fill_shared_memory, 0, r"shared memory.*--shm-size.*No space left"),
     ],
 )
-def test_a_loader_that_fails_ends_in_one_line(fail, timeout, line):
+def test_a_loader_that_fails_ends_in_one_line(fail, timeout, line, old_loaders_are_gone):
     loader = DataLoader(Failing(fail), batch_size=2, num_workers=2, timeout=timeout)
     with pytest.raises(SystemExit) as stop, loader_errors():
         for _ in loader:
@@ -590,7 +596,7 @@ def test_a_loader_that_fails_ends_in_one_line(fail, timeout, line):
     assert "; start again with --resume auto (" in message and "\n" not in message
 
 
-def test_a_worker_killed_while_the_main_process_computes():
+def test_a_worker_killed_while_the_main_process_computes(old_loaders_are_gone):
     """Its death interrupts whatever runs."""
     loader = DataLoader(Failing(int), batch_size=2, num_workers=1)
     with pytest.raises(SystemExit, match="error: a loader worker was killed"), loader_errors():
@@ -599,7 +605,7 @@ def test_a_worker_killed_while_the_main_process_computes():
         time.sleep(10)
 
 
-def test_a_pipe_that_breaks_before_its_worker_is_known_dead():
+def test_a_pipe_that_breaks_before_its_worker_is_known_dead(old_loaders_are_gone):
     loader = DataLoader(Failing(break_pipes_and_die), batch_size=2, num_workers=1)
     with pytest.raises(SystemExit, match=r"a loader worker was killed.*killed by signal: Killed"), loader_errors():
         for _ in loader:

@@ -3,11 +3,17 @@
 import contextlib
 import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from signal import SIGTERM
 
 import pytest
 import torch
-from cutting import Fed
-from helpers import REPOSITORY, TINY, run_main, run_process
+from cutting import Fed, send
+from helpers import REPOSITORY, TINY, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_end_to_end import log_of
 
@@ -80,12 +86,17 @@ def points(folder):
     }
 
 
+def stop_at(moment, *now):
+    if now == moment:
+        send("self", SIGTERM)
+
+
 def cut_run(monkeypatch, folder, *cuts, flags=EVERYTHING, then=()):
     """The run of `flags`, stopped by SIGTERM after each (epoch, step) of `cuts` and continued; what it was fed."""
     fed = {}
     for i, cut in enumerate((*cuts, None)):
         with monkeypatch.context() as patch:
-            watch = Fed(patch.setattr, cut)
+            watch = Fed(patch.setattr, partial(stop_at, ("step", *(cut or ()))))
             end = pytest.raises(SystemExit) if cut else contextlib.nullcontext()
             with end as stopped:
                 run_main(*flags, *(then if i else ()), "--output-dir", folder, "--resume", "auto")
@@ -146,19 +157,36 @@ SHORT = (*EVERYTHING, "--epochs", "2", "--drop", "0", "--opt", "sgd", "--lr", "0
 CUTTING = "tests/cutting.py"
 
 
-def ranks(count, folder, out, *flags, cut=(-1, -1), on_rank=0):
-    """The run of `SHORT` until it ends or is cut on one rank: {"epoch step": sorted sample indices of all ranks}."""
+def ranks(count, folder, out, *flags, when="never", rank=0, target="self", name="TERM", launch=TORCHRUN):
+    """The run of `SHORT` until it ends or is stopped: {"epoch step": sorted sample indices of all ranks}."""
     out.mkdir(exist_ok=True)
-    words = (CUTTING, out, *cut, on_rank, *SHORT, *flags, "--output-dir", folder, "--resume", "auto")
-    result = run_process(*(TORCHRUN if count == 2 else ()), *words, environment={"PYTHONPATH": str(REPOSITORY)})
-    was_cut = cut != (-1, -1)
-    assert (result.returncode != 0) == was_cut, result.stderr
-    if was_cut:
-        assert result.returncode == RESUMABLE or f"exitcode  : {RESUMABLE}" in result.stderr, result.stderr
-        assert torch.load(folder / checkpoint.LAST, weights_only=True)["step"] >= cut[1]
+    words = (CUTTING, out, when, rank, target, name, *SHORT, *flags, "--output-dir", folder, "--resume", "auto")
+    # in a session of its own, since a signal may go to all processes of it
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, (*(launch if count == 2 else ()), *words))]
+    options = {
+        "cwd": REPOSITORY,
+        "env": environment,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, **options) as process:
+        try:
+            _, errors = process.communicate(timeout=240)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its ranks, which have sessions of their own
+    if (out / "sent").exists() and launch == TORCHRUN:
+        assert process.returncode == (1 if count == 2 else RESUMABLE), errors
+        assert time.time() - float((out / "sent").read_text()) < 30
+        assert checkpoint.find_newest(folder) == folder / checkpoint.LAST
+        assert errors.count("received: saving at the next step") == (count if target != "self" else 1)
+    else:
+        assert process.returncode == 0, errors
     steps = {}
-    for rank in range(count):
-        for key, indices in json.loads((out / f"{rank}.json").read_text()).items():
+    for file in out.glob("*.json"):
+        for key, indices in json.loads(file.read_text()).items():
             steps[key] = sorted([*steps.get(key, []), *indices])
     return steps
 
@@ -169,21 +197,49 @@ def on_two(tmp_path_factory):
     return folder / "run", ranks(2, folder / "run", folder / "fed", "--batch-size", "16")
 
 
-def test_two_ranks_cut_by_a_signal_to_one_go_on_as_if_they_were_not(on_two, tmp_path):
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"when": "step:0:7", "rank": 1, "name": "USR1"},
+        {"when": "step:0:20", "target": "parent"},
+        {"when": "validation:0", "target": "group", "name": "INT"},
+        {"when": "validation:0", "rank": 1},
+        {"when": "save:2", "target": "parent", "name": "INT"},
+    ],
+    ids=lambda cut: " ".join(map(str, cut.values())),
+)
+def test_two_ranks_stopped_by_a_signal_go_on_as_if_they_were_not(cut, on_two, tmp_path):
     folder, fed = on_two
-    flags = ("--batch-size", "16")
-    first = ranks(2, tmp_path / "run", tmp_path / "first", *flags, cut=(0, 7), on_rank=1)
+    flags = ("--batch-size", "16", "--save-every-steps", "6", "--num-workers", "1")
+    first = ranks(2, tmp_path / "run", tmp_path / "first", *flags, **cut)
     rest = ranks(2, tmp_path / "run", tmp_path / "rest", *flags)
-    assert first.keys() | rest.keys() == fed.keys() and first | rest == fed and not first.keys() & rest.keys()
+    assert first | rest == fed and not first.keys() & rest.keys()
     assert content(tmp_path / "run") == content(folder)
-    assert [r["epoch"] for r in records(tmp_path / "run")] == [0, 1]
+    assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
+
+
+@pytest.mark.parametrize(("when", "name", "at"), [("step:1:3", "INT", (0, 3)), ("validation:1", "USR1", (0, STEPS))])
+def test_one_process_stopped_by_a_signal_has_saved(when, name, at, tmp_path):
+    ranks(1, tmp_path / "run", tmp_path / "fed", "--batch-size", "32", when=when, name=name)
+    saved = torch.load(tmp_path / "run" / checkpoint.LAST, weights_only=True)
+    assert (saved["epoch"], saved["step"]) == at
+
+
+def test_a_killed_rank_is_started_again_and_ends_with_the_same_weights(on_two, tmp_path):
+    folder, _ = on_two
+    flags = ("--batch-size", "16", "--save-every-steps", "5")
+    restarting = (*TORCHRUN, "--max-restarts", "1")
+    ranks(2, tmp_path / "run", tmp_path / "fed", *flags, when="step:1:8", rank=1, name="KILL", launch=restarting)
+    assert (tmp_path / "fed" / "sent").exists()
+    assert content(tmp_path / "run") == content(folder)
+    assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
 
 
 def test_two_ranks_then_one_then_two_see_the_same_global_batches(on_two, tmp_path):
     folder, fed = on_two
     parts = [
-        ranks(2, tmp_path / "run", tmp_path / "a", "--batch-size", "16", cut=(0, 4)),
-        ranks(1, tmp_path / "run", tmp_path / "b", "--batch-size", "32", cut=(1, 3)),
+        ranks(2, tmp_path / "run", tmp_path / "a", "--batch-size", "16", when="step:0:4"),
+        ranks(1, tmp_path / "run", tmp_path / "b", "--batch-size", "32", when="step:1:3"),
         ranks(2, tmp_path / "run", tmp_path / "c", "--batch-size", "8", "--accum-steps", "4"),
     ]
     assert parts[0] | parts[1] | parts[2] == fed
@@ -193,7 +249,7 @@ def test_two_ranks_then_one_then_two_see_the_same_global_batches(on_two, tmp_pat
     assert [r["train_lr"] for r in records(tmp_path / "run")] == [r["train_lr"] for r in records(folder)]
 
 
-def test_another_global_batch_within_an_epoch_is_refused(on_two, tmp_path):
-    ranks(1, tmp_path / "run", tmp_path / "a", "--batch-size", "32", cut=(0, 2))
+def test_another_global_batch_within_an_epoch_is_refused(tmp_path):
+    ranks(1, tmp_path / "run", tmp_path / "a", "--batch-size", "32", when="step:0:2")
     with pytest.raises(SystemExit, match="64 images per optimizer step, not 32"):
         run_main(*SHORT, "--batch-size", "16", "--output-dir", tmp_path / "run", "--resume", "auto")
