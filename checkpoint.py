@@ -33,7 +33,7 @@ class TrainState:
         epoch: the epoch in training, or the next one.
         step: optimizer steps of this epoch that are done.
         totals: what this epoch has added up.
-        skipped: steps of the whole run that were not finite.
+        skipped: steps of the epochs before that were not finite.
         best: {"acc1": percent, "acc1_ema": percent}, the best so far.
         earlier_seconds: of the processes that this one continues.
         started: this process's clock.
@@ -62,6 +62,7 @@ class TrainState:
         kept = ["acc1"] if self.model_ema is None else list(BEST)
         improved = [name for name in kept if accuracies[name] > self.best.get(name, -1.0)]
         self.best |= {name: accuracies[name] for name in improved}
+        self.skipped += self.totals.skipped
         self.epoch, self.step, self.totals = self.epoch + 1, 0, EpochTotals()
         return improved
 

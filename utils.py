@@ -140,12 +140,14 @@ class Meters:
 
     def __init__(self):
         self.sums: dict[str, torch.Tensor] = {}
-        self.count = 0
+        self.count: int | torch.Tensor = 0
 
-    def add(self, values: dict[str, torch.Tensor]):
+    def add(self, values: dict[str, torch.Tensor], counts: torch.Tensor | None = None):
+        """Add a value to each sum, where `counts`, a 0-dim boolean, holds."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.count += 1
+            value = value.detach().float()
+            self.sums[name] = self.sums.get(name, 0) + (value if counts is None else value.where(counts, 0.0))
+        self.count = self.count + (1 if counts is None else counts)
 
     def local_averages(self) -> dict[str, torch.Tensor]:
         """Means over this process's steps, on the device."""
@@ -155,12 +157,12 @@ class Meters:
         """Means over all steps and processes; every process must call it."""
         if not self.count:
             return {}
-        return {name: value / self.count for name, value in self.state_dict(world)["sums"].items()}
+        return {name: value / int(self.count) for name, value in self.state_dict(world)["sums"].items()}
 
     def state_dict(self, world: World) -> dict:
         """The sums as means over the processes, and the count; every process must call it."""
-        means = world.sum(torch.stack([*self.sums.values()])) / world.size if self.count else torch.empty(0)
-        return {"sums": dict(zip(self.sums, means.tolist(), strict=True)), "count": self.count}
+        means = world.sum(torch.stack([*self.sums.values()])) / world.size if self.sums else torch.empty(0)
+        return {"sums": dict(zip(self.sums, means.tolist(), strict=True)), "count": int(self.count)}
 
     def load_state_dict(self, state: dict, device: torch.device):
         self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
@@ -174,10 +176,10 @@ class EpochTotals:
     Attributes:
         epoch: means over its steps.
         window: means since the last console line.
+        steps: tried.
         images: seen by all processes.
         seconds: trained.
         waited: of these seconds, those spent waiting for the loader.
-        skipped: steps that were not finite.
         overflows: steps that fp16's loss scale skipped.
     """
 
@@ -186,8 +188,13 @@ class EpochTotals:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    skipped: int = 0
+    steps: int = 0
     overflows: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were not finite; waits for the device."""
+        return self.steps - int(self.epoch.count) - self.overflows
 
     def state_dict(self, world: World) -> dict:
         """Numbers only, the same on all processes, each of which must call it."""

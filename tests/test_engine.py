@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import checkpoint
 from diversity import DiversityObjective, PatchMixup, TappedViT
-from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
+from engine import FiniteGuard, _update_by, autocast_dtype, evaluate, train_one_epoch
 from utils import RunLog, World
 
 CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -96,6 +96,58 @@ def test_a_non_finite_step_is_skipped_named_and_left_out_of_the_means(poison, ca
     printed = capsys.readouterr().out
     assert "epoch 0 step 1" in printed
     assert "emb_cos_within" in printed
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_is_skipped_alike_by_fused_and_plain_optimizers(fused):
+    """A fused optimizer is told on the device, so that a GPU need not wait for the host."""
+    good, bad, after = images(4), images(4, seed=2), images(4, seed=3)
+    bad[0].fill_(math.nan)
+    model, clean = small_vit(), small_vit()
+    for trained, batches in ((model, [good, bad, after]), (clean, [good, after])):
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01, fused=fused)
+        train(trained, batches, state=make_state(trained, optimizer), budget=1)
+    assert torch.equal(weights(model), weights(clean))
+
+
+def test_the_average_moves_by_a_share_told_on_the_device():
+    model = small_vit()
+    ours, timms = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
+    train(model, [images(4)])
+    _update_by(ours, model, torch.tensor(0.0))
+    assert torch.equal(weights(ours.module), weights(timms.module))
+    _update_by(ours, model, torch.tensor(0.1))
+    timms.update(model)
+    torch.testing.assert_close(weights(ours.module), weights(timms.module), rtol=1e-6, atol=1e-8)
+    assert not torch.equal(weights(ours.module), weights(model))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_no_step_waits_for_the_gpu_between_log_lines():
+    world = World(0, 1, 0, 1, torch.device("cuda:0"))
+    model = small_vit().cuda()
+    objective = DiversityObjective(ALL_TERMS, 0.1)
+    state = make_state(model, torch.optim.AdamW(model.parameters(), fused=True), ModelEmaV3(model, decay=0.9))
+    batches = [tuple(t.cuda() for t in images(4, seed=seed)) for seed in range(6)]
+
+    def after_step():
+        torch.cuda.set_sync_debug_mode("error" if state.step < 6 else "default")
+
+    log = RunLog(None, world, tensorboard=False)
+    with TappedViT(model, objective.reads, objective.patch_logits) as tapped:
+        guard = FiniteGuard(0, world)
+        train_one_epoch(
+            tapped, objective, batches, NO_MIX, state, guard, log, world, after_step=after_step, log_interval=0
+        )
+    assert state.step == 6
+
+
+def test_a_skipped_step_is_told_with_its_images(capsys):
+    bad = images(4)
+    bad[0].fill_(math.nan)
+    train(small_vit(), [bad], budget=1, images=lambda step: f"images of step {step}")
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "cls_ce" in line and line.endswith("; images of step 0")
 
 
 def test_more_non_finite_steps_than_the_budget_stop_training():
