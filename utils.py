@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -99,7 +101,13 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
         torch.cuda.set_device(device)
     if size > 1:
         backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=size)
+        meeting = {"init_method": dist_url}
+        if dist_url == "env://" and local_size == size:
+            # torchrun's store outlives a restart of its ranks, and with it the addresses of those that died
+            store, _, _ = next(rendezvous(dist_url, rank, size))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            meeting = {"store": dist.PrefixStore(f"attempt {attempt}", store)}
+        dist.init_process_group(backend, **meeting, rank=rank, world_size=size)
     return World(rank, size, local_rank, local_size, torch.device(device))
 
 
@@ -227,6 +235,8 @@ class RunLog:
         self.unwritten = ""
         if self.path and self.path.exists():
             self._drop_from(epoch)
+        if self.path and [*output_dir.glob(f"events.out.tfevents.{int(time.time())}.*")]:
+            time.sleep(1)  # TensorBoard reads event files in the order of their names, which hold the second
         self.writer = SummaryWriter(output_dir, purge_step=step) if self.path and tensorboard else None
 
     def _drop_from(self, epoch: int):

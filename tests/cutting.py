@@ -4,7 +4,7 @@ As a program, also for torchrun: python cutting.py OUT MOMENT RANK TARGET SIGNAL
 once, that rank sends the signal; every rank leaves the sample indices of its steps as OUT/<rank>.json.
 
     MOMENT  step:EPOCH:STEP (after it), validation:EPOCH, save:NUMBER (while it is written), or never
-    TARGET  self, group (all processes of its session), or parent (torchrun)
+    TARGET  self, group (it and its loader workers), or parent (torchrun)
     SIGNAL  such as TERM
 """
 
@@ -73,7 +73,7 @@ class Fed:
 
 
 def send(target: str, number: int):
-    """A signal to this process, its session's processes, or its parent."""
+    """A signal to this process, its group, which under torchrun is its own, or its parent."""
     if target == "group":
         os.killpg(os.getpgrp(), number)
     else:

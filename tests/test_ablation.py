@@ -52,7 +52,9 @@ class Checkout(SimpleNamespace):
         """A process in a group of its own, without the variables that steer a grid but for the given ones."""
         env = {name: value for name, value in os.environ.items() if not STEERING.match(name)} | variables
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        return subprocess.Popen(["bash", *map(str, command)], cwd=self.folder, env=env, **options)
+        # a suite that runs in the background of a shell ignores SIGINT, and so would bash
+        command = ["env", "--default-signal=INT", "bash", *map(str, command)]
+        return subprocess.Popen(command, cwd=self.folder, env=env, **options)
 
     def run(self, *command, **variables):
         process = self.start(command, **variables)
