@@ -17,7 +17,7 @@ from interruption import RESUMABLE, Agreement, StopSignals
 from utils import EpochTotals, RunLog, World
 from weights import is_weights, load_state_dict, local_file, read
 
-SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr"}  # of an optimizer's group, from the flags
+SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr", "fused"}  # of a group, from flags and device
 LAST = "checkpoint.pth"
 BEST = {"acc1": "checkpoint_best.pth", "acc1_ema": "checkpoint_best_ema.pth"}
 

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import timm.optim
 import torch
 import yaml
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -43,6 +44,7 @@ from utils import (
 from weights import load_weights
 
 SUMMARY = "summary.json"
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # which have a fused form that can skip a step itself
 WATCHED_IMAGES = 64  # whose redundancy is measured while training
 
 
@@ -89,15 +91,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     model, model_ema, resumed, notes = build_weights(args, world, data)
     objective = build_objective(args, world, model, data.num_classes)
     tapped = build_tapped(args, model, objective)
-    mixup_fn = PatchMixup(
-        args.mixup,
-        args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        grid=tapped.grid if objective.patch_logits else None,
-    )
+    mixup_fn = build_mixup(args, tapped.grid if objective.patch_logits else None)
     ddp_or_tapped = tapped
     if world.size > 1:
         device_ids = [world.device.index] if world.device.type == "cuda" else None
@@ -105,7 +99,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
 
     global_batch = args.batch_size * world.size * args.accum_steps
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
-    optimizer = build_optimizer(args, model, lr)
+    optimizer = build_optimizer(args, model, lr, world.device)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     loss_scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     state = checkpoint.TrainState(model, model_ema, optimizer, scheduler, loss_scaler, epoch=args.start_epoch)
@@ -192,16 +186,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     saver.close()
 
     test_stats = test_stats or evaluate_both(model, model_ema, data, args, world, amp_dtype)
-    seconds = round(state.seconds)
-    log.print(f"training time {datetime.timedelta(seconds=seconds)}")
-    log.print(accuracy_line(test_stats))
-    if output_dir:
-        figures.curves(output_dir, list(objective.coefs))
-        accuracies = {f"test_{name}": value for name, value in test_stats.items()}
-        summary = {"epochs": num_epochs, "training_seconds": seconds, **accuracies}
-        write_json(summary, output_dir / SUMMARY)  # last of all, since a finished run is known by it
-        log.print(f"run folder: {output_dir}")
-    log.close()
+    finish(output_dir, log, list(objective.coefs), num_epochs, round(state.seconds), test_stats)
 
 
 def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:
@@ -278,10 +263,28 @@ def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjectiv
         raise SystemExit(f"error: --model {args.model} does not serve {', '.join(flags)}: {error}") from None
 
 
-def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer, without weight decay on biases, norms and what the model exempts."""
+def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:
+    """Mixup and CutMix as the flags describe them, with labels for the patches of a grid."""
+    return PatchMixup(
+        args.mixup,
+        args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        grid=grid,
+    )
+
+
+def build_optimizer(args: Namespace, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
+    """timm's optimizer, without weight decay on biases, norms and what the model exempts; fused on a GPU."""
+    options = optimizer_kwargs(args) | {"lr": lr}
+    name = args.opt.lower()
+    can_fuse = not name.startswith("lookahead_") and timm.optim.get_optimizer_info(name).opt_class in FUSED
+    if device.type == "cuda" and can_fuse:
+        options |= {"fused": True}
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(args) | {"lr": lr})
+        return create_optimizer_v2(model, **options)
     except (TypeError, ValueError, IndexError, AssertionError) as error:
         raise SystemExit(
             f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
@@ -367,6 +370,18 @@ def redundancy_record(model: nn.Module, samples: torch.Tensor, log: RunLog, step
     log.figure("redundancy", lambda: redundancy_figures.redundancy_depth({f"epoch {epoch}": [report]}), step)
     measures = {f"redundancy_{name}": value for name, value in report["summary"].items()}
     return measures | {"redundancy_images": report["images"]}
+
+
+def finish(output_dir: Path | None, log: RunLog, terms: list[str], epochs: int, seconds: int, stats: dict[str, float]):
+    """The last lines, the curves of `terms`, and summary.json last of all, since a finished run is known by it."""
+    log.print(f"training time {datetime.timedelta(seconds=seconds)}")
+    log.print(accuracy_line(stats))
+    if output_dir:
+        figures.curves(output_dir, terms)
+        accuracies = {f"test_{name}": value for name, value in stats.items()}
+        write_json({"epochs": epochs, "training_seconds": seconds, **accuracies}, output_dir / SUMMARY)
+        log.print(f"run folder: {output_dir}")
+    log.close()
 
 
 def epoch_line(record: dict, num_epochs: int) -> str:

@@ -5,12 +5,14 @@ import math
 import pytest
 import timm
 import torch
+from helpers import parse
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, TensorDataset
 
 import checkpoint
 from diversity import DiversityObjective, PatchMixup, TappedViT
 from engine import FiniteGuard, _update_by, autocast_dtype, evaluate, train_one_epoch
+from main import build_optimizer
 from utils import RunLog, World
 
 CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -108,6 +110,18 @@ def test_a_step_is_skipped_alike_by_fused_and_plain_optimizers(fused):
         optimizer = torch.optim.AdamW(trained.parameters(), lr=0.01, fused=fused)
         train(trained, batches, state=make_state(trained, optimizer), budget=1)
     assert torch.equal(weights(model), weights(clean))
+
+
+@pytest.mark.parametrize(
+    ("opt", "device", "fused"),
+    [
+        *[("adamw", "cuda:0", True), ("adam", "cuda:0", True), ("sgd", "cuda:0", True), ("adamw", "cpu", False)],
+        *[("lamb", "cuda:0", False), ("lookahead_adamw", "cuda:0", False)],
+    ],
+)
+def test_optimizers_are_fused_on_a_gpu(opt, device, fused):
+    optimizer = build_optimizer(parse("--opt", opt), small_vit(), 0.1, torch.device(device))
+    assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused
 
 
 def test_the_average_moves_by_a_share_told_on_the_device():
