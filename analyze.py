@@ -30,6 +30,7 @@ import weights
 from datasets import build_data, build_transform
 from diversity import TapError, TappedViT, measurable, measure_redundancy
 from diversity.backbones import Backbone
+from images import loader_errors
 from models import build_model
 from parsing import Parser, device, hyphens, whole
 from run_folders import REPORT, without_seed
@@ -290,7 +291,7 @@ def main(argv: list[str] | None = None):
     add("--device", type=device, default="auto", help="auto, cuda or cpu")
     options, flags = parser.parse_known_args([hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
     quiet_warnings()
-    with one_line_errors(), joined_world(options.device, "env://") as world:
+    with one_line_errors(), loader_errors("start again"), joined_world(options.device, "env://") as world:
         try:
             analyze(options, flags, world)
         except TapError as error:
