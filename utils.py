@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -28,12 +29,19 @@ class BadImageError(RuntimeError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn `BadImageError` into the line that a command ends with."""
+    """Turn `BadImageError`, and the loss of another process, into the line that a command ends with."""
     try:
         yield
     except BadImageError as error:  # a loader worker's arrives with its traceback in the message
         line = str(error).strip().splitlines()[-1].removeprefix("utils.BadImageError: ")
         raise SystemExit(f"error: {line}") from None
+    except RuntimeError as error:
+        line = " ".join(str(error).split())
+        if not (dist.is_initialized() and re.search("gloo|nccl|connection (closed|reset)", line, re.IGNORECASE)):
+            raise
+        raise SystemExit(
+            f"error: another process of this run has ended or hangs; start again with --resume auto ({line[:200]})"
+        ) from None
 
 
 def run_command(command: Callable[[], None]):

@@ -177,7 +177,9 @@ def ranks(count, folder, out, *flags, when="never", rank=0, target="self", name=
         finally:
             if process.poll() is None:
                 process.terminate()  # torchrun ends its ranks, which have sessions of their own
-    if (out / "sent").exists() and launch == TORCHRUN:
+    if name == "KILL" and launch == TORCHRUN:
+        assert process.returncode == 1 and "error: another process of this run has ended" in errors, errors
+    elif (out / "sent").exists() and launch == TORCHRUN:
         assert process.returncode == (1 if count == 2 else RESUMABLE), errors
         assert time.time() - float((out / "sent").read_text()) < 30
         assert checkpoint.find_newest(folder) == folder / checkpoint.LAST
@@ -233,6 +235,10 @@ def test_a_killed_rank_is_started_again_and_ends_with_the_same_weights(on_two, t
     assert (tmp_path / "fed" / "sent").exists()
     assert content(tmp_path / "run") == content(folder)
     assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
+
+
+def test_a_killed_rank_without_restarts_ends_the_others_with_one_line(tmp_path):
+    ranks(2, tmp_path / "run", tmp_path / "fed", "--batch-size", "16", when="step:0:3", rank=1, name="KILL")
 
 
 def test_two_ranks_then_one_then_two_see_the_same_global_batches(on_two, tmp_path):
