@@ -101,9 +101,11 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
         raise SystemExit(f"error: --ema: {subject.run} has no averaged weights")
     args = subject.args
     rest = num_classes, args.input_size, args.patch_size
-    measurable(build_model(args.model, *rest, **args.model_kwargs | {"pretrained": False}))  # before a download
-    model = build_model(args.model, *rest, **args.model_kwargs)
-    if subject.file is not None:
+    model = build_model(args.model, *rest, **args.model_kwargs | {"pretrained": False})
+    measurable(model)  # before a download
+    if subject.file is None:
+        model = build_model(args.model, *rest, **args.model_kwargs)
+    else:
         for note in weights.load_weights(model, str(subject.file), "RUN", use_ema=ema):
             print(f"{subject.run}: {note}")
     return model.to(world.device).eval()

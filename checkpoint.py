@@ -62,7 +62,7 @@ class TrainState:
         kept = ["acc1"] if self.model_ema is None else list(BEST)
         improved = [name for name in kept if accuracies[name] > self.best.get(name, -1.0)]
         self.best |= {name: accuracies[name] for name in improved}
-        self.skipped += self.totals.skipped
+        self.skipped += self.totals.skipped(self.step)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, EpochTotals()
         return improved
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,7 @@ class Data:
         """Which images an optimizer step of this epoch is made of on this process."""
         if isinstance(self.train.dataset, IterableDataset):
             return "images of a stream"
-        batches = self.train.batch_sampler.batches()[step * self.accum_steps : (step + 1) * self.accum_steps]
+        batches = self.train.batch_sampler.batches(step * self.accum_steps, (step + 1) * self.accum_steps)
         return f"images number {', '.join(str(sample.index) for batch in batches for sample in batch)}"
 
     def bad_images(self, world: World) -> list[int]:
@@ -184,17 +184,19 @@ class ResumableBatches(Sampler):
         self.epoch, self.first = epoch, batch
         self.sampler.set_epoch(epoch)
 
-    def batches(self) -> list[list[Sample]]:
-        """All batches of the epoch."""
-        positions = itertools.count(self.world.rank, self.world.size)
-        samples = [
-            Sample(index, self.epoch, position % self.repeats)
-            for index, position in zip(self.sampler, positions, strict=False)
-        ]
-        return [samples[i * self.batch_size : (i + 1) * self.batch_size] for i in range(self.num_batches)]
+    def batches(self, first: int, end: int) -> Iterator[list[Sample]]:
+        """The batches first to end - 1 of the epoch."""
+        indices = list(self.sampler)
+        for batch in range(first, end):
+            places = range(batch * self.batch_size, (batch + 1) * self.batch_size)
+            positions = (self.world.rank + place * self.world.size for place in places)
+            yield [
+                Sample(indices[place], self.epoch, position % self.repeats)
+                for place, position in zip(places, positions, strict=True)
+            ]
 
     def __iter__(self):
-        return iter(self.batches()[self.first :])
+        return self.batches(self.first, self.num_batches)
 
     def __len__(self):
         return self.num_batches - self.first

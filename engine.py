@@ -197,7 +197,7 @@ def train_one_epoch(
         optimizer.zero_grad()
         guard.settle()
 
-        state.step = totals.steps = step + 1
+        state.step = step + 1
         if progress.finished_step(step):
             progress.report(step, optimizer.param_groups[0]["lr"], totals.window.averages(world))
             totals.window = Meters()
@@ -211,7 +211,7 @@ def train_one_epoch(
         **totals.epoch.averages(world),
         "images_per_s": totals.images / max(totals.seconds, 1e-9),
         "data_wait": totals.waited / max(totals.seconds, 1e-9),
-        "skipped_steps": totals.skipped,
+        "skipped_steps": totals.skipped(state.step),
         "overflows": totals.overflows,
     }
 

@@ -139,7 +139,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     ]))  # fmt: skip
 
     watched = watched_images(args, model, data, world)
-    guard = FiniteGuard(args.max_nonfinite_steps, world, state.skipped + state.totals.skipped)
+    guard = FiniteGuard(args.max_nonfinite_steps, world, state.skipped + state.totals.skipped(state.step))
     saver = checkpoint.Saver(
         state,
         lambda: {"args": vars(args), "global_batch": global_batch, "bad_images": data.bad_images(world)},

@@ -104,9 +104,9 @@ def find_runs(outs: list[str]) -> list[Run]:
 def cell_name(folder: Path, out: Path) -> str:
     """The path of a run below `out` without its seed; the last part of the whole path where `out` is below that."""
     cell = without_seed(folder)
-    return (
-        str(cell.relative_to(out)) if cell != out and cell.is_relative_to(out) else without_seed(folder.resolve()).name
-    )
+    if cell != out and cell.is_relative_to(out):
+        return str(cell.relative_to(out))
+    return without_seed(folder.resolve()).name
 
 
 def without_seed(path: Path) -> Path:

@@ -192,7 +192,6 @@ class EpochTotals:
     Attributes:
         epoch: means over its steps.
         window: means since the last console line.
-        steps: tried.
         images: seen by all processes.
         seconds: trained.
         waited: of these seconds, those spent waiting for the loader.
@@ -204,13 +203,11 @@ class EpochTotals:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    steps: int = 0
     overflows: int = 0
 
-    @property
-    def skipped(self) -> int:
-        """Steps that were not finite; waits for the device."""
-        return self.steps - int(self.epoch.count) - self.overflows
+    def skipped(self, steps: int) -> int:
+        """How many of the epoch's steps so far were not finite; waits for the device."""
+        return steps - int(self.epoch.count) - self.overflows
 
     def state_dict(self, world: World) -> dict:
         """Numbers only, the same on all processes, each of which must call it."""

@@ -221,7 +221,6 @@ class Lives:
         Raises:
             SystemExit: it hangs.
         """
-        await_next_second(folder)
         assert threading.active_count() == torch.get_num_threads() == 1  # a fork takes no other thread along
         sys.stdout.flush()
         family, inherited = os.pipe()  # it ends when the life and all its loader workers have
@@ -267,15 +266,6 @@ class Lives:
             os.close(family)
         self._families = waiting
         return late
-
-
-def await_next_second(folder: Path):
-    """Until TensorBoard's next file gets a later name than its last, which a start with imports always takes.
-
-    The names begin with whole seconds, and are read in their order.
-    """
-    while any(int(path.name.split(".")[3]) >= int(time.time()) for path in folder.glob("events.*")):
-        time.sleep(0.02)
 
 
 def output_of(folder: Path) -> Path:
@@ -438,6 +428,7 @@ class Stress:
 
 
 def stress():
+    """Kill as often as the command line says; a violation ends in one line and a non-zero exit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200, help="lives that do not come to their end")
     parser.add_argument("--seed", type=int, default=0, help="of how they end; the moments also depend on the machine")
