@@ -91,8 +91,9 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (not (args.mixup or cutmix), "mixup_prob mixup_mode", "--mixup and --cutmix are 0"),
         (not (args.mixup and cutmix), "mixup_switch_prob", "--mixup or --cutmix is 0"),
         (args.cutmix_minmax, "cutmix", "--cutmix-minmax takes its place"),
-        (not args.repeated_aug, "aug_repeats", "--no-repeated-aug"),
-        (args.data_set.lower().startswith("wds/"), "repeated_aug aug_repeats max_bad_images dist_eval",
+        (not args.repeated_aug, "aug_repeats decode_once repeats_together", "--no-repeated-aug"),
+        (args.data_set.lower().startswith("wds/"),
+         "repeated_aug aug_repeats decode_once repeats_together max_bad_images dist_eval",
          "--data-set streams: its reader skips unreadable images"),
         (args.resume, "start_epoch", "--resume sets it"),
         (not args.output_dir, "tensorboard redundancy_every save_every_steps save_every_minutes keep_checkpoints",
@@ -136,7 +137,9 @@ def build_parser() -> Parser:
             for name, preset in PRESETS.items()
         },
     )
-    for add_group in (_run, _model, _diversity, _optimizer, _schedule, _augmentation, _distillation, _data, _launcher):
+    for add_group in (
+        _run, _speed, _model, _diversity, _optimizer, _schedule, _augmentation, _distillation, _data, _launcher
+    ):  # fmt: skip
         add_group(parser)
     return parser
 
@@ -179,6 +182,26 @@ def _run(parser):
     add("--redundancy-every", type=whole, default=0, metavar="EPOCHS",
         help="epochs between measurements of redundancy on fixed validation images, and the last; 0 = off")  # fmt: skip
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write events into the run folder")
+
+
+def _speed(parser):
+    add = parser.add_argument_group("speed", "the same results, up to rounding, faster or in less memory").add_argument
+    switch = argparse.BooleanOptionalAction
+    add("--compile", action=switch, default=None,
+        help="torch.compile model and objective as one graph; None = on a GPU, where nothing speaks against it")  # fmt: skip
+    add("--fused-attn", action=switch, default=True,
+        help="scaled-dot-product attention in every block whose maps no term reads")  # fmt: skip
+    add("--fused-opt", action=switch, default=True, help="one kernel for a step of AdamW, Adam and SGD")
+    add("--prefetcher", action=switch, default=None,
+        help="send bytes to the device ahead of the step; normalise and erase there; None = on a GPU")  # fmt: skip
+    add("--static-graph", action=switch, default=True,
+        help="DistributedDataParallel's static graph, where neither --compile nor --accum-steps excludes it")  # fmt: skip
+    add("--grad-checkpointing", action=switch, default=False,
+        help="compute activations again in the backward pass: less memory, more time")  # fmt: skip
+    add("--decode-once", action=switch, default=True,
+        help="decode an image once for those of its repeated augmentations that are in one batch")  # fmt: skip
+    add("--repeats-together", action=switch, default=False,
+        help="put an image's repeated augmentations on one rank, where DeiT deals them out; same global batches")  # fmt: skip
 
 
 def _model(parser):
