@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from checkpoint import TrainState
-from diversity import DiversityObjective, PatchMixup
+from diversity import DiversityObjective, MixedTarget, PatchMixup, TappedViT
 from randomness import reseed
 from utils import Meters, RunLog, World
 
@@ -32,6 +32,23 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 def autocast(device: torch.device, dtype: torch.dtype | None):
     """Autocast to `dtype`, or full precision when it is None."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+class TrainingLoss(nn.Module):
+    """Model and objective as one module, so that they compile as one graph and DistributedDataParallel wraps both.
+
+    Args:
+        tapped: a `TappedViT` with what `objective` reads.
+    """
+
+    def __init__(self, tapped: TappedViT, objective: DiversityObjective):
+        super().__init__()
+        self.tapped = tapped
+        self.objective = objective
+
+    def forward(self, samples: torch.Tensor, target: MixedTarget) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mixed samples [B, 3, S, S] and their labels -> the 0-dim loss and {term: 0-dim value}."""
+        return self.objective(self.tapped(samples), target, samples)
 
 
 class FiniteGuard:
@@ -59,7 +76,7 @@ class FiniteGuard:
             where: the step, for the message.
             images: tells which images this rank's step was made of, for the message.
         """
-        finite = torch.stack([value.isfinite() for value in values.values()])
+        finite = torch.stack([*values.values()]).isfinite()
         allowed = self.world.sum((~finite.all()).float()) == 0
         flags = torch.cat([allowed[None], finite])
         copied = None
@@ -109,8 +126,7 @@ class _Check(NamedTuple):
 
 
 def train_one_epoch(
-    model: nn.Module,
-    objective: DiversityObjective,
+    training_loss: nn.Module,
     loader: Iterable,
     mixup_fn: PatchMixup,
     state: TrainState,
@@ -130,7 +146,7 @@ def train_one_epoch(
     """Train the rest of an epoch, from `state.step` on.
 
     Args:
-        model: a TappedViT around `state.model`, or DistributedDataParallel around one.
+        training_loss: a `TrainingLoss` around `state.model`, or DistributedDataParallel around one.
         loader: the batches of the steps that are left, `accum_steps` for each.
         state: what the steps change; its `step` counts up.
         num_steps: optimizer steps of the whole epoch; None = those done and those the loader has.
@@ -146,7 +162,7 @@ def train_one_epoch(
         all processes, data_wait (share of the time spent waiting for the loader), skipped_steps, and overflows (steps
         that fp16's loss scale skipped to settle, which is no fault).
     """
-    model.train()
+    training_loss.train()
     optimizer, loss_scaler, epoch, totals = state.optimizer, state.loss_scaler, state.epoch, state.totals
     optimizer.zero_grad()
     num_steps = state.step + len(loader) // accum_steps if num_steps is None else num_steps
@@ -163,10 +179,9 @@ def train_one_epoch(
 
         reseed("step", seed, world.rank, epoch, index, device=world.device)
         gradients_stay_local = world.size > 1 and not ends_group
-        with model.no_sync() if gradients_stay_local else contextlib.nullcontext():
+        with training_loss.no_sync() if gradients_stay_local else contextlib.nullcontext():
             with autocast(world.device, amp_dtype):
-                output = model(samples)
-                loss, terms = objective(output, target, samples)
+                loss, terms = training_loss(samples, target)
             loss_scaler.scale(loss / accum_steps).backward()
         group.add({"loss": loss, **terms})
         totals.images += len(samples) * world.size
@@ -177,19 +192,17 @@ def train_one_epoch(
         grad_norm = _grad_norm_and_clip(optimizer, clip_grad)
         values = {**group.local_averages(), "grad_norm": grad_norm}
         group = Meters()
-        scale_still_settles = loss_scaler.is_enabled() and loss_scaler.get_scale() >= 1
         checked = {name: value for name, value in values.items() if not name.endswith("_share")}
-        if scale_still_settles:
-            del checked["grad_norm"]
+        if loss_scaler.is_enabled():  # an overflow is no fault while the scale has room to fall
+            has_room = loss_scaler.scale(torch.ones_like(grad_norm)) >= 1
+            checked["grad_norm"] = grad_norm.where(~has_room, 0)
         allowed = guard.check(checked, f"epoch {epoch} step {step}", lambda step=step: images(step))
         if loss_scaler.is_enabled():
-            if allowed:
-                loss_scaler.step(optimizer)  # which skips a step whose scaled gradients overflowed
-                totals.overflows += int(not grad_norm.isfinite())
-            loss_scaler.update()
-            allowed = allowed & grad_norm.isfinite()
-        else:
-            _step_if(optimizer, allowed)
+            overflows = allowed & ~grad_norm.isfinite()
+            totals.overflows = totals.overflows + overflows
+            allowed = allowed & ~overflows
+        _step_if(optimizer, allowed)
+        loss_scaler.update()
         totals.epoch.add(values, allowed)
         totals.window.add(values, allowed)
         if state.model_ema is not None:
@@ -212,7 +225,7 @@ def train_one_epoch(
         "images_per_s": totals.images / max(totals.seconds, 1e-9),
         "data_wait": totals.waited / max(totals.seconds, 1e-9),
         "skipped_steps": totals.skipped(state.step),
-        "overflows": totals.overflows,
+        "overflows": int(totals.overflows),
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import timm.optim
 import torch
 import yaml
+from timm.layers import set_fused_attn
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
@@ -23,7 +24,7 @@ import figures
 import redundancy_figures
 from datasets import Data, build_data
 from diversity import DiversityObjective, PatchMixup, TapError, TappedViT, measurable, measure_redundancy
-from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
+from engine import FiniteGuard, TrainingLoss, autocast_dtype, evaluate, train_one_epoch
 from images import loader_errors
 from interruption import StopSignals, locked
 from losses import DistillationLoss
@@ -53,8 +54,10 @@ def main(args: Namespace, world: World):
     quiet_warnings()
     if world.device.type == "cpu":
         keep_freed_memory()
+    torch.backends.cudnn.benchmark = True
     if args.deterministic:
         make_deterministic()
+    set_fused_attn(args.fused_attn)
     with contextlib.ExitStack() as stack, loader_errors():
         if not args.eval:
             hold_folder(stack, args, world)
@@ -92,14 +95,11 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     objective = build_objective(args, world, model, data.num_classes)
     tapped = build_tapped(args, model, objective)
     mixup_fn = build_mixup(args, tapped.grid if objective.patch_logits else None)
-    ddp_or_tapped = tapped
-    if world.size > 1:
-        device_ids = [world.device.index] if world.device.type == "cuda" else None
-        ddp_or_tapped = DistributedDataParallel(tapped, device_ids=device_ids)
+    training_loss = build_training_loss(args, world, tapped, objective)
 
     global_batch = args.batch_size * world.size * args.accum_steps
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
-    optimizer = build_optimizer(args, model, lr, world.device)
+    optimizer = build_optimizer(args, model, lr)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     loss_scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
     state = checkpoint.TrainState(model, model_ema, optimizer, scheduler, loss_scaler, epoch=args.start_epoch)
@@ -155,8 +155,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     while state.epoch < num_epochs:
         epoch = state.epoch
         train_stats = train_one_epoch(
-            ddp_or_tapped,
-            objective,
+            training_loss,
             data.batches(epoch, state.step),
             mixup_fn,
             state,
@@ -197,11 +196,25 @@ def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module,
     )
     notes = load_weights(model, args.finetune, "--finetune") if args.finetune and not args.resume else []
     resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
+    if args.grad_checkpointing:
+        enable_grad_checkpointing(model, args.model)
     model.to(world.device)
     model_ema = None
     if args.model_ema and (not args.eval or "model_ema" in resumed):
         model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
     return model, model_ema, resumed, notes
+
+
+def enable_grad_checkpointing(model: nn.Module, name: str):
+    """Have the blocks compute their activations again in the backward pass.
+
+    Raises:
+        SystemExit: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError):
+        raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
 
 
 def hold_folder(stack: contextlib.ExitStack, args: Namespace, world: World):
@@ -263,6 +276,34 @@ def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjectiv
         raise SystemExit(f"error: --model {args.model} does not serve {', '.join(flags)}: {error}") from None
 
 
+def build_training_loss(
+    args: Namespace, world: World, tapped: TappedViT, objective: DiversityObjective
+) -> TrainingLoss | DistributedDataParallel:
+    """Model and objective as one module: compiled as one graph, and wrapped for several processes.
+
+    Raises:
+        SystemExit: --compile, and something that cannot be in one graph.
+    """
+    training_loss = TrainingLoss(tapped, objective)
+    breaks = [flag_of(f"{name}_coef") for name in objective.differentiating]
+    breaks += ["--grad-checkpointing"] if args.grad_checkpointing else []
+    if args.compile and breaks:
+        raise SystemExit(f"error: --compile makes one graph, which {breaks[0]} does not allow; leave one of them out")
+    compiles = args.compile or (args.compile is None and world.device.type == "cuda" and not breaks)
+    if compiles:
+        # Random numbers as without compiling, so that both train alike.
+        training_loss.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+    if world.size == 1:
+        return training_loss
+    return DistributedDataParallel(
+        training_loss,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=any(True for _ in tapped.model.buffers()),  # not a teacher's, which stay as they are
+        gradient_as_bucket_view=True,
+        static_graph=args.static_graph and args.accum_steps == 1 and not compiles,
+    )
+
+
 def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:
     """Mixup and CutMix as the flags describe them, with labels for the patches of a grid."""
     return PatchMixup(
@@ -276,12 +317,12 @@ def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:
     )
 
 
-def build_optimizer(args: Namespace, model: nn.Module, lr: float, device: torch.device) -> torch.optim.Optimizer:
-    """timm's optimizer, without weight decay on biases, norms and what the model exempts; fused on a GPU."""
+def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer, without weight decay on biases, norms and what the model exempts; fused where it can be."""
     options = optimizer_kwargs(args) | {"lr": lr}
     name = args.opt.lower()
     can_fuse = not name.startswith("lookahead_") and timm.optim.get_optimizer_info(name).opt_class in FUSED
-    if device.type == "cuda" and can_fuse:
+    if args.fused_opt and can_fuse:
         options |= {"fused": True}
     try:
         return create_optimizer_v2(model, **options)

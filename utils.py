@@ -155,19 +155,23 @@ class Meters:
     """Running sums of named 0-dim tensors, kept on their device so that adding never waits for the host."""
 
     def __init__(self):
-        self.sums: dict[str, torch.Tensor] = {}
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # one vector, so that adding is a kernel or two for any number of names
         self.count: int | torch.Tensor = 0
 
     def add(self, values: dict[str, torch.Tensor], counts: torch.Tensor | None = None):
-        """Add a value to each sum, where `counts`, a 0-dim boolean, holds."""
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums.get(name, 0) + (value if counts is None else value.where(counts, 0.0))
+        """Add a value to each sum, the same names each time, where `counts`, a 0-dim boolean, holds."""
+        added = torch.stack([value.detach().float() for value in values.values()])
+        if counts is not None:
+            added = added.where(counts, 0.0)
+        assert self.sums is None or self.names == [*values], f"{self.names} are added, not {[*values]}"
+        self.names = [*values]
+        self.sums = added if self.sums is None else self.sums + added
         self.count = self.count + (1 if counts is None else counts)
 
     def local_averages(self) -> dict[str, torch.Tensor]:
         """Means over this process's steps, on the device."""
-        return {name: total / self.count for name, total in self.sums.items()}
+        return dict(zip(self.names, (self.sums / self.count).unbind(), strict=True))
 
     def averages(self, world: World) -> dict[str, float]:
         """Means over all steps and processes; every process must call it."""
@@ -177,11 +181,12 @@ class Meters:
 
     def state_dict(self, world: World) -> dict:
         """The sums as means over the processes, and the count; every process must call it."""
-        means = world.sum(torch.stack([*self.sums.values()])) / world.size if self.sums else torch.empty(0)
-        return {"sums": dict(zip(self.sums, means.tolist(), strict=True)), "count": int(self.count)}
+        means = [] if self.sums is None else (world.sum(self.sums.clone()) / world.size).tolist()
+        return {"sums": dict(zip(self.names, means, strict=True)), "count": int(self.count)}
 
     def load_state_dict(self, state: dict, device: torch.device):
-        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self.names = [*state["sums"]]
+        self.sums = torch.tensor([*state["sums"].values()], device=device) if state["sums"] else None
         self.count = state["count"]
 
 
@@ -195,7 +200,7 @@ class EpochTotals:
         images: seen by all processes.
         seconds: trained.
         waited: of these seconds, those spent waiting for the loader.
-        overflows: steps that fp16's loss scale skipped.
+        overflows: steps that fp16's loss scale skipped, counted on the device.
     """
 
     epoch: Meters = field(default_factory=Meters)
@@ -203,15 +208,16 @@ class EpochTotals:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0
-    overflows: int = 0
+    overflows: int | torch.Tensor = 0
 
     def skipped(self, steps: int) -> int:
         """How many of the epoch's steps so far were not finite; waits for the device."""
-        return steps - int(self.epoch.count) - self.overflows
+        return steps - int(self.epoch.count) - int(self.overflows)
 
     def state_dict(self, world: World) -> dict:
         """Numbers only, the same on all processes, each of which must call it."""
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        numbers = {"images": self.images, "seconds": self.seconds, "waited": self.waited}
+        numbers["overflows"] = int(self.overflows)
         return numbers | {"epoch": self.epoch.state_dict(world), "window": self.window.state_dict(world)}
 
     def load_state_dict(self, state: dict, device: torch.device):

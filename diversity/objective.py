@@ -148,6 +148,11 @@ class DiversityObjective(nn.Module):
             name for name, term in self.terms.items() if tap in [DERIVED_FROM.get(read, read) for read in term.reads]
         ]
 
+    @property
+    def differentiating(self) -> list[str]:
+        """Names of the active terms that read a gradient; with one, `forward` is no single graph to torch.compile."""
+        return [name for name, term in self.terms.items() if DERIVED_FROM.keys() & set(term.reads)]
+
     def table(self) -> str:
         """The active terms, one line each: name, coefficient, what it reads and its settings."""
         lines = [f"{'term':<28}{'coefficient':>12}  reads"]
