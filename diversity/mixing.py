@@ -188,8 +188,7 @@ def token_cross_entropy(
     Differs: no [B, T, C] target is built; the value is the same.
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        lam = lam.to(logits.dtype)
+        lam = lam.to(torch.promote_types(logits.dtype, torch.float32))
         classes = torch.stack((labels, partner), dim=-1)[:, None].expand(-1, logits.shape[1], -1)
         shares = (1 - smoothing) * torch.stack((lam, 1 - lam), dim=-1)
         return _MixedCrossEntropy.apply(logits, classes, shares, smoothing)
@@ -198,24 +197,31 @@ def token_cross_entropy(
 class _MixedCrossEntropy(torch.autograd.Function):
     """logsumexp(z) - sum_k shares_k z[classes_k] - smoothing * mean(z), over the last axis of z.
 
-    The gradient, softmax(z) - targets, is built in one buffer; autograd alone would add four of that size. When the
-    gradient is to be differentiated itself (create_graph), nothing is done in place.
+    Computed in the precision of the shares; beside the logits as they are, one buffer of their size lives at a time,
+    the exponentials in the forward pass, and softmax(z) - targets, the gradient, in the backward pass. When the gradient
+    is to be differentiated itself (create_graph), nothing is done in place.
     """
 
     @staticmethod
     def forward(ctx, logits, classes, shares, smoothing):
-        normaliser = logits.logsumexp(dim=-1)
+        precise = shares.dtype
+        highest = logits.amax(dim=-1, keepdim=True)
+        exponentials = logits.to(precise, copy=True).sub_(highest).exp_()
+        normaliser = exponentials.sum(dim=-1).log() + highest.squeeze(-1)
+        del exponentials  # before the mean makes another copy of half precision
         ctx.save_for_backward(logits, classes, shares, normaliser)
         ctx.smoothing = smoothing
-        return normaliser - (shares * logits.gather(-1, classes)).sum(dim=-1) - smoothing * logits.mean(dim=-1)
+        chosen = (shares * logits.gather(-1, classes)).sum(dim=-1)
+        return normaliser - chosen - smoothing * logits.mean(dim=-1, dtype=precise)
 
     @staticmethod
     def backward(ctx, grad):
         logits, classes, shares, normaliser = ctx.saved_tensors
+        precise = shares.dtype
         floor = ctx.smoothing / logits.shape[-1]
         if torch.is_grad_enabled():
-            difference = (logits.softmax(dim=-1) - floor).scatter_add(-1, classes, -shares)
-            return difference * grad.unsqueeze(-1), None, None, None
-        softmax = (logits - normaliser.unsqueeze(-1)).exp_()
+            difference = (logits.softmax(dim=-1, dtype=precise) - floor).scatter_add(-1, classes, -shares)
+            return (difference * grad.unsqueeze(-1)).to(logits.dtype), None, None, None
+        softmax = logits.to(precise, copy=True).sub_(normaliser.unsqueeze(-1)).exp_()
         difference = softmax.sub_(floor).scatter_add_(-1, classes, -shares)
-        return difference.mul_(grad.unsqueeze(-1)), None, None, None
+        return difference.mul_(grad.unsqueeze(-1)).to(logits.dtype), None, None, None
