@@ -185,23 +185,23 @@ def _run(parser):
 
 
 def _speed(parser):
-    add = parser.add_argument_group("speed", "the same results, up to rounding, faster or in less memory").add_argument
+    add = parser.add_argument_group("speed", "the same training, faster or in less memory").add_argument
     switch = argparse.BooleanOptionalAction
     add("--compile", action=switch, default=None,
-        help="torch.compile model and objective as one graph; None = on a GPU, where nothing speaks against it")  # fmt: skip
+        help="torch.compile, model and objective in one graph; None = on a GPU, if no term reads a gradient")  # fmt: skip
     add("--fused-attn", action=switch, default=True,
         help="scaled-dot-product attention in every block whose maps no term reads")  # fmt: skip
     add("--fused-opt", action=switch, default=True, help="one kernel for a step of AdamW, Adam and SGD")
     add("--prefetcher", action=switch, default=None,
         help="send bytes to the device ahead of the step; normalise and erase there; None = on a GPU")  # fmt: skip
     add("--static-graph", action=switch, default=True,
-        help="DistributedDataParallel's static graph, where neither --compile nor --accum-steps excludes it")  # fmt: skip
+        help="DistributedDataParallel's static graph; off with --accum-steps")  # fmt: skip
     add("--grad-checkpointing", action=switch, default=False,
         help="compute activations again in the backward pass: less memory, more time")  # fmt: skip
     add("--decode-once", action=switch, default=True,
         help="decode an image once for those of its repeated augmentations that are in one batch")  # fmt: skip
     add("--repeats-together", action=switch, default=False,
-        help="put an image's repeated augmentations on one rank, where DeiT deals them out; same global batches")  # fmt: skip
+        help="put an image's repeated augmentations on one rank, not on one each; same global batches")  # fmt: skip
 
 
 def _model(parser):
@@ -358,7 +358,7 @@ def _data(parser):
         "--num-workers",
         type=whole,
         default=None,
-        help="loader processes per rank; None = cores / local ranks, up to 10",
+        help="loader processes per rank; None = cores this process may use / local ranks, at least 1",
     )
     add("--loader-timeout", type=whole, default=600, metavar="SECONDS",
         help="longest wait for a loader process before the run ends with an error; 0 = no limit")  # fmt: skip

@@ -3,20 +3,28 @@
 import itertools
 import math
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import timm.data
 import torch
-from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, Subset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Subset,
+    default_collate,
+)
 from torchvision import transforms
 
-from images import ReadableImages, Sample
+from images import ReadableImages
 from interruption import ignore_in_worker
+from prefetch import Prefetcher, SeededErasing
 from randomness import reseed
+from samplers import ResumableBatches, SeededRepeatAugSampler
 from sources import build_source, count_classes
 from utils import BadImageError, World, cpu_count
 
@@ -26,20 +34,23 @@ class Data:
     """The loaders of a run.
 
     Attributes:
-        train: None when a run only evaluates.
+        train: the training loader, whose batches are read through `batches`; None when a run only evaluates.
+        val: batches of normalised images; where it prefetches, they are on the device.
         num_val: validation images of all processes together.
         num_steps: optimizer steps of an epoch.
         accum_steps: batches of a step.
         seed: of the order that a data set which streams is shuffled into.
+        prefetcher: sends the training batches to the device; None = they stay, normalised, where they are read.
     """
 
     train: DataLoader | None
-    val: DataLoader
+    val: DataLoader | Prefetcher
     num_classes: int
     num_val: int
     num_steps: int = 0
     accum_steps: int = 1
     seed: int = 0
+    prefetcher: Prefetcher | None = None
 
     def batches(self, epoch: int, step: int) -> Iterable:
         """The training batches of an epoch from an optimizer step on.
@@ -47,13 +58,16 @@ class Data:
         What was done is skipped unread; a data set that streams reads it again, with the same result where the number
         of its worker processes, at least one, is the same.
         """
+        first, end = step * self.accum_steps, self.num_steps * self.accum_steps
         if isinstance(self.train.dataset, IterableDataset):
             self.train.dataset.set_epoch(epoch)
             self.train.dataset.reader.ds = None  # timm's pipeline, which would go on drawing from where it was
             reseed("order", self.seed, epoch)  # the loader draws its workers' seeds from it
-            return itertools.islice(self.train, step * self.accum_steps, self.num_steps * self.accum_steps)
-        self.train.batch_sampler.start(epoch, step * self.accum_steps)
-        return self.train
+            batches = itertools.islice(self.train, first, end)
+        else:
+            self.train.batch_sampler.start(epoch, first)
+            batches = self.train
+        return batches if self.prefetcher is None else self.prefetcher.over(batches, epoch, first)
 
     def step_images(self, step: int) -> str:
         """Which images an optimizer step of this epoch is made of on this process."""
@@ -76,16 +90,19 @@ class Data:
 
     def common_val_batches(self, world: World) -> int:
         """Validation batches that every process has; shares differ by an image."""
-        return math.ceil(self.num_val // world.size / self.val.batch_size)
+        return math.ceil(self.num_val // world.size / self.val.batch_sampler.batch_size)
 
     def first_val_images(self, count: int) -> torch.Tensor:
         """The first validation images [n, 3, S, S], the same in every process; no random number is drawn."""
         if isinstance(self.val.dataset, IterableDataset):
             with torch.random.fork_rng(devices=()):  # a loader draws a seed for its workers
-                batches = itertools.takewhile(lambda seen: seen[0] * self.val.batch_size < count, enumerate(self.val))
-                return torch.cat([images for _, (images, _) in batches])[:count]
+                num_batches = math.ceil(count / self.val.batch_sampler.batch_size)
+                return torch.cat([images for images, _ in itertools.islice(self.val, num_batches)])[:count]
         dataset = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
-        return torch.stack([dataset[i][0] for i in range(min(count, len(dataset)))])
+        batch = default_collate([dataset[i] for i in range(min(count, len(dataset)))])
+        if isinstance(self.val, Prefetcher):
+            [batch] = Prefetcher([batch], self.val.device)
+        return batch[0]
 
     @property
     def val_is_shared(self) -> bool:
@@ -97,7 +114,7 @@ def build_data(args: Namespace, world: World, val_transform: Callable | None = N
     """Data sets named by --data-set, with DeiT's augmentation, and their loaders.
 
     Args:
-        val_transform: PIL image -> tensor, in place of `build_transform`'s.
+        val_transform: PIL image -> normalised tensor, in place of `build_transform`'s.
 
     Raises:
         SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ.
@@ -105,16 +122,27 @@ def build_data(args: Namespace, world: World, val_transform: Callable | None = N
     train = None if args.eval else build_source(args, is_training=True)
     val = build_source(args, is_training=False)
     num_classes = count_classes(args, train, val)
-    train_loader, num_steps = (None, 0) if train is None else _train_loader(args, world, train, num_classes)
+    prefetches = world.device.type == "cuda" if args.prefetcher is None else args.prefetcher
+    transform = val_transform or build_transform(args, False, as_bytes=prefetches)
+    val_loader = _val_loader(args, world, val, transform, num_classes)
+    if prefetches and val_transform is None:
+        val_loader = Prefetcher(val_loader, world.device)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
-    val_loader = _val_loader(args, world, val, val_transform or build_transform(args, False), num_classes)
-    return Data(train_loader, val_loader, num_classes, num_val, num_steps, args.accum_steps, args.seed)
+    data = Data(None, val_loader, num_classes, num_val, accum_steps=args.accum_steps, seed=args.seed)
+    if train is not None:
+        transform = build_transform(args, True, as_bytes=prefetches)
+        data.train, data.num_steps = _train_loader(args, world, train, transform, num_classes)
+        data.prefetcher = Prefetcher(data.train, world.device, _erasing(args, world)) if prefetches else None
+    return data
 
 
-def build_transform(args: Namespace, is_training: bool) -> Callable:
+def build_transform(args: Namespace, is_training: bool, as_bytes: bool = False) -> Callable:
     """DeiT's transforms through timm: PIL image -> normalised tensor [3, S, S].
 
     Up to 32 px an image is resized whole, and in training padded by 4 px and cropped, as DeiT does for CIFAR.
+
+    Args:
+        as_bytes: uint8, neither normalised nor erased, which a `Prefetcher` does.
     """
     small = args.input_size <= 32
     if not is_training:
@@ -123,6 +151,7 @@ def build_transform(args: Namespace, is_training: bool) -> Callable:
             interpolation="bicubic",
             crop_pct=1.0 if small else args.eval_crop_ratio,
             crop_mode="squash" if small else "center",
+            use_prefetcher=as_bytes,
         )
     try:
         transform = timm.data.create_transform(
@@ -137,6 +166,7 @@ def build_transform(args: Namespace, is_training: bool) -> Callable:
             re_prob=args.reprob,
             re_mode=args.remode,
             re_count=args.recount,
+            use_prefetcher=as_bytes,
         )
     except (AssertionError, ValueError, KeyError, IndexError, NotImplementedError):
         raise SystemExit(
@@ -149,83 +179,39 @@ def build_transform(args: Namespace, is_training: bool) -> Callable:
     return transform
 
 
-class SeededRepeatAugSampler(RepeatAugSampler):
-    """timm's repeated augmentation with a seed; seed 0 draws the same order as DeiT."""
-
-    def __init__(self, *args, seed: int, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seed = seed
-
-    def set_epoch(self, epoch: int):
-        super().set_epoch(epoch + 1_000_003 * self.seed)
-
-
-class ResumableBatches(Sampler):
-    """Batches of `Sample`, from any of an epoch's batches on.
-
-    Batch k of all ranks together holds the positions k * W * B to (k + 1) * W * B of the epoch's order, whatever the
-    number W of ranks: a global batch holds the same samples when ranks, batch size or accumulated batches change in
-    such a way that its size stays.
-
-    Args:
-        sampler: every `world.size`-th index of the epoch's order, from `world.rank` on, as timm's and torch's do.
-        batch_size: samples of a batch.
-        num_batches: of an epoch; what is left over is dropped.
-        repeats: times that an index follows itself in the epoch's order.
-    """
-
-    def __init__(self, sampler: Sampler, batch_size: int, num_batches: int, repeats: int, world: World):
-        self.sampler, self.batch_size, self.num_batches, self.repeats = sampler, batch_size, num_batches, repeats
-        self.world = world
-        self.epoch = self.first = 0
-
-    def start(self, epoch: int, batch: int = 0):
-        """Begin the next pass at a batch of an epoch."""
-        self.epoch, self.first = epoch, batch
-        self.sampler.set_epoch(epoch)
-
-    def batches(self, first: int, end: int) -> Iterator[list[Sample]]:
-        """The batches first to end - 1 of the epoch."""
-        indices = list(self.sampler)
-        for batch in range(first, end):
-            places = range(batch * self.batch_size, (batch + 1) * self.batch_size)
-            positions = (self.world.rank + place * self.world.size for place in places)
-            yield [
-                Sample(indices[place], self.epoch, position % self.repeats)
-                for place, position in zip(places, positions, strict=True)
-            ]
-
-    def __iter__(self):
-        return self.batches(self.first, self.num_batches)
-
-    def __len__(self):
-        return self.num_batches - self.first
-
-
-def _train_loader(args: Namespace, world: World, source: Dataset, num_classes: int) -> tuple[DataLoader, int]:
+def _train_loader(
+    args: Namespace, world: World, source: Dataset, transform: Callable, num_classes: int
+) -> tuple[DataLoader, int]:
     """The loader, and the optimizer steps of an epoch."""
     if isinstance(source, IterableDataset):
-        loader = _stream_loader(args, world, source, build_transform(args, True), num_classes, is_training=True)
+        loader = _stream_loader(args, world, source, transform, num_classes, is_training=True)
         return loader, len(loader) // args.accum_steps
-    images = ReadableImages(source, build_transform(args, True), args.max_bad_images, args.seed)
-
-    def sampler(ranks, rank):
-        split = {"num_replicas": ranks, "rank": rank, "shuffle": True, "seed": args.seed}
-        if args.repeated_aug:
-            return SeededRepeatAugSampler(images, num_repeats=args.aug_repeats, **split)
-        return DistributedSampler(images, **split)
-
+    images = ReadableImages(source, transform, args.max_bad_images, args.seed, decode_once=args.decode_once)
+    of_all_ranks = {"num_replicas": 1, "rank": 0, "shuffle": True, "seed": args.seed}
+    repeats = args.aug_repeats if args.repeated_aug else 1
+    if args.repeated_aug:
+        sampler = SeededRepeatAugSampler(images, num_repeats=repeats, **of_all_ranks)
+    else:
+        sampler = DistributedSampler(images, **of_all_ranks)
     global_batch = args.batch_size * world.size * args.accum_steps
-    num_steps = len(sampler(1, 0)) // global_batch
+    num_steps = len(sampler) // global_batch
     if num_steps == 0:
         raise SystemExit(
-            f"error: an epoch has {len(sampler(1, 0))} images, less than the {global_batch} of one step: "
+            f"error: an epoch has {len(sampler)} images, less than the {global_batch} of one step: "
             f"--batch-size {args.batch_size}, {world.size} processes, --accum-steps {args.accum_steps}"
         )
-    repeats = args.aug_repeats if args.repeated_aug else 1
-    mine = sampler(world.size, world.rank)
-    batches = ResumableBatches(mine, args.batch_size, num_steps * args.accum_steps, repeats, world)
+    batches = ResumableBatches(
+        sampler, args.batch_size, num_steps * args.accum_steps, repeats, world, in_runs=args.repeats_together
+    )
     return DataLoader(images, batch_sampler=batches, **_loader_options(args, world)), num_steps
+
+
+def _erasing(args: Namespace, world: World) -> SeededErasing | None:
+    """--reprob, --remode and --recount on the device."""
+    if args.reprob == 0:
+        return None
+    options = {"probability": args.reprob, "mode": args.remode, "max_count": args.recount, "device": world.device}
+    return SeededErasing(args.seed, world.rank, **options)
 
 
 def _val_loader(args: Namespace, world: World, source: Dataset, transform: Callable, num_classes: int) -> DataLoader:
@@ -275,7 +261,7 @@ def _known_label(label: int, num_classes: int) -> int:
 def _loader_options(args: Namespace, world: World) -> dict:
     num_workers = args.num_workers
     if num_workers is None:
-        num_workers = min(10, max(1, cpu_count() // world.local_size))
+        num_workers = max(1, cpu_count() // world.local_size)
     by_name = args.data_set.lower().startswith("hfds/") and num_workers > 0
     return {
         "num_workers": num_workers,

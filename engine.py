@@ -254,9 +254,10 @@ def evaluate(
     model.eval()
     device = next(model.parameters()).device
     totals = torch.zeros(4, dtype=torch.float64, device=device)
+    to_gpu = device.type == "cuda"  # where the queue waits for the copy; the host would not
     for index, (samples, labels) in enumerate(loader):
-        samples = samples.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        samples = samples.to(device, non_blocking=to_gpu)
+        labels = labels.to(device, non_blocking=to_gpu)
         with autocast(device, amp_dtype):
             logits = model(samples)
         logits = logits.float()

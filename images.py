@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import multiprocessing
 import sys
 import time
@@ -42,20 +43,22 @@ class ReadableImages(Dataset):
 
     The pixels of a `Sample` follow from it and the seed alone, whichever worker reads it and whatever was read before.
     A replacement has its own label and is augmented with the seed of the sample it stands for. A plain index, as in
-    validation, seeds nothing.
+    validation, seeds nothing. An image that follows itself in a batch is decoded once, with the same pixels.
 
     Args:
         source: map-style data set of (PIL image, label), without transforms.
-        transform: PIL image -> tensor. What it raises is a bug, not a bad image.
+        transform: PIL image, which it must leave as it is -> tensor. What it raises is a bug, not a bad image.
         max_bad: distinct unreadable images that are replaced; the next one raises `BadImageError`.
         seed: the run's.
+        decode_once: False decodes an image for each of its augmentations.
     """
 
-    def __init__(self, source: Dataset, transform: Callable, max_bad: int, seed: int = 0):
+    def __init__(self, source: Dataset, transform: Callable, max_bad: int, seed: int = 0, *, decode_once: bool = True):
         self.source = source
         self.transform = transform
         self.max_bad = max_bad
         self.seed = seed
+        self.decode_once = decode_once
         self.is_bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # one for all loader workers
         self.lock = multiprocessing.Lock()
 
@@ -78,12 +81,25 @@ class ReadableImages(Dataset):
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, sample: int | Sample):
-        index = sample.index if isinstance(sample, Sample) else sample
+    def __getitem__(self, sample: int | Sample) -> tuple[torch.Tensor, int]:
+        return self._augmented(_index(sample), [sample])[0]
+
+    def __getitems__(self, samples: list[int | Sample]) -> list[tuple[torch.Tensor, int]]:
+        """The items of a batch, which torch's loader asks for at once."""
+        if not self.decode_once:
+            return [self[sample] for sample in samples]
+        runs = itertools.groupby(samples, key=_index)
+        return [item for index, copies in runs for item in self._augmented(index, copies)]
+
+    def _augmented(self, index: int, samples: Iterable[int | Sample]) -> list[tuple[torch.Tensor, int]]:
+        """The items of samples that are all of the image at `index`."""
         image, label = self._read_from(index)
-        if isinstance(sample, Sample):
-            reseed("augmentation", self.seed, sample.epoch, sample.index, sample.repeat)
-        return self.transform(image), label
+        items = []
+        for sample in samples:
+            if isinstance(sample, Sample):
+                reseed("augmentation", self.seed, sample.epoch, sample.index, sample.repeat)
+            items.append((self.transform(image), label))
+        return items
 
     def _read_from(self, index: int) -> tuple[Image.Image, int]:
         """The image at `index`, or the first after it that can be read."""
@@ -124,6 +140,10 @@ class ReadableImages(Dataset):
         if is_new:
             sys.stderr.write(f"{message}; replaced by the next one\n")  # in one piece, as other workers write too
             sys.stderr.flush()
+
+
+def _index(sample: int | Sample) -> int:
+    return sample.index if isinstance(sample, Sample) else sample
 
 
 def read_rgb(file: BinaryIO) -> Image.Image:

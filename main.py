@@ -7,30 +7,32 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import timm.optim
 import torch
 import yaml
 from timm.layers import set_fused_attn
-from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import arguments
 import checkpoint
 import checkpoint_files
 import figures
 import redundancy_figures
+from builders import (
+    build_mixup,
+    build_objective,
+    build_optimizer,
+    build_tapped,
+    build_training_loss,
+    build_weights,
+    fast_parts,
+)
 from datasets import Data, build_data
-from diversity import DiversityObjective, PatchMixup, TapError, TappedViT, measurable, measure_redundancy
-from engine import FiniteGuard, TrainingLoss, autocast_dtype, evaluate, train_one_epoch
+from diversity import TapError, measurable, measure_redundancy
+from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
 from images import loader_errors
 from interruption import StopSignals, locked
-from losses import DistillationLoss
-from models import build_model
-from parsing import flag_of
-from randomness import make_deterministic, seed_everything
+from randomness import make_deterministic
 from utils import (
     RunLog,
     World,
@@ -42,10 +44,8 @@ from utils import (
     run_command,
     write_json,
 )
-from weights import load_weights
 
 SUMMARY = "summary.json"
-FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)  # which have a fused form that can skip a step itself
 WATCHED_IMAGES = 64  # whose redundancy is measured while training
 
 
@@ -134,6 +134,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
         f"{global_batch} images per optimizer step, learning rate {lr:g}, "
         f"epochs {state.epoch}{since} to {num_epochs - 1}",
         *notes,
+        f"fast path: {', '.join(fast_parts(args, world, objective, data)) or 'off'}",
         *(f"warning: {line}" for line in arguments.without_effect(args)),
         tables,
     ]))  # fmt: skip
@@ -188,35 +189,6 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     finish(output_dir, log, list(objective.coefs), num_epochs, round(state.seconds), test_stats)
 
 
-def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:
-    """The model as the flags start it, its average, the checkpoint to continue from, and what there is to say."""
-    seed_everything(args.seed)  # the same initial weights, and so the same average of them, on every rank
-    model = build_model(
-        args.model, data.num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
-    )
-    notes = load_weights(model, args.finetune, "--finetune") if args.finetune and not args.resume else []
-    resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
-    if args.grad_checkpointing:
-        enable_grad_checkpointing(model, args.model)
-    model.to(world.device)
-    model_ema = None
-    if args.model_ema and (not args.eval or "model_ema" in resumed):
-        model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    return model, model_ema, resumed, notes
-
-
-def enable_grad_checkpointing(model: nn.Module, name: str):
-    """Have the blocks compute their activations again in the backward pass.
-
-    Raises:
-        SystemExit: the model cannot.
-    """
-    try:
-        model.set_grad_checkpointing()
-    except (AttributeError, AssertionError):
-        raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
-
-
 def hold_folder(stack: contextlib.ExitStack, args: Namespace, world: World):
     """Lock the run folder, once it is there, against other runs, and clear it of what a killed one left half written.
 
@@ -232,104 +204,6 @@ def hold_folder(stack: contextlib.ExitStack, args: Namespace, world: World):
             error = refusal.code
     if error := world.from_main(error):
         raise SystemExit(error)
-
-
-def build_objective(args: Namespace, world: World, model: nn.Module, num_classes: int) -> DiversityObjective:
-    """The loss that the flags describe, with its teacher if there is one."""
-    distillation = None
-    if args.distillation_type != "none":
-        teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
-        load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
-        teacher.to(world.device)
-        distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(distillation is not None)
-    return DiversityObjective(
-        arguments.coefficients(args),
-        args.smoothing,
-        distillation,
-        mixing_balance=args.mixing_balance,
-        **arguments.term_options(args),
-    )
-
-
-def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjective) -> TappedViT:
-    """The model with the hooks that the objective needs.
-
-    Raises:
-        SystemExit: the model lacks what a term needs.
-    """
-    try:
-        return TappedViT(
-            model,
-            objective.reads,
-            objective.patch_logits,
-            emb_layers=args.emb_layers,
-            attn_layers=args.attn_layers,
-            weight_groups=args.weight_groups,
-        )
-    except TapError as error:
-        terms = objective.coefs if error.argument == "model" else objective.readers(error.tap)
-        flags = [flag_of(f"{name}_coef") for name in terms]
-        if error.argument not in (None, "model"):
-            flags.insert(0, f"{flag_of(error.argument)} {getattr(args, error.argument)}")
-        raise SystemExit(f"error: --model {args.model} does not serve {', '.join(flags)}: {error}") from None
-
-
-def build_training_loss(
-    args: Namespace, world: World, tapped: TappedViT, objective: DiversityObjective
-) -> TrainingLoss | DistributedDataParallel:
-    """Model and objective as one module: compiled as one graph, and wrapped for several processes.
-
-    Raises:
-        SystemExit: --compile, and something that cannot be in one graph.
-    """
-    training_loss = TrainingLoss(tapped, objective)
-    breaks = [flag_of(f"{name}_coef") for name in objective.differentiating]
-    breaks += ["--grad-checkpointing"] if args.grad_checkpointing else []
-    if args.compile and breaks:
-        raise SystemExit(f"error: --compile makes one graph, which {breaks[0]} does not allow; leave one of them out")
-    compiles = args.compile or (args.compile is None and world.device.type == "cuda" and not breaks)
-    if compiles:
-        # Random numbers as without compiling, so that both train alike.
-        training_loss.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
-    if world.size == 1:
-        return training_loss
-    return DistributedDataParallel(
-        training_loss,
-        device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=any(True for _ in tapped.model.buffers()),  # not a teacher's, which stay as they are
-        gradient_as_bucket_view=True,
-        static_graph=args.static_graph and args.accum_steps == 1 and not compiles,
-    )
-
-
-def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:
-    """Mixup and CutMix as the flags describe them, with labels for the patches of a grid."""
-    return PatchMixup(
-        args.mixup,
-        args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        grid=grid,
-    )
-
-
-def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer, without weight decay on biases, norms and what the model exempts; fused where it can be."""
-    options = optimizer_kwargs(args) | {"lr": lr}
-    name = args.opt.lower()
-    can_fuse = not name.startswith("lookahead_") and timm.optim.get_optimizer_info(name).opt_class in FUSED
-    if args.fused_opt and can_fuse:
-        options |= {"fused": True}
-    try:
-        return create_optimizer_v2(model, **options)
-    except (TypeError, ValueError, IndexError, AssertionError) as error:
-        raise SystemExit(
-            f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
-        ) from None
 
 
 def evaluate_both(

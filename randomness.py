@@ -6,6 +6,8 @@ seeds the generators first, with `reseed` and its own counters:
     "augmentation"  seed, epoch, sample index, repeat     images.ReadableImages
     "mixing"        seed, epoch, batch                    engine.train_one_epoch, the same on all ranks
     "step"          seed, rank, epoch, batch              engine.train_one_epoch: dropout, drop-path, probes
+    "erasing"       seed, rank, epoch, batch              prefetch.SeededErasing, which works a batch ahead of the step
+    "order"         seed, epoch                           datasets.Data.batches, of a data set that streams
 """
 
 import hashlib

@@ -197,9 +197,9 @@ def token_cross_entropy(
 class _MixedCrossEntropy(torch.autograd.Function):
     """logsumexp(z) - sum_k shares_k z[classes_k] - smoothing * mean(z), over the last axis of z.
 
-    Computed in the precision of the shares; beside the logits as they are, one buffer of their size lives at a time,
-    the exponentials in the forward pass, and softmax(z) - targets, the gradient, in the backward pass. When the gradient
-    is to be differentiated itself (create_graph), nothing is done in place.
+    Computed in the precision of the shares. Beside the logits as they are, one buffer of their size lives at a time:
+    the exponentials in the forward pass; softmax(z) - targets, the gradient, in the backward pass. When the gradient is
+    to be differentiated itself (create_graph), nothing is done in place.
     """
 
     @staticmethod

@@ -150,7 +150,7 @@ class DiversityObjective(nn.Module):
 
     @property
     def differentiating(self) -> list[str]:
-        """Names of the active terms that read a gradient; with one, `forward` is no single graph to torch.compile."""
+        """Names of the active terms that read a gradient; with one, torch.compile does not train alike."""
         return [name for name, term in self.terms.items() if DERIVED_FROM.keys() & set(term.reads)]
 
     def table(self) -> str:

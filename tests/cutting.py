@@ -36,7 +36,7 @@ class Fed:
         train, mix = engine.train_one_epoch, engine.PatchMixup.__call__
         after_batch, write = checkpoint.Saver.after_batch, checkpoint_files.write
 
-        def watched_train(model, objective, loader, mixup_fn, state, *args, **kwargs):
+        def watched_train(training_loss, loader, mixup_fn, state, *args, **kwargs):
             self.state, self.batch = state, state.step * kwargs["accum_steps"]
             after_step, images = kwargs["after_step"], kwargs["images"]
 
@@ -47,7 +47,7 @@ class Fed:
                 at("step", *self.last)
                 after_step()
 
-            return train(model, objective, loader, mixup_fn, state, *args, **kwargs | {"after_step": stop})
+            return train(training_loss, loader, mixup_fn, state, *args, **kwargs | {"after_step": stop})
 
         def watched_mix(mixup, samples, labels):
             mixed, target = mix(mixup, samples, labels)

@@ -14,9 +14,12 @@ from helpers import TINY, make_image_folder, parse, photo, run_main, run_process
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DistributedSampler
 from torchvision.transforms import RandomHorizontalFlip
 
-from datasets import SeededRepeatAugSampler, build_data, build_transform
+import datasets
+from datasets import build_data, build_transform
+from samplers import SeededRepeatAugSampler
 from sources import Digits
 from utils import BadImageError
 
@@ -416,6 +419,20 @@ def test_default_augmentation_runs(size):
         assert transform(photo(seed)).isfinite().all()
 
 
+# Loaders
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("cores", "ranks", "num_workers"), [(48, 4, 12), (48, 1, 48), (7, 2, 3), (2, 4, 1)])
+def test_workers_share_the_cores(monkeypatch, cores, ranks, num_workers):
+    monkeypatch.setattr(datasets, "cpu_count", lambda: cores)
+    args = parse()
+    args.num_workers = None
+    data = build_data(args, world(0, ranks))
+    assert (data.train.num_workers, data.val.num_workers) == (num_workers, num_workers)
+    assert build("--num-workers", 5, size=ranks).train.num_workers == 5
+
+
 # Samplers
 
 
@@ -478,10 +495,12 @@ def test_the_order_of_a_run_follows_seed_and_epoch(flags):
 
 @pytest.mark.parametrize("repeats", [("--no-repeated-aug",), (), ("--aug-repeats", 2)])
 @pytest.mark.parametrize("length", [1437, 100])
-def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks(repeats, length, tmp_path):
+@pytest.mark.parametrize("dealt", ["--no-repeats-together", "--repeats-together"])
+def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks(repeats, length, dealt, tmp_path):
     words = ("--data-set", "DIGITS", *repeats)
     if length == 100:
         words = ("--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=50), *repeats)
+    words += (dealt,)
     steps = {}
     for ranks, batch, accumulated in ((1, 24, 1), (1, 12, 2), (2, 12, 1), (3, 8, 1), (2, 4, 3), (3, 4, 2)):
         flags = (*words, "--batch-size", batch, "--accum-steps", accumulated)
@@ -496,6 +515,46 @@ def test_a_global_batch_holds_the_same_samples_on_any_number_of_ranks(repeats, l
         ]
     assert len(steps[1, 24, 1]) == {1437: 59 if repeats == ("--no-repeated-aug",) else 53, 100: 4}[length]
     assert all(of_ranks == steps[1, 24, 1] for of_ranks in steps.values())
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+@pytest.mark.parametrize("length", [1437, 100])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_draw_what_timms_and_torchs_samplers_give_them(repeats, length, size, tmp_path):
+    words = ["--data-set", "DIGITS", "--batch-size", 6, "--seed", 5]
+    if length == 100:
+        words += ["--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=50)]
+    words += ["--aug-repeats", repeats] if repeats > 1 else ["--no-repeated-aug"]
+    for rank in range(size):
+        data = build(*words, rank=rank, size=size)
+        split = {"num_replicas": size, "rank": rank, "seed": 5}
+        if repeats > 1:
+            sampler = SeededRepeatAugSampler(data.train.dataset, num_repeats=repeats, **split)
+        else:
+            sampler = DistributedSampler(data.train.dataset, **split)
+        drawn = [sample.index for sample in samples_of(data, 4)]
+        assert len(drawn) == data.num_steps * 6
+        assert drawn == draw(sampler, 4)[: len(drawn)]
+
+
+def test_repeats_together_are_on_one_rank_side_by_side():
+    words = ("--data-set", "DIGITS", "--batch-size", 6, "--aug-repeats", 3, "--repeats-together")
+    order = samples_of(build(*words, "--batch-size", 12), 1)
+    for rank in range(2):
+        mine = samples_of(build(*words, rank=rank, size=2), 1)
+        assert mine == [sample for batch in range(len(mine) // 6) for sample in order[batch * 12 + rank * 6 :][:6]]
+        assert all(len({sample.index for sample in mine[i : i + 3]}) == 1 for i in range(0, len(mine), 3))
+        assert [sample.repeat for sample in mine] == [0, 1, 2] * (len(mine) // 3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_decoding_once_changes_no_pixel(num_workers, tmp_path):
+    words = ("--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=40), "--input-size", 48)
+    words += ("--batch-size", 8, "--num-workers", num_workers)
+    once, each = (build(*words, flag) for flag in ("--decode-once", "--no-decode-once"))
+    assert (once.train.dataset.decode_once, each.train.dataset.decode_once) == (True, False)
+    for ours, theirs in zip(once.batches(1, 0), each.batches(1, 0), strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 def test_an_epoch_can_be_entered_at_any_step():

@@ -10,9 +10,9 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, TensorDataset
 
 import checkpoint
+from builders import build_optimizer
 from diversity import DiversityObjective, PatchMixup, TappedViT
 from engine import FiniteGuard, TrainingLoss, _update_by, autocast_dtype, evaluate, train_one_epoch
-from main import build_optimizer
 from utils import RunLog, World
 
 CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -151,7 +151,15 @@ def test_no_step_waits_for_the_gpu_between_log_lines():
     with TappedViT(model, objective.reads, objective.patch_logits) as tapped:
         guard = FiniteGuard(0, world)
         train_one_epoch(
-            TrainingLoss(tapped, objective), batches, NO_MIX, state, guard, log, world, after_step=after_step, log_interval=0
+            TrainingLoss(tapped, objective),
+            batches,
+            NO_MIX,
+            state,
+            guard,
+            log,
+            world,
+            after_step=after_step,
+            log_interval=0,
         )
     assert state.step == 6
 

@@ -9,6 +9,7 @@ import re
 import signal
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -467,6 +468,63 @@ def test_pixels_follow_from_the_sample_alone(tmp_path, capfd, num_workers):
     assert labels == [label for _, label in expected[20:]]
     assert again.bad_indices() == BAD
     assert capfd.readouterr().err == ""
+
+
+class Counting(Digits):
+    """Which image is read when, and which are still held then."""
+
+    def __init__(self):
+        super().__init__(is_training=False)
+        self.reads, self.held, self.most_held = [], [], 0
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return super().__getitem__(index)
+
+    def watch(self, image):
+        """A transform."""
+        if not any(other() is image for other in self.held):
+            self.held.append(weakref.ref(image))
+        self.most_held = max(self.most_held, sum(other() is not None for other in self.held))
+        return draws(image)
+
+
+@pytest.mark.parametrize("decode_once", [True, False])
+def test_copies_of_an_image_are_decoded_once_and_then_let_go(decode_once):
+    source = Counting()
+    images = ReadableImages(source, source.watch, 0, decode_once=decode_once)
+    samples = [Sample(7, 0, 1), Sample(7, 0, 2), *(Sample(3, 0, repeat) for repeat in range(3)), Sample(7, 1, 0)]
+    items = images.__getitems__(samples)
+    assert source.reads == ([7, 3, 7] if decode_once else [7, 7, 3, 3, 3, 7])
+    assert source.most_held == 1
+    assert len({image.numpy().tobytes() for image, _ in items}) == len(samples)
+    for (image, label), sample in zip(items, samples, strict=True):
+        assert torch.equal(image, images[sample][0]) and label == images[sample][1]
+
+
+def test_copies_of_an_unreadable_image_are_one_replacement_augmented_as_each(tmp_path, capsys):
+    source, _ = damaged_folder(tmp_path)
+    samples = [Sample(index, 2, repeat) for index in (2, 4, 12) for repeat in range(3)]
+    items = ReadableImages(source, draws, max_bad=5).__getitems__(samples)
+    assert capsys.readouterr().err.count("unreadable image") == 3  # 2, 3 which comes next, and 12
+    each = ReadableImages(source, draws, max_bad=5)
+    for (image, label), sample in zip(items, samples, strict=True):
+        assert torch.equal(image, each[sample][0]) and label == each[sample][1]
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-inc0", "augmix-m5-w4-d2", "original", "v0", "3a", "none"]
+)
+@pytest.mark.parametrize("size", [32, 40])
+def test_no_transform_alters_the_image_that_copies_share(policy, size):
+    """At 32 px torchvision's resize hands on the image itself where it has that size."""
+    transform = build_transform(parse("--input-size", size, "--aa", policy, "--scale", 1, 1), is_training=True)
+    for seed in range(60):
+        image = photo(seed, size)
+        before = image.tobytes()
+        for _ in range(3):
+            transform(image)
+        assert image.tobytes() == before and (image.size, image.mode) == ((size, size), "RGB")
 
 
 def test_marks_count_and_are_checked(tmp_path, capsys):

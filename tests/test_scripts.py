@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPOSITORY, TINY
+from helpers import REPOSITORY, TINY, make_image_folder
 
 import arguments
 import benchmark
@@ -105,15 +105,47 @@ def test_every_readme_command_names_a_file_and_flags_that_exist():
         assert all(flag.replace("_", "-") in known or f'"{flag}"' in own for flag in flags), command
 
 
-def test_the_benchmark_prints_its_tables(capsys):
-    flags = ["--model", "deit_tiny_patch16_224", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
-    benchmark.main(["step", *flags])
-    assert " x plain" in capsys.readouterr().out.splitlines()[-1]
+SMALL_STEP = (
+    *("--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=2", "--device", "cpu"),
+    *("--batch-size", "2", "--rounds", "1"),
+)
+
+
+def table(printed):
+    """{first cell: the others} of the Markdown table in what a program printed."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows[2:]}
+
+
+def test_the_benchmark_compares_steps(capsys, tmp_path):
+    benchmark.main(["step", *SMALL_STEP, "--json", str(tmp_path / "step.json")])
+    paper = [f"only {name}" for name in ("mixing", *(n for n, term in diversity.REGULARIZERS.items() if term.coef))]
+    names = ["plain timm", "diversified", *paper, "textbook"]
+    rows = table(capsys.readouterr().out)
+    assert [*rows] == names
+    assert all(float(cell) > 0 for row in rows.values() for cell in row[:5])
+    steps = json.loads((tmp_path / "step.json").read_text())["steps"]
+    assert [*steps] == names
+    assert steps["plain timm"]["to_plain"] == steps["textbook"]["textbook_to_it"] == 1
+
+
+def test_the_benchmark_compares_terms(capsys, tmp_path):
     terms = ["mixing", "emb_grad_diversity", "attn_cos_cross", "weight_mha_so"]
-    benchmark.main(["terms", *flags, "--terms", *terms])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert [row[0] for row in rows] == terms
-    assert all(float(row[3]) > 0 for row in rows)  # each of them needs memory of its own
+    benchmark.main(["terms", *SMALL_STEP, "--json", str(tmp_path / "terms.json"), "--terms", *terms])
+    rows = table(capsys.readouterr().out)
+    assert [*rows] == [f"`{name}`" for name in terms]
+    assert all(float(row[2]) > 0 for row in rows.values())  # each of them needs memory of its own
+
+
+def test_the_benchmark_compares_loaders(capsys, tmp_path):
+    data = make_image_folder(tmp_path / "data", n=24)
+    flags = ["--data-set", "IMNET", "--data-path", data, "--resized", data, "--num-workers", "1"]
+    own = ["--rounds", "1", "--steps", "2", "--json", tmp_path / "loader.json"]
+    benchmark.main(["loader", *map(str, [*TINY, *flags, *own])])
+    rows = table(capsys.readouterr().out)
+    assert [*rows] == ["as is", "decode once", "bytes", "decode once, bytes", "resized, decode once, bytes"]
+    assert all(float(row[0]) > 0 for row in rows.values())
+    assert [name for name, row in rows.items() if row[2]] == ["as is", "resized, decode once, bytes"]
 
 
 def test_the_readme_table_of_costs_names_every_term():

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import textbook_step
 import timm
 import torch
 from golden_inputs import normals
 
+from benchmarks import textbook_step
 from diversity import PRESETS, DiversityObjective, PatchMixup, TappedViT
 
 COEFS = PRESETS["released"].coefs

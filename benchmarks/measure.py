@@ -1,0 +1,89 @@
+"""How benchmark.py measures: functions in turns, peak memory, waits of the host, and what the device can do at most."""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def interleave(functions: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each function over `rounds` rounds in turns, A B A B ..., after one warm-up round.
+
+    A drift of the machine's speed so falls on all of them.
+    """
+    times = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            start = now(device)
+            function()
+            if turn:
+                times[name].append(now(device) - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_bytes(function: Callable, device: torch.device) -> int:
+    """Largest number of bytes that torch held during a call beyond what it held before.
+
+    The function is called once before, so that gradients and optimizer state exist.
+    """
+    function()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def host_syncs(run: Callable[[int], None], device: torch.device) -> float | None:
+    """How often the host waits for the GPU in each further step of `run(num_steps)`; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    counts = []
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        for num_steps in (4, 12):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                run(num_steps)
+            counts.append(sum("synchroniz" in str(warning.message) for warning in caught))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return (counts[1] - counts[0]) / 8
+
+
+def step_flops(model: torch.nn.Module, samples: torch.Tensor) -> int:
+    """Floating-point operations of the matrix products in a forward and backward pass, a multiply-add as two.
+
+    Counted on the meta device, where nothing is computed; the model is moved there.
+    """
+    model, samples = model.to("meta"), samples.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        model(samples).sum().backward()
+    return counter.get_total_flops()
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype | None, rounds: int) -> float:
+    """What the device reaches in the product of two large square matrices."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype or torch.float32)
+    seconds = interleave({"product": lambda: a @ b}, rounds, device)["product"]
+    return 2 * side**3 / seconds
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

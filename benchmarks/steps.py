@@ -1,0 +1,189 @@
+"""`benchmark.py step` and `benchmark.py terms`: the cost of a training step, whole and term by term."""
+
+from argparse import Namespace
+
+import torch
+from tqdm import tqdm
+
+import arguments
+from builders import build_mixup, build_objective, build_tapped
+from diversity import REGULARIZERS, DiversityObjective, TapOutput, TappedViT
+from diversity.objective import MIXING
+from engine import autocast, autocast_dtype
+from tables import markdown_table
+from utils import World
+
+from . import training_steps
+from .measure import host_syncs, interleave, matmul_flops_per_second, peak_bytes, step_flops
+
+
+def compare_steps(own: Namespace, args: Namespace, world: World) -> dict:
+    """The plain, the diversified and the textbook step, and the diversified one with each of its terms alone.
+
+    Args:
+        own: `rounds`, `steps` of a round, `terms` to time alone (None = those that are on).
+        args: main.py's flags.
+    """
+    coefs = arguments.coefficients(args)
+    alone = [name for name, coef in coefs.items() if coef] if own.terms is None else own.terms
+    runs = {"plain timm": training_steps.plain(args, world), "diversified": training_steps.diversified(args, world)}
+    runs |= {f"only {name}": training_steps.diversified(only(args, [name]), world) for name in alone}
+    runs["textbook"] = training_steps.textbook(args, world)
+    device, dtype = world.device, autocast_dtype(args.amp, world.device)
+    seconds = seconds_of_a_step(runs, own, device)
+    flops = step_flops(training_steps.model_of(args), training_steps.random_batch(args, device)[0])
+    most = matmul_flops_per_second(device, dtype, own.rounds)
+    steps = {
+        name: {
+            "ms": 1000 * seconds[name],
+            "images_per_s": args.batch_size / seconds[name],
+            "to_plain": seconds[name] / seconds["plain timm"],
+            "textbook_to_it": seconds["textbook"] / seconds[name],
+            "peak_mib": peak_bytes(lambda run=run: run(1), device) / 2**20,
+            "utilisation": flops / seconds[name] / most,
+            "host_syncs": host_syncs(run, device),
+        }
+        for name, run in runs.items()
+    }
+    precision = str(dtype or torch.float32).removeprefix("torch.")
+    print(
+        f"{args.model}, batch {args.batch_size}, {precision}, medians of {own.rounds} rounds\n"
+        f"{flops / args.batch_size / 1e9:.1f} GFLOP an image; a product of large matrices: {most / 1e12:.3g} TFLOP/s"
+    )
+    columns = {
+        "step": [*steps],
+        "ms": [f"{step['ms']:.1f}" for step in steps.values()],
+        "images/s": [f"{step['images_per_s']:.1f}" for step in steps.values()],
+        "to plain": [f"{step['to_plain']:.3f}" for step in steps.values()],
+        "textbook to it": [f"{step['textbook_to_it']:.2f}" for step in steps.values()],
+        "peak memory, MiB": [f"{step['peak_mib']:.0f}" for step in steps.values()],
+        "utilisation": [f"{100 * step['utilisation']:.0f} %" for step in steps.values()],
+        "host syncs a step": [
+            "" if step["host_syncs"] is None else f"{step['host_syncs']:g}" for step in steps.values()
+        ],
+    }
+    print(markdown_table(columns))
+    return {"flops_per_image": flops / args.batch_size, "matmul_flops_per_second": most, "steps": steps}
+
+
+def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
+    """Every term alone: its time on a step's tensors, and the peak memory that a step with it needs more."""
+    plain, device = training_steps.plain(args, world), world.device
+    plain_seconds = seconds_of_a_step({"plain": plain}, own, device)["plain"]
+    plain_bytes = peak_bytes(lambda: plain(1), device)
+    model = training_steps.model_of(args).to(device)
+    dtype = autocast_dtype(args.amp, device)
+    with TappedViT(model).train() as tapped:
+        taps = tap_seconds(tapped, training_steps.random_batch(args, device)[0], 5 * own.rounds, dtype)
+    print(f"plain step: {1000 * plain_seconds:.1f} ms, peak {plain_bytes / 2**20:.0f} MiB beyond weights and state")
+    results = {}
+    for name in tqdm(own.terms or (MIXING, *REGULARIZERS), desc="terms", leave=False, disable=None):
+        # Without mixing only the class token has a gradient, and a term on the tokens' gradients has nothing to do.
+        base = [MIXING] if "tokens" in DiversityObjective({name: 1.0}).reads else []
+        with_term, without = only(args, [*base, name]), only(args, base)
+        objectives = [
+            build_objective(flags, world, model, training_steps.NUM_CLASSES) for flags in (without, with_term)
+        ]
+        with build_tapped(with_term, model, objectives[1]).train() as tapped:
+            seconds = term_seconds(tapped, objectives, with_term, world, 5 * own.rounds)
+            reads = [*tapped.reads, *(["patch_logits"] if tapped.patch_logits and not base else [])]
+        seconds += sum(taps.get(tap, 0) for tap in reads)
+        held, held_without = (step_bytes(flags, world) for flags in (with_term, without))
+        results[name] = {
+            "ms": 1000 * seconds,
+            "share": seconds / plain_seconds,
+            "peak_mib": (held - held_without) / 2**20,
+        }
+    columns = {
+        "term": [f"`{name}`" for name in results],
+        "ms": [f"{result['ms']:.1f}" for result in results.values()],
+        "share of the step": [f"{100 * result['share']:.1f} %" for result in results.values()],
+        "peak memory, MiB": [f"{result['peak_mib']:.1f}" for result in results.values()],
+    }
+    print(markdown_table(columns))
+    return {"plain_ms": 1000 * plain_seconds, "plain_peak_mib": plain_bytes / 2**20, "terms": results}
+
+
+def seconds_of_a_step(runs: dict[str, training_steps.Run], own: Namespace, device: torch.device) -> dict[str, float]:
+    """Median seconds of each run's steps, taking turns."""
+    num_steps = own.steps or (20 if device.type == "cuda" else 1)
+    timed = {name: lambda run=run: run(num_steps) for name, run in runs.items()}
+    return {name: seconds / num_steps for name, seconds in interleave(timed, own.rounds, device).items()}
+
+
+def only(args: Namespace, names: list[str]) -> Namespace:
+    """The flags with these terms alone, at their own coefficients, or 1 where they are off."""
+    coefs = {f"{name}_coef": coef or 1.0 for name, coef in arguments.coefficients(args).items()}
+    off = {flag: coef if flag.removesuffix("_coef") in names else 0.0 for flag, coef in coefs.items()}
+    return Namespace(**vars(args) | off)
+
+
+def term_seconds(
+    tapped: TappedViT, objectives: list[DiversityObjective], args: Namespace, world: World, rounds: int
+) -> float:
+    """Seconds that the second objective takes in a step, forward and backward, over the first.
+
+    The backbone runs once, forward; the objectives are differentiated down to the tensors they read.
+    """
+    device, dtype = world.device, autocast_dtype(args.amp, world.device)
+    mixed, target = build_mixup(args, tapped.grid)(*training_steps.random_batch(args, device))
+    with autocast(device, dtype):
+        output = tapped(mixed)
+    if output.tokens is None:  # else the logits have to stay a function of the tokens, through the head
+        output = TapOutput(*(None if value is None else value.detach().requires_grad_() for value in output))
+    read = [value for value in output if value is not None]
+
+    def differentiate(objective):
+        with autocast(device, dtype):
+            loss, _ = objective(output, target)
+        torch.autograd.grad(loss, read, retain_graph=True, allow_unused=True)
+
+    functions = {i: lambda objective=objective: differentiate(objective) for i, objective in enumerate(objectives)}
+    median = interleave(functions, rounds, device)
+    return median[1] - median[0]
+
+
+def tap_seconds(tapped: TappedViT, samples: torch.Tensor, rounds: int, dtype: torch.dtype | None) -> dict[str, float]:
+    """{tap: seconds} of what the model does for a tap alone, forward and backward; taps that cost nothing are left out.
+
+    The patch head, the stack of weights, and one block's attention with its map over the same block's fused attention.
+    """
+    model, device = tapped.model, samples.device
+    attn = model.blocks[0].attn
+    tokens = torch.randn(len(samples), model.num_prefix_tokens + model.patch_embed.num_patches, model.embed_dim)
+    tokens = tokens.to(device).requires_grad_()
+
+    def differentiate(function, *inputs):
+        with autocast(device, dtype):
+            value = function(*inputs)
+        value.backward(torch.ones_like(value))
+        tapped.zero_grad()
+
+    def attend(fused):
+        attn.fused_attn = fused
+        differentiate(attn, tokens)
+
+    median = interleave(
+        {
+            "maps": lambda: attend(False),
+            "fused": lambda: attend(True),
+            "weights": lambda: differentiate(lambda: tapped.backbone.weight_stacks(tapped.weight_groups)[0]),
+            "head": lambda: differentiate(tapped.backbone.classify, tapped.backbone.patch_tokens(tokens)),
+        },
+        rounds,
+        device,
+    )
+    maps = median["maps"] - median["fused"]
+    return {
+        "attention": maps,
+        "attention_first": maps,
+        "attention_last": maps,
+        "weights": median["weights"],
+        "patch_logits": median["head"],
+    }
+
+
+def step_bytes(args: Namespace, world: World) -> int:
+    """`peak_bytes` of a diversified step."""
+    run = training_steps.diversified(args, world)
+    return peak_bytes(lambda: run(1), world.device)

@@ -1,0 +1,127 @@
+"""Training steps to compare: a plain timm user's, this project's, and a textbook's; on random images."""
+
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import arguments
+from builders import build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss, compiles
+from checkpoint import TrainState
+from diversity import DiversityObjective, PatchMixup
+from engine import FiniteGuard, autocast, autocast_dtype, train_one_epoch
+from models import build_model
+from randomness import seed_everything
+from utils import EpochTotals, RunLog, World
+
+from . import textbook_step
+
+NUM_CLASSES = 1000
+LEARNING_RATE = 1e-4
+
+Run = Callable[[int], None]
+"""Takes so many training steps."""
+
+
+def plain(args: Namespace, world: World) -> Run:
+    """As a timm user trains: stock model, Mixup, soft targets, average.
+
+    Optimizer, precision and compiling are those of `diversified`, which so differs by its terms and its care alone.
+    """
+    device, dtype = world.device, autocast_dtype(args.amp, world.device)
+    model = model_of(args).to(device).train()
+    model_ema = ModelEmaV3(model, decay=args.model_ema_decay)
+    if compiles(args, world, DiversityObjective({})):
+        model.compile(dynamic=False)
+    optimizer = build_optimizer(args, model, LEARNING_RATE)
+    mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=NUM_CLASSES)
+
+    def loss_of(samples, labels):
+        samples, targets = mixup(samples, labels)
+        with autocast(device, dtype):
+            return SoftTargetCrossEntropy()(model(samples), targets)
+
+    return _steps(loss_of, model, model_ema, optimizer, random_batch(args, device), dtype, looks=False)
+
+
+def diversified(args: Namespace, world: World) -> Run:
+    """What main.py trains with, from the batch on the device to the average: `engine.train_one_epoch`."""
+    model = model_of(args).to(world.device)
+    objective = build_objective(args, world, model, NUM_CLASSES)
+    tapped = build_tapped(args, model, objective)
+    training_loss = build_training_loss(args, world, tapped, objective)
+    mixup_fn = build_mixup(args, tapped.grid if objective.patch_logits else None)
+    dtype = autocast_dtype(args.amp, world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    optimizer, model_ema = build_optimizer(args, model, LEARNING_RATE), ModelEmaV3(model, decay=args.model_ema_decay)
+    state = TrainState(model, model_ema, optimizer, None, scaler)
+    guard, log = FiniteGuard(args.max_nonfinite_steps, world), RunLog(None, world, tensorboard=False)
+    batch = random_batch(args, world.device)
+
+    def run(num_steps):
+        batches = [batch] * num_steps
+        train_one_epoch(
+            training_loss, batches, mixup_fn, state, guard, log, world, amp_dtype=dtype, log_interval=0
+        )  # fmt: skip
+        state.step, state.totals = 0, EpochTotals()
+
+    return run
+
+
+def textbook(args: Namespace, world: World) -> Run:
+    """`textbook_step` as its like are trained: eager, attention maps in every block, a look at the loss each step.
+
+    In float16 on a GPU, as the released code.
+    """
+    device = world.device
+    dtype = torch.float16 if device.type == "cuda" else autocast_dtype(args.amp, device)
+    model = model_of(args).to(device).train()
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=LEARNING_RATE, weight_decay=args.weight_decay)
+    mixup = PatchMixup(args.mixup, args.cutmix, grid=model.patch_embed.grid_size)
+    coefs = {name: coef for name, coef in arguments.coefficients(args).items() if coef}
+
+    def loss_of(samples, labels):
+        samples, target = mixup(samples, labels)
+        with autocast(device, dtype):
+            outputs = textbook_step.forward(model, samples)
+            return textbook_step.loss(outputs, model, *target, coefs, args.smoothing)[0]
+
+    model_ema = ModelEmaV3(model, decay=args.model_ema_decay, foreach=False)
+    return _steps(loss_of, model, model_ema, optimizer, random_batch(args, device), dtype, looks=True)
+
+
+def _steps(loss_of: Callable, model, model_ema, optimizer, batch, dtype: torch.dtype | None, looks: bool) -> Run:
+    """Steps of an ordinary training loop; `looks`: the host reads each loss."""
+    scaler = torch.amp.GradScaler(batch[0].device.type, enabled=dtype == torch.float16)
+
+    def run(num_steps):
+        for _ in range(num_steps):
+            loss = loss_of(*batch)
+            if looks and not loss.isfinite():
+                raise FloatingPointError(f"the loss is {loss.item()}")
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            model_ema.update(model)
+
+    return run
+
+
+def random_batch(args: Namespace, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples [B, 3, S, S] and labels [B]."""
+    shape = (args.batch_size, 3, args.input_size, args.input_size)
+    return torch.randn(shape, device=device), torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
+
+
+def model_of(args: Namespace) -> nn.Module:
+    """The model of the flags with initial weights, on the CPU."""
+    seed_everything(args.seed)
+    return build_model(
+        args.model, NUM_CLASSES, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
+    )

@@ -1,0 +1,182 @@
+"""The parts of a run as the flags describe them: weights, objective, taps, compiled step, mixing, optimizer."""
+
+from argparse import Namespace
+
+import timm.optim
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import arguments
+import checkpoint
+from datasets import Data
+from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
+from engine import TrainingLoss
+from losses import DistillationLoss
+from models import build_model
+from parsing import flag_of
+from randomness import seed_everything
+from utils import World
+from weights import load_weights
+
+FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:
+    """The model as the flags start it, its average, the checkpoint to continue from, and what there is to say."""
+    seed_everything(args.seed)  # the same initial weights, and so the same average of them, on every rank
+    model = build_model(
+        args.model, data.num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
+    )
+    notes = load_weights(model, args.finetune, "--finetune") if args.finetune and not args.resume else []
+    resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
+    if args.grad_checkpointing:
+        enable_grad_checkpointing(model, args.model)
+    model.to(world.device)
+    model_ema = None
+    if args.model_ema and (not args.eval or "model_ema" in resumed):
+        model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    return model, model_ema, resumed, notes
+
+
+def enable_grad_checkpointing(model: nn.Module, name: str):
+    """Have the blocks compute their activations again in the backward pass.
+
+    Raises:
+        SystemExit: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError):
+        raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
+
+
+def build_objective(args: Namespace, world: World, model: nn.Module, num_classes: int) -> DiversityObjective:
+    """The loss that the flags describe, with its teacher if there is one."""
+    distillation = None
+    if args.distillation_type != "none":
+        teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
+        load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
+        teacher.to(world.device)
+        distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(distillation is not None)
+    return DiversityObjective(
+        arguments.coefficients(args),
+        args.smoothing,
+        distillation,
+        mixing_balance=args.mixing_balance,
+        **arguments.term_options(args),
+    )
+
+
+def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjective) -> TappedViT:
+    """The model with the hooks that the objective needs.
+
+    Raises:
+        SystemExit: the model lacks what a term needs.
+    """
+    try:
+        return TappedViT(
+            model,
+            objective.reads,
+            objective.patch_logits,
+            emb_layers=args.emb_layers,
+            attn_layers=args.attn_layers,
+            weight_groups=args.weight_groups,
+        )
+    except TapError as error:
+        terms = objective.coefs if error.argument == "model" else objective.readers(error.tap)
+        flags = [flag_of(f"{name}_coef") for name in terms]
+        if error.argument not in (None, "model"):
+            flags.insert(0, f"{flag_of(error.argument)} {getattr(args, error.argument)}")
+        raise SystemExit(f"error: --model {args.model} does not serve {', '.join(flags)}: {error}") from None
+
+
+def build_training_loss(
+    args: Namespace, world: World, tapped: TappedViT, objective: DiversityObjective
+) -> TrainingLoss | DistributedDataParallel:
+    """Model and objective as one module: compiled as one graph, and wrapped for several processes.
+
+    Raises:
+        SystemExit: --compile, and something that cannot be in one graph.
+    """
+    training_loss = TrainingLoss(tapped, objective)
+    if args.compile and objective.differentiating:
+        flag = flag_of(f"{objective.differentiating[0]}_coef")
+        raise SystemExit(f"error: --compile cannot differentiate twice, as {flag} does; leave one of them out")
+    if compiles(args, world, objective):
+        # The hooks of the taps need not run again when a checkpointed block does.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = args.grad_checkpointing
+        # Random numbers as without compiling, so that both train alike.
+        training_loss.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+    if world.size == 1:
+        return training_loss
+    return DistributedDataParallel(
+        training_loss,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=any(True for _ in tapped.model.buffers()),  # not a teacher's, which stay as they are
+        gradient_as_bucket_view=True,
+        static_graph=has_static_graph(args),
+    )
+
+
+def compiles(args: Namespace, world: World, objective: DiversityObjective) -> bool:
+    """Whether model and objective are compiled: by default on a GPU, unless a term reads a gradient.
+
+    Compiled (torch 2.14), that term's own gradient comes out wrong, without an error.
+    """
+    if args.compile is None:
+        return world.device.type == "cuda" and not objective.differentiating
+    return args.compile
+
+
+def has_static_graph(args: Namespace) -> bool:
+    """Whether DistributedDataParallel may take every backward pass to be like the first."""
+    return args.static_graph and args.accum_steps == 1  # else some passes stay local
+
+
+def fast_parts(args: Namespace, world: World, objective: DiversityObjective, data: Data) -> list[str]:
+    """What is on of the fast path, for the log."""
+    parts = {
+        "compiled": compiles(args, world, objective),
+        "fused attention": args.fused_attn,
+        "fused optimizer": args.fused_opt and can_fuse(args.opt),
+        "prefetcher": data.prefetcher is not None,
+        "static graph": world.size > 1 and has_static_graph(args),
+    }
+    return [name for name, is_on in parts.items() if is_on]
+
+
+def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:
+    """Mixup and CutMix as the flags describe them, with labels for the patches of a grid."""
+    return PatchMixup(
+        args.mixup,
+        args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        grid=grid,
+    )
+
+
+def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer, without weight decay on biases, norms and what the model exempts; fused where it can be."""
+    options = optimizer_kwargs(args) | {"lr": lr}
+    if args.fused_opt and can_fuse(args.opt):
+        options |= {"fused": True}
+    try:
+        return create_optimizer_v2(model, **options)
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
+        raise SystemExit(
+            f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
+        ) from None
+
+
+def can_fuse(opt: str) -> bool:
+    """Whether one of timm's optimizers has a fused form, which can also skip a step itself."""
+    name = opt.lower()
+    return not name.startswith("lookahead_") and timm.optim.get_optimizer_info(name).opt_class in FUSED

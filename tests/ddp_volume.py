@@ -1,0 +1,74 @@
+"""Bytes that two ranks exchange in a training step: plain DistributedDataParallel, and this project's step.
+
+Run by tests/test_fast_path.py under torchrun: python ddp_volume.py FLAGS OF MAIN.PY. Rank 0 prints JSON.
+"""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from arguments import parse_args
+from benchmarks.training_steps import model_of, random_batch
+from builders import build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss
+from checkpoint import TrainState
+from engine import FiniteGuard, train_one_epoch
+from utils import RunLog, joined_world
+
+STEPS = 4
+
+
+def counted(ddp: DistributedDataParallel) -> list[int]:
+    """A list that every bucket of gradients adds its bytes to."""
+    sizes = []
+
+    def hook(state, bucket):
+        sizes.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
+
+    ddp.register_comm_hook(None, hook)
+    return sizes
+
+
+def main(words):
+    args = parse_args(words)
+    with joined_world("cpu", "env://") as world:
+        samples, labels = random_batch(args, world.device)
+        ddp = DistributedDataParallel(model_of(args).train())
+        plain = counted(ddp)
+        for _ in range(STEPS):
+            F.cross_entropy(ddp(samples), labels).backward()
+
+        model = model_of(args)
+        objective = build_objective(args, world, model, 1000)
+        tapped = build_tapped(args, model, objective)
+        ddp = build_training_loss(args, world, tapped, objective)
+        ours = counted(ddp)
+        exchanged, all_reduce = [], dist.all_reduce
+
+        def counting_all_reduce(tensor, *rest, **options):
+            exchanged.append(tensor.nbytes)
+            return all_reduce(tensor, *rest, **options)
+
+        dist.all_reduce = counting_all_reduce
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        state = TrainState(model, None, build_optimizer(args, model, 1e-3), None, scaler)
+        log, guard = RunLog(None, world, tensorboard=False), FiniteGuard(0, world)
+        mixup_fn = build_mixup(args, tapped.grid)
+        beside = []  # the gradients, so far
+
+        def after_step():
+            beside.append(sum(exchanged) - sum(ours))
+
+        batches = [(samples, labels)] * STEPS
+        train_one_epoch(ddp, batches, mixup_fn, state, guard, log, world, after_step=after_step, log_interval=0)
+        if world.is_main:
+            print(json.dumps({"plain": plain, "ours": ours, "beside": beside}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,106 @@
+"""Each part of the fast path trains like the plain one."""
+
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from helpers import TINY, model_of, parse, run_main, world
+from test_distributed import ROOT, TORCHRUN, run
+from test_engine import images, make_state, small_vit
+from timm.utils import ModelEmaV3
+
+from builders import build_objective, build_training_loss, compiles, enable_grad_checkpointing
+from diversity import REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
+from engine import FiniteGuard, TrainingLoss, train_one_epoch
+from utils import RunLog, World
+
+ON_GPU = World(0, 1, 0, 1, torch.device("cuda:0"))
+ALL_TERMS = {"mixing": 1.0} | dict.fromkeys(REGULARIZERS, 0.01)
+
+
+def losses_of(training_loss, model, num_steps):
+    """The loss of every step, with Mixup, AdamW and the average."""
+    state = make_state(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), ModelEmaV3(model, decay=0.9))
+    log, losses = RunLog(None, world(), tensorboard=False), []
+    log.scalars = lambda values, step: losses.append(values["train/loss"])
+    log.print = lambda text: None
+    batches = [images(4, seed=seed) for seed in range(num_steps)]
+    guard = FiniteGuard(0, world())
+    train_one_epoch(training_loss, batches, PatchMixup(grid=(4, 4)), state, guard, log, world(), log_interval=1)
+    return losses
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_twenty_steps_compiled_are_those_of_eager():
+    """By inductor, with dropout, drop-path and probes drawn alike."""
+    losses = {}
+    for compiled in (False, True):
+        model = small_vit(depth=1, proj_drop_rate=0.1, drop_path_rate=0.1)
+        objective = build_objective(parse("--preset", "released"), world(), model, 5)
+        tapped = TappedViT(model, objective.reads, objective.patch_logits)
+        args = parse("--compile" if compiled else "--no-compile")
+        losses[compiled] = losses_of(build_training_loss(args, world(), tapped, objective), model, 20)
+    assert len(losses[True]) == 20
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True] != losses[False]  # else nothing was compiled
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_grad_checkpointing_gives_the_gradients_of_every_term(backend):
+    """Also compiled; then without the terms that read a gradient."""
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+    samples, target = PatchMixup(grid=(4, 4))(*images(4))
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_vit(drop_path_rate=0.1).double()
+        model.set_grad_checkpointing(checkpointing)
+        objective = DiversityObjective(ALL_TERMS | ({"emb_grad_diversity": 0} if backend else {}), 0.1)
+        with TappedViT(model, objective.reads, objective.patch_logits).train() as tapped:
+            training_loss = TrainingLoss(tapped, objective)
+            if backend and checkpointing:
+                training_loss.compile(fullgraph=True, backend=backend)
+            torch.manual_seed(0)
+            training_loss(samples.double(), target)[0].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_compiling_is_for_gpus_and_not_for_terms_that_read_a_gradient():
+    plain, with_gradient = DiversityObjective({"mixing": 1}), DiversityObjective({"emb_grad_diversity": 1})
+    assert compiles(parse(), ON_GPU, plain)
+    assert not compiles(parse("--no-compile"), ON_GPU, plain)
+    assert not compiles(parse(), world(), plain)
+    assert compiles(parse("--compile"), world(), plain)
+    assert not compiles(parse(), ON_GPU, with_gradient)
+    with pytest.raises(SystemExit, match="--emb-grad-diversity-coef"):
+        run_main(*TINY, "--compile", "--emb_grad_diversity_coef", "1")
+
+
+@pytest.mark.parametrize(
+    "flags", ["--no-fused-opt", "--no-fused-attn", "--grad-checkpointing", "--no-decode-once", "--prefetcher"]
+)
+def test_a_run_trains_alike_without_a_part(flags, tmp_path):
+    records = {}
+    for name, words in (("default", ""), ("other", flags)):
+        run_main(*TINY, "--preset", "released", "--reprob", 0, *words.split(), "--output_dir", tmp_path / name)
+        records[name] = json.loads((tmp_path / name / "log.txt").read_text())
+    for name, value in records["default"].items():
+        if name not in ("train_images_per_s", "train_data_wait"):
+            assert records["other"][name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_a_model_without_checkpointing_is_refused_in_one_line():
+    with pytest.raises(SystemExit, match="error: --model pit_ti_224 has no --grad-checkpointing"):
+        enable_grad_checkpointing(timm.create_model("pit_ti_224"), "pit_ti_224")
+
+
+def test_two_ranks_exchange_what_plain_data_parallel_training_does():
+    words = [*TINY, "--preset", "released", "--batch-size", "4"]
+    result = run([*TORCHRUN, ROOT / "tests" / "ddp_volume.py", *words])
+    assert result.returncode == 0, result.stderr
+    (volume,) = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert volume["ours"] == volume["plain"]  # bucket by bucket
+    assert volume["beside"] == [4, 8, 12, 16]  # bytes: whether a step was finite
+    assert sum(volume["plain"]) == 4 * 4 * sum(p.numel() for p in model_of(num_classes=1000).parameters())
