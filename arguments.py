@@ -100,7 +100,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
          "nothing is written without --output-dir"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) takes its place"),
-        (small, "scale ratio eval_crop_ratio", "inputs up to 32 px are resized whole"),
+        (small, "scale ratio eval_crop_ratio fast_crop", "inputs up to 32 px are resized whole"),
         (args.data_set in ("DIGITS", "FAKE"), "data_path", f"--data-set is {args.data_set}"),
         (args.data_set in ("DIGITS", "FAKE", "CIFAR", "CIFAR10"), "train_split val_split",
          f"--data-set is {args.data_set}"),
@@ -188,7 +188,7 @@ def _speed(parser):
     add = parser.add_argument_group("speed", "the same training, faster or in less memory").add_argument
     switch = argparse.BooleanOptionalAction
     add("--compile", action=switch, default=None,
-        help="torch.compile, model and objective in one graph; None = on a GPU, if no term reads a gradient")  # fmt: skip
+        help="torch.compile, model and objective in one graph; None = on GPUs if no term reads gradients")  # fmt: skip
     add("--fused-attn", action=switch, default=True,
         help="scaled-dot-product attention in every block whose maps no term reads")  # fmt: skip
     add("--fused-opt", action=switch, default=True, help="one kernel for a step of AdamW, Adam and SGD")
@@ -198,6 +198,8 @@ def _speed(parser):
         help="DistributedDataParallel's static graph; off with --accum-steps")  # fmt: skip
     add("--grad-checkpointing", action=switch, default=False,
         help="compute activations again in the backward pass: less memory, more time")  # fmt: skip
+    add("--fast-crop", action=switch, default=True,
+        help="resize training crops by torch's kernel for bytes; some values differ by 1 or 2 of 255")  # fmt: skip
     add("--decode-once", action=switch, default=True,
         help="decode an image once for those of its repeated augmentations that are in one batch")  # fmt: skip
     add("--repeats-together", action=switch, default=False,

@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None):
     args = arguments.parse_args(words, defaults)
     quiet_warnings()
     world = init_world(args.device)
-    if world.device.type == "cpu":
-        keep_freed_memory()  # as main.py does, for all that is compared
+    keep_freed_memory()  # as main.py does, for all that is compared
     heading = environment_lines(world, args.seed)
     print("\n".join(heading), flush=True)
     results = WHATS[own.what](own, args, world)

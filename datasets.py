@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import timm.data
 import torch
 from torch.utils.data import (
     DataLoader,
@@ -18,8 +17,8 @@ from torch.utils.data import (
     Subset,
     default_collate,
 )
-from torchvision import transforms
 
+from augmentation import build_transform
 from images import ReadableImages
 from interruption import ignore_in_worker
 from prefetch import Prefetcher, SeededErasing
@@ -134,49 +133,6 @@ def build_data(args: Namespace, world: World, val_transform: Callable | None = N
         data.train, data.num_steps = _train_loader(args, world, train, transform, num_classes)
         data.prefetcher = Prefetcher(data.train, world.device, _erasing(args, world)) if prefetches else None
     return data
-
-
-def build_transform(args: Namespace, is_training: bool, as_bytes: bool = False) -> Callable:
-    """DeiT's transforms through timm: PIL image -> normalised tensor [3, S, S].
-
-    Up to 32 px an image is resized whole, and in training padded by 4 px and cropped, as DeiT does for CIFAR.
-
-    Args:
-        as_bytes: uint8, neither normalised nor erased, which a `Prefetcher` does.
-    """
-    small = args.input_size <= 32
-    if not is_training:
-        return timm.data.create_transform(
-            input_size=args.input_size,
-            interpolation="bicubic",
-            crop_pct=1.0 if small else args.eval_crop_ratio,
-            crop_mode="squash" if small else "center",
-            use_prefetcher=as_bytes,
-        )
-    try:
-        transform = timm.data.create_transform(
-            input_size=args.input_size,
-            is_training=True,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            color_jitter=args.color_jitter or None,
-            auto_augment=args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-            use_prefetcher=as_bytes,
-        )
-    except (AssertionError, ValueError, KeyError, IndexError, NotImplementedError):
-        raise SystemExit(
-            f"error: --aa {args.aa} is no auto-augment policy of timm, such as rand-m9-mstd0.5-inc1"
-        ) from None
-    if small:
-        size = (args.input_size, args.input_size)
-        whole = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
-        transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
-    return transform
 
 
 def _train_loader(

@@ -169,7 +169,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
     image.info.pop("transparency", None)  # only alpha would use it, and PIL warns of it in palettes
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bits(grey: np.ndarray) -> np.ndarray:

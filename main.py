@@ -52,8 +52,7 @@ WATCHED_IMAGES = 64  # whose redundancy is measured while training
 def main(args: Namespace, world: World):
     """One run: build what the flags describe, then train and evaluate it, or evaluate it only."""
     quiet_warnings()
-    if world.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     torch.backends.cudnn.benchmark = True
     if args.deterministic:
         make_deterministic()

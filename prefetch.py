@@ -10,7 +10,7 @@ from randomness import reseed
 
 
 class SeededErasing(RandomErasing):
-    """timm's random erasing, in place, of batches [B, 3, S, S]; what it draws follows from the batch's number alone.
+    """timm's random erasing, in place, of batches [B, S, S, 3]; what it draws follows from the batch's number alone.
 
     Args:
         seed: the run's.
@@ -30,13 +30,15 @@ class SeededErasing(RandomErasing):
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         reseed("erasing", self.seed, self.rank, self.epoch, self.batch, device=images.device)
         self.batch += 1
-        return super().__call__(images)
+        super().__call__(images.permute(0, 3, 1, 2))
+        return images
 
 
 class Prefetcher(PrefetchLoader):
-    """timm's PrefetchLoader: images [B, 3, S, S] uint8 and labels [B] become float32, normalised, on a device.
+    """timm's PrefetchLoader: images [B, S, S, 3] uint8 become [B, 3, S, S] float32, normalised, on a device.
 
-    Mean and deviation are ImageNet's. A batch is sent while the one before it is used; on a GPU on a stream of its own.
+    In memory they stay pixel by pixel, which torch calls channels_last. Mean and deviation are ImageNet's. A batch is
+    sent while the one before it is used; on a GPU on a stream of its own.
 
     Args:
         loader: the batches; whatever it raises passes through.
@@ -45,7 +47,12 @@ class Prefetcher(PrefetchLoader):
 
     def __init__(self, loader: Iterable, device: torch.device, erasing: SeededErasing | None = None):
         super().__init__(loader, device=device)
+        self.mean, self.std = self.mean.flatten(), self.std.flatten()  # channels come last
         self.random_erasing = erasing
+
+    def __iter__(self):
+        for images, labels in super().__iter__():
+            yield images.permute(0, 3, 1, 2), labels
 
     def over(self, batches: Iterable, epoch: int, first: int) -> "Prefetcher":
         """This, made to send the batches of an epoch from number `first` on."""

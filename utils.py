@@ -357,10 +357,10 @@ def cpu_count() -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep the large buffers that a training step frees, for the next step on the CPU.
+    """Have glibc keep the large buffers that a step on the CPU, or a decoded image, frees; loader workers inherit it.
 
-    By default it returns them to the system, and each step pays for their pages again. What a run holds at most stays
-    the same.
+    By default it returns them to the system, and the next step or image pays for their pages again. What a run holds at
+    most stays the same.
 
     Returns:
         Whether the setting was taken; False where the C library is another one.

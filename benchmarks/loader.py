@@ -4,28 +4,39 @@ import contextlib
 import io
 import itertools
 import json
+import multiprocessing
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 import main
-from datasets import build_data
+from augmentation import build_transform
+from datasets import Data, build_data
+from images import Sample
 from tables import markdown_table
-from utils import World
+from utils import World, init_world, keep_freed_memory
 
 from .measure import interleave
 
-AS_IS, FASTEST = "as is", "decode once, bytes"
-MODES = {
-    AS_IS: {"decode_once": False, "prefetcher": False},
-    "decode once": {"decode_once": True, "prefetcher": False},
-    "bytes": {"decode_once": False, "prefetcher": True},
-    FASTEST: {"decode_once": True, "prefetcher": True},
-}
-"""{name: flags}; with bytes, normalisation and random erasing are left to the device."""
+AS_IS, ALL, RESIZED = "DeiT's", "all three", "all three, resized copy"
+PARTS = {"decode once": "decode_once", "fast crop": "fast_crop", "bytes": "prefetcher"}
+"""{name: flag}; with bytes, normalisation and random erasing are left to the device."""
+
+
+class AsIs(Dataset):
+    """Images as DeiT reads them: decoded by the data set itself and augmented, each for itself, unseeded."""
+
+    def __init__(self, source: Dataset, transform: Callable):
+        self.source, self.transform = source, transform
+
+    def __getitem__(self, sample: Sample):
+        image, label = self.source[sample.index]
+        return self.transform(image), label
 
 
 def compare_loaders(own: Namespace, args: Namespace, world: World) -> dict:
@@ -35,51 +46,77 @@ def compare_loaders(own: Namespace, args: Namespace, world: World) -> dict:
         own: `rounds`; `steps`, the batches of a round (None = 8); `resized`, a folder or empty.
         args: main.py's flags.
     """
-    modes = MODES | ({f"resized, {FASTEST}": MODES[FASTEST] | {"data_path": own.resized}} if own.resized else {})
+    none, every = dict.fromkeys(PARTS.values(), False), dict.fromkeys(PARTS.values(), True)
+    modes = {AS_IS: none} | {name: none | {flag: True} for name, flag in PARTS.items()} | {ALL: every}
+    if own.resized:
+        modes[RESIZED] = every | {"data_path": own.resized}
     flags = {name: Namespace(**vars(args) | mode) for name, mode in modes.items()}
     num_batches = own.steps or 8
-    readers = {name: reader(mode, world, num_batches) for name, mode in flags.items()}
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    seconds = interleave(readers, own.rounds, torch.device("cpu"))
-    torch.set_num_threads(num_threads)
+    with contextlib.ExitStack() as stack:
+        readers = {}
+        for name, mode in flags.items():
+            pool = stack.enter_context(new_process())
+            pool.submit(_start_reading, mode, name == AS_IS).result()
+            readers[name] = lambda pool=pool: pool.submit(_read, num_batches).result()
+        seconds = interleave(readers, own.rounds, torch.device("cpu"))
     loaders = {
-        name: {"images_per_s": num_batches * args.batch_size / value, "to_as_is": seconds[AS_IS] / value}
+        name: {"images_per_s": num_batches * args.batch_size / value, "to_deits": seconds[AS_IS] / value}
         for name, value in seconds.items()
     }
-    for name in (AS_IS, [*flags][-1]):
-        loaders[name] |= short_run(flags[name], world)
+    runs = {}
+    for name, mode in (("no part", none), ("every part", every)):
+        with new_process() as pool:
+            runs[name] = pool.submit(short_run, Namespace(**vars(args) | mode)).result()
     print(f"{args.data_path or args.data_set}, batch {args.batch_size}, medians of {own.rounds} rounds, one core")
     columns = {
         "loader": [*loaders],
         "images/s per core": [f"{loader['images_per_s']:.1f}" for loader in loaders.values()],
-        "times as is": [f"{loader['to_as_is']:.2f}" for loader in loaders.values()],
-        f"training {args.model}, images/s": [f"{loader.get('run_images_per_s', ''):.4}" for loader in loaders.values()],
-        "of its time waiting for data": [
-            f"{100 * loader['data_wait']:.1f} %" if "data_wait" in loader else "" for loader in loaders.values()
-        ],
+        "times DeiT's": [f"{loader['to_deits']:.2f}" for loader in loaders.values()],
     }
     print(markdown_table(columns))
-    return {"loaders": loaders}
+    for name, run in runs.items():
+        waited = f"{100 * run['data_wait']:.1f} % of the time waiting for data"
+        print(f"third epoch of {args.model} with {name}: {run['images_per_s']:.1f} images/s, {waited}")
+    return {"loaders": loaders, "runs": runs}
 
 
-def reader(args: Namespace, world: World, num_batches: int) -> Callable[[], None]:
-    """Reads the next batches, in this process, each time it is called."""
-    data = build_data(Namespace(**vars(args) | {"num_workers": 0}), world)
-
-    def all_batches():
-        for epoch in itertools.count():
-            data.train.batch_sampler.start(epoch)
-            yield from data.train
-
-    batches = all_batches()
-    return lambda: [next(batches) for _ in range(num_batches)] and None
+_reading: Iterator  # batches without end, in a process of `compare_loaders`
 
 
-def short_run(args: Namespace, world: World) -> dict[str, float]:
-    """An epoch of real training with the default workers: its speed, and the share of its time spent waiting."""
+def _start_reading(args: Namespace, as_is: bool):
+    """Make `_reading`, in a process of one thread."""
+    global _reading
+    torch.set_num_threads(1)
+    data = build_data(Namespace(**vars(args) | {"num_workers": 0}), World(0, 1, 0, 1, torch.device("cpu")))
+    loader = data.train
+    if as_is:
+        transform = build_transform(args, is_training=True)
+        loader = DataLoader(AsIs(loader.dataset.source, transform), batch_sampler=loader.batch_sampler)
+    else:
+        keep_freed_memory()  # as main.py does
+    _reading = _all_batches(data, loader)
+
+
+def _all_batches(data: Data, loader: DataLoader) -> Iterator:
+    for epoch in itertools.count():
+        data.train.batch_sampler.start(epoch)
+        yield from loader
+
+
+def _read(num_batches: int):
+    for _ in range(num_batches):
+        next(_reading)
+
+
+def new_process() -> ProcessPoolExecutor:
+    """A process that shares nothing with this one, and runs what it is given."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def short_run(args: Namespace) -> dict[str, float]:
+    """The third epoch of real training with the default workers: its speed, and the share of its time spent waiting."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        run = {"epochs": 1, "warmup_epochs": 0, "output_dir": folder, "tensorboard": False, "log_interval": 0}
-        main.main(Namespace(**vars(args) | run), world)
-        record = json.loads((Path(folder) / "log.txt").read_text())
-    return {"run_images_per_s": record["train_images_per_s"], "data_wait": record["train_data_wait"]}
+        run = {"epochs": 3, "warmup_epochs": 0, "output_dir": folder, "tensorboard": False, "log_interval": 0}
+        main.main(Namespace(**vars(args) | run), init_world(args.device))
+        record = json.loads((Path(folder) / "log.txt").read_text().splitlines()[-1])
+    return {"images_per_s": record["train_images_per_s"], "data_wait": record["train_data_wait"]}
