@@ -2,8 +2,9 @@
 
 The paper's five terms on a stock timm DeiT, straight from their formulas and sharing no code with the package. It is
 the oracle of the fast objective and the baseline of benchmark.py. Every block forms its attention maps, every pair of
-items its cosine, every patch its target, every weight matrix its Gram matrix. Nothing is slower than that takes: pairs
-come out of batched matrix products. Under autocast the losses run in whatever precision autocast picks for them.
+items its cosine, every patch its target, every weight matrix its Gram matrix. Pairs come out of batched products, and
+patches out of `patch_logits[:, p]`, whose backward pass fills a gradient of [B, P, C] for each of them. Under autocast
+the losses run in whatever precision autocast picks for them.
 
 B images, N tokens, P of them patches, D embed dim, H heads, C classes, L blocks.
 """
@@ -80,10 +81,9 @@ def cross_entropies(outputs: Outputs, labels, partner, lam, patch_lam, smoothing
     criterion = SoftTargetCrossEntropy()
     lams = torch.cat([lam[:, None], patch_lam], dim=1)
     targets = soft_targets(labels, partner, lams, outputs.logits.shape[-1], smoothing)
-    cls_target, *patch_targets = targets.unbind(dim=1)
-    cls_ce, patch_ce = criterion(outputs.logits, cls_target), 0
-    for patch_logits, patch_target in zip(outputs.patch_logits.unbind(dim=1), patch_targets, strict=True):
-        patch_ce = patch_ce + criterion(patch_logits, patch_target)
+    cls_ce, patch_ce = criterion(outputs.logits, targets[:, 0]), 0
+    for p in range(patch_lam.shape[1]):
+        patch_ce = patch_ce + criterion(outputs.patch_logits[:, p], targets[:, 1 + p])
     return cls_ce, patch_ce
 
 
