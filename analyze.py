@@ -27,7 +27,8 @@ import checkpoint
 import figures
 import redundancy_figures
 import weights
-from datasets import build_data, build_transform
+from augmentation import build_transform
+from datasets import build_data
 from diversity import TapError, TappedViT, measurable, measure_redundancy
 from diversity.backbones import Backbone
 from images import loader_errors

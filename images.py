@@ -220,7 +220,7 @@ def loader_errors(then: str = "start again with --resume auto"):
     except BadImageError:
         raise
     except (RuntimeError, OSError, EOFError) as error:
-        known = _death_behind(error) if _is_in_pipe(error) else error
+        known = _death_behind(error)
         line = _last_line(known)
         failure = _loader_failure(known, line)
         if failure is None:
@@ -230,13 +230,15 @@ def loader_errors(then: str = "start again with --resume auto"):
 
 def _is_in_pipe(error: Exception) -> bool:
     """Whether it was raised in talking to a worker."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name == "multiprocessing"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).parent.name == "multiprocessing"
 
 
 def _death_behind(error: Exception) -> Exception:
     """The death of a worker, which the system tells a little after its pipes break, or else `error`."""
     try:
-        time.sleep(2)
+        if _is_in_pipe(error):
+            time.sleep(2)
     except RuntimeError as death:
         return death
     return error

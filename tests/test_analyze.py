@@ -21,7 +21,8 @@ import checkpoint
 import figures
 import redundancy_figures
 import tables
-from datasets import build_data, build_transform
+from augmentation import build_transform
+from datasets import build_data
 from diversity import MEASURES, measure_redundancy
 from models import build_model
 from sources import Digits

@@ -18,7 +18,9 @@ from torch.utils.data import DistributedSampler
 from torchvision.transforms import RandomHorizontalFlip
 
 import datasets
-from datasets import build_data, build_transform
+from augmentation import FastCrop, build_transform
+from datasets import build_data
+from randomness import reseed
 from samplers import SeededRepeatAugSampler
 from sources import Digits
 from utils import BadImageError
@@ -371,10 +373,34 @@ def test_small_images_are_resized_whole_padded_and_cropped():
 def test_large_images_are_cropped_at_random_with_the_flags_of_it():
     args = parse("--input-size", 64, "--scale", 0.5, 0.75, "--ratio", 0.9, 1.1, "--train-interpolation", "bilinear")
     crop = build_transform(args, is_training=True).transforms[0]
-    assert type(crop).__name__ == "RandomResizedCropAndInterpolation"
+    assert isinstance(crop, FastCrop)
     assert tuple(crop.scale) == (0.5, 0.75)
     assert tuple(crop.ratio) == (0.9, 1.1)
     assert str(crop.interpolation).endswith("BILINEAR")
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_fast_crops_are_pillows_up_to_rounding(interpolation):
+    """Enlarged and reduced, of an image seen before and of another one, and the image stays as it is."""
+    words = ("--input-size", 64, "--train-interpolation", interpolation)
+    fast, pillows = (
+        build_transform(parse(*words, flag), is_training=True).transforms[0]
+        for flag in ("--fast-crop", "--no-fast-crop")
+    )
+    images = [photo(seed, size) for seed, size in enumerate((48, 120, 260))]
+    before = [image.tobytes() for image in images]
+    differences = []
+    for seed in range(30):
+        image = images[seed // 2 % 3]
+        crops = []
+        for crop in (fast, pillows):
+            reseed("augmentation", seed)
+            crops.append(np.asarray(crop(image)).astype(int))
+        assert crops[0].shape == (64, 64, 3)
+        differences.append(np.abs(crops[0] - crops[1]))
+    assert [image.tobytes() for image in images] == before
+    assert np.max(differences) <= 2
+    assert np.mean(np.not_equal(differences, 0)) < 0.02
 
 
 def test_centre_crop_of_evaluation():

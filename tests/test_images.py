@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import images as images_module
-from datasets import build_transform
+from augmentation import build_transform
 from images import ReadableImages, Sample, loader_errors
 from sources import Digits
 from utils import BadImageError

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Normalize
 
 import datasets
-from datasets import build_data, build_transform
+from augmentation import build_transform
+from datasets import build_data
 from images import loader_errors
 from prefetch import Prefetcher, SeededErasing
 from randomness import reseed, seed_of
@@ -46,7 +47,7 @@ def assert_same(batches, others, **tolerance):
 def test_every_byte_is_normalised_as_by_the_float_path():
     images = torch.arange(256, dtype=torch.uint8).expand(2, 3, 4, 256)
     expected = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(images / 255)
-    [(normalised, labels)] = Prefetcher([(images, torch.tensor([4, 5]))], CPU)
+    [(normalised, labels)] = Prefetcher([(images.permute(0, 2, 3, 1), torch.tensor([4, 5]))], CPU)
     torch.testing.assert_close(normalised, expected, rtol=0, atol=1e-6)
     assert labels.tolist() == [4, 5]
 
@@ -222,7 +223,7 @@ class Failing(Dataset):
     def __getitem__(self, index):
         if index == 5:
             self.fail()
-        return torch.zeros(3, 4, 4, dtype=torch.uint8), index
+        return torch.zeros(4, 4, 3, dtype=torch.uint8), index
 
 
 def kill():
