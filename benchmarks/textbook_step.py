@@ -35,9 +35,14 @@ class Outputs(NamedTuple):
     attention: torch.Tensor
 
 
+def knows(model: torch.nn.Module) -> bool:
+    """Whether `forward` is written for it."""
+    return type(model) is VisionTransformer and model.global_pool == "token"
+
+
 def forward(model: VisionTransformer, samples: torch.Tensor) -> Outputs:
     """The model's forward pass written out; samples [B, 3, S, S]. The model classifies by one class token."""
-    if type(model) is not VisionTransformer or model.global_pool != "token":
+    if not knows(model):
         raise TypeError(f"the textbook knows plain ViTs with a class token; got {type(model).__name__}")
     x = model.patch_embed(samples)
     prefix = [token.expand(len(x), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]

@@ -10,10 +10,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import arguments
 from builders import build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss, compiles
 from checkpoint import TrainState
-from diversity import DiversityObjective, PatchMixup
+from diversity import PRESETS, DiversityObjective, PatchMixup
 from engine import FiniteGuard, autocast, autocast_dtype, train_one_epoch
 from models import build_model
 from randomness import seed_everything
@@ -76,14 +75,19 @@ def diversified(args: Namespace, world: World) -> Run:
 def textbook(args: Namespace, world: World) -> Run:
     """`textbook_step` as its like are trained: eager, attention maps in every block, a look at the loss each step.
 
-    In float16 on a GPU, as the released code.
+    The paper's five terms; in float16 on a GPU, as the released code.
+
+    Raises:
+        SystemExit: the textbook does not know the model.
     """
     device = world.device
     dtype = torch.float16 if device.type == "cuda" else autocast_dtype(args.amp, device)
     model = model_of(args).to(device).train()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=LEARNING_RATE, weight_decay=args.weight_decay)
+    coefs = PRESETS["released"].coefs
+    if not textbook_step.knows(model):
+        raise SystemExit(f"error: --model {args.model}: the textbook's step is one of plain ViTs with a class token")
     mixup = PatchMixup(args.mixup, args.cutmix, grid=model.patch_embed.grid_size)
-    coefs = {name: coef for name, coef in arguments.coefficients(args).items() if coef}
 
     def loss_of(samples, labels):
         samples, target = mixup(samples, labels)

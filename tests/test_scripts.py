@@ -111,10 +111,11 @@ SMALL_STEP = (
 )
 
 
-def table(printed):
-    """{first cell: the others} of the Markdown table in what a program printed."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
-    return {row[0]: row[1:] for row in rows[2:]}
+def table(text):
+    """{first cell: the others} of the first Markdown table in a text."""
+    (first, *_) = re.findall(r"(?:^\|.*\n)+", f"{text}\n", flags=re.MULTILINE)
+    _, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
+    return {row[0]: row[1:] for row in rows}
 
 
 def test_the_benchmark_compares_steps(capsys, tmp_path):
@@ -184,3 +185,22 @@ def test_the_package_installs_alone(tmp_path):
     assert result.stdout.split() == [str(tmp_path / "site" / "diversity" / "__init__.py"), "False", "False"]
     assert (tmp_path / "site" / "diversity").is_dir()
     assert not (tmp_path / "site" / "models").exists()
+
+
+def test_the_readme_estimate_follows_from_its_assumptions():
+    """300 epochs, 128 images a GPU, 33 % of 989 TFLOP/s, 88.2 MB of gradients, the images/s of the loader's table."""
+    loaders = table(README[README.index("| loader") :])
+    per_core = [float(loaders[name][0]) for name in ("DeiT's", "all three", "all three, resized copy")]
+    rows = table(README[README.index("| GPUs |") :])
+    images = 300 * (1_281_167 // 256 * 256)
+    per_gpu = 0.33 * 989e12 / 27.5e9
+    for gpus, bandwidth in ((1, None), (8, 450e9), (64, 50e9)):
+        speed, hours = gpus * per_gpu, images / gpus / per_gpu / 3600
+        exchange = 2 * (gpus - 1) / gpus * 88.2e6 / bandwidth if bandwidth else 0
+        feeding = [f"{min(gpus, 8) * per_gpu / rate:.0f}" for rate in per_core]
+        expected = [
+            f"{speed:,.0f}", f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min",
+            f"{128 / per_gpu * 1e3:.1f} ms",
+            f"{exchange * 1e3:.1f} ms" if exchange else "none", ", ".join(feeding),
+        ]  # fmt: skip
+        assert rows[str(gpus)] == expected
