@@ -29,7 +29,8 @@ from builders import (
 )
 from datasets import Data, build_data
 from diversity import TapError, measurable, measure_redundancy
-from engine import FiniteGuard, autocast_dtype, evaluate, train_one_epoch
+from engine import autocast_dtype, evaluate, train_one_epoch
+from guard import FiniteGuard
 from images import loader_errors
 from interruption import StopSignals, locked
 from randomness import make_deterministic

@@ -13,7 +13,8 @@ from torch import nn
 from builders import build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss, compiles
 from checkpoint import TrainState
 from diversity import PRESETS, DiversityObjective, PatchMixup
-from engine import FiniteGuard, autocast, autocast_dtype, train_one_epoch
+from engine import autocast, autocast_dtype, train_one_epoch
+from guard import FiniteGuard
 from models import build_model
 from randomness import seed_everything
 from utils import EpochTotals, RunLog, World

@@ -16,7 +16,8 @@ from arguments import parse_args
 from benchmarks.training_steps import model_of, random_batch
 from builders import build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss
 from checkpoint import TrainState
-from engine import FiniteGuard, train_one_epoch
+from engine import train_one_epoch
+from guard import FiniteGuard
 from utils import RunLog, joined_world
 
 STEPS = 4

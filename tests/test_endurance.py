@@ -13,7 +13,8 @@ from timm.utils import ModelEmaV3
 
 import checkpoint
 from diversity import PRESETS, DiversityObjective, PatchMixup, TappedViT
-from engine import FiniteGuard, train_one_epoch
+from engine import TrainingLoss, train_one_epoch
+from guard import FiniteGuard
 from interruption import StopSignals
 from utils import RunLog
 
@@ -48,8 +49,7 @@ def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
             held[state.step] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files, threading.active_count()
 
     stats = train_one_epoch(
-        tapped,
-        objective,
+        TrainingLoss(tapped, objective),
         [batch] * STEPS,
         PatchMixup(grid=tapped.grid),
         state,

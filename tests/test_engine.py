@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import checkpoint
 from builders import build_optimizer
 from diversity import DiversityObjective, PatchMixup, TappedViT
-from engine import FiniteGuard, TrainingLoss, _update_by, autocast_dtype, evaluate, train_one_epoch
+from engine import TrainingLoss, autocast_dtype, evaluate, train_one_epoch
+from guard import FiniteGuard, update_by
 from utils import RunLog, World
 
 CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -128,9 +129,9 @@ def test_the_average_moves_by_a_share_told_on_the_device():
     model = small_vit()
     ours, timms = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
     train(model, [images(4)])
-    _update_by(ours, model, torch.tensor(0.0))
+    update_by(ours, model, torch.tensor(0.0))
     assert torch.equal(weights(ours.module), weights(timms.module))
-    _update_by(ours, model, torch.tensor(0.1))
+    update_by(ours, model, torch.tensor(0.1))
     timms.update(model)
     torch.testing.assert_close(weights(ours.module), weights(timms.module), rtol=1e-6, atol=1e-8)
     assert not torch.equal(weights(ours.module), weights(model))

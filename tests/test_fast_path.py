@@ -13,7 +13,8 @@ from timm.utils import ModelEmaV3
 
 from builders import build_objective, build_training_loss, compiles, enable_grad_checkpointing
 from diversity import REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
-from engine import FiniteGuard, TrainingLoss, train_one_epoch
+from engine import TrainingLoss, train_one_epoch
+from guard import FiniteGuard
 from utils import RunLog, World
 
 ON_GPU = World(0, 1, 0, 1, torch.device("cuda:0"))
