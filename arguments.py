@@ -91,6 +91,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (not (args.mixup or cutmix), "mixup_prob mixup_mode", "--mixup and --cutmix are 0"),
         (not (args.mixup and cutmix), "mixup_switch_prob", "--mixup or --cutmix is 0"),
         (args.cutmix_minmax, "cutmix", "--cutmix-minmax takes its place"),
+        (args.accum_steps > 1, "static_graph", "--accum-steps keeps some gradients local"),
         (not args.repeated_aug, "aug_repeats decode_once repeats_together", "--no-repeated-aug"),
         (args.data_set.lower().startswith("wds/"),
          "repeated_aug aug_repeats decode_once repeats_together max_bad_images dist_eval",
@@ -191,7 +192,7 @@ def _speed(parser):
         help="torch.compile, model and objective in one graph; None = on GPUs if no term reads gradients")  # fmt: skip
     add("--fused-attn", action=switch, default=True,
         help="scaled-dot-product attention in every block whose maps no term reads")  # fmt: skip
-    add("--fused-opt", action=switch, default=True, help="one kernel for a step of AdamW, Adam and SGD")
+    add("--fused-opt", action=switch, default=True, help="one kernel for a step of AdamW and Adam")
     add("--prefetcher", action=switch, default=None,
         help="send bytes to the device ahead of the step; normalise and erase there; None = on a GPU")  # fmt: skip
     add("--static-graph", action=switch, default=True,

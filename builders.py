@@ -21,7 +21,7 @@ from randomness import seed_everything
 from utils import World
 from weights import load_weights
 
-FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefined if the first step is skipped
 
 
 def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:
@@ -101,7 +101,7 @@ def build_training_loss(
     """Model and objective as one module: compiled as one graph, and wrapped for several processes.
 
     Raises:
-        SystemExit: --compile, and something that cannot be in one graph.
+        SystemExit: --compile, and a term that reads a gradient.
     """
     training_loss = TrainingLoss(tapped, objective)
     if args.compile and objective.differentiating:
@@ -114,13 +114,14 @@ def build_training_loss(
         training_loss.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
     if world.size == 1:
         return training_loss
-    return DistributedDataParallel(
+    ddp = DistributedDataParallel(
         training_loss,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=any(True for _ in tapped.model.buffers()),  # not a teacher's, which stay as they are
         gradient_as_bucket_view=True,
         static_graph=has_static_graph(args),
     )
+    ddp.broadcast_buffers = any(True for _ in tapped.model.buffers())  # not for a teacher's, which stay as they are
+    return ddp
 
 
 def compiles(args: Namespace, world: World, objective: DiversityObjective) -> bool:

@@ -115,13 +115,12 @@ class TrainState:
         )
         if stored != own:
             raise SystemExit(f"error: --resume {path} was written with another optimizer, see --opt")
-        settings = [{key: group[key] for key in SETTINGS & group.keys()} for group in self.optimizer.param_groups]
+        for group, own in zip(checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
+            group.update({key: own[key] for key in SETTINGS & own.keys()})  # before, as they say where state belongs
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except ValueError as error:
             raise SystemExit(f"error: --resume {path} was written with another optimizer: {error}") from None
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(own)
         self.epoch, self.step = checkpoint["epoch"] + 1, step
         if isinstance(self.scheduler, PlateauLRScheduler):
             _restore_plateau(self.scheduler, checkpoint["lr_scheduler"])

@@ -160,11 +160,13 @@ class Meters:
         self.count: int | torch.Tensor = 0
 
     def add(self, values: dict[str, torch.Tensor], counts: torch.Tensor | None = None):
-        """Add a value to each sum, the same names each time, where `counts`, a 0-dim boolean, holds."""
+        """Add a value to each sum, where `counts`, a 0-dim boolean, holds; names that came before and do not now go."""
         added = torch.stack([value.detach().float() for value in values.values()])
         if counts is not None:
             added = added.where(counts, 0.0)
-        assert self.sums is None or self.names == [*values], f"{self.names} are added, not {[*values]}"
+        if self.sums is not None and self.names != [*values]:  # an epoch continued with other terms
+            sums = dict(zip(self.names, self.sums, strict=True))
+            self.sums = torch.stack([sums.get(name, torch.zeros_like(added[0])) for name in values])
         self.names = [*values]
         self.sums = added if self.sums is None else self.sums + added
         self.count = self.count + (1 if counts is None else counts)

@@ -18,10 +18,11 @@ from interruption import StopSignals
 from utils import RunLog
 
 
-def state_of(seed=0, steps=0, opt="adamw", sched="cosine", scaler=False, ema=True, **kwargs):
+def state_of(seed=0, steps=0, opt="adamw", sched="cosine", scaler=False, ema=True, fused=None, **kwargs):
     """A TrainState after a few optimizer steps, one per epoch."""
     model = model_of(seed, **kwargs)
-    optimizer = timm.optim.create_optimizer_v2(model, opt=opt, lr=0.01, momentum=0.9)
+    options = {} if fused is None else {"fused": fused}
+    optimizer = timm.optim.create_optimizer_v2(model, opt=opt, lr=0.01, momentum=0.9, **options)
     scheduler, _ = create_scheduler_v2(optimizer, sched=sched, num_epochs=10, warmup_epochs=2)
     average = ModelEmaV3(model, decay=0.5) if ema else None
     state = checkpoint.TrainState(model, average, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=scaler))
@@ -272,3 +273,14 @@ def test_a_run_of_another_shape_cannot_be_resumed(tmp_path, kwargs, named):
     with pytest.raises(SystemExit) as caught:
         state.restore(checkpoint.load(path, "--resume"), path)
     one_line(caught, "--resume", path, named)
+
+
+@pytest.mark.parametrize(("written", "own"), [(False, True), (True, False)])
+def test_a_run_goes_on_with_a_fused_optimizer_or_without(written, own):
+    """The flag of this run counts, and it is there before the state is, whose place depends on it."""
+    first, then = state_of(steps=2, fused=written), state_of(fused=own)
+    seen, load = [], then.optimizer.load_state_dict
+    then.optimizer.load_state_dict = lambda state: seen.append(state["param_groups"][0]["fused"]) or load(state)
+    then.restore(first.state_dict(world()), "x")
+    assert seen == [own] and then.optimizer.param_groups[0]["fused"] == own
+    assert_equal(then.optimizer.state_dict()["state"], first.optimizer.state_dict()["state"])

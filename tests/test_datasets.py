@@ -403,6 +403,14 @@ def test_fast_crops_are_pillows_up_to_rounding(interpolation):
     assert np.mean(np.not_equal(differences, 0)) < 0.02
 
 
+def test_fast_crops_take_a_pixel_at_least():
+    crop = build_transform(parse("--input-size", 64), is_training=True).transforms[0]
+    for seed in range(60):
+        for size in ((1, 1), (1, 2), (3, 1), (1, 9)):
+            reseed("augmentation", seed)
+            assert crop(Image.new("RGB", size, (9, 8, 7))).getcolors() == [(64 * 64, (9, 8, 7))]
+
+
 def test_centre_crop_of_evaluation():
     args = parse("--input-size", 64, "--eval-crop-ratio", 0.5)
     resize, crop = build_transform(args, is_training=False).transforms[:2]
