@@ -287,6 +287,7 @@ def forked(*words, prepare=lambda: None) -> tuple[int, str]:
 
     def body():
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in the background
         os.close(reader)
         os.dup2(writer, 2)
         os.close(writer)
