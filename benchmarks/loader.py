@@ -53,11 +53,11 @@ def compare_loaders(own: Namespace, args: Namespace, world: World) -> dict:
     flags = {name: Namespace(**vars(args) | mode) for name, mode in modes.items()}
     num_batches = own.steps or 8
     with contextlib.ExitStack() as stack:
-        readers = {}
-        for name, mode in flags.items():
-            pool = stack.enter_context(new_process())
-            pool.submit(_start_reading, mode, name == AS_IS).result()
-            readers[name] = lambda pool=pool: pool.submit(_read, num_batches).result()
+        pools = {name: stack.enter_context(new_process()) for name in flags}
+        started = [pool.submit(_start_reading, flags[name], name == AS_IS) for name, pool in pools.items()]
+        for start in started:
+            start.result()
+        readers = {name: lambda pool=pool: pool.submit(_read, num_batches).result() for name, pool in pools.items()}
         seconds = interleave(readers, own.rounds, torch.device("cpu"))
     loaders = {
         name: {"images_per_s": num_batches * args.batch_size / value, "to_deits": seconds[AS_IS] / value}

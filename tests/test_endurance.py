@@ -1,5 +1,6 @@
 """Ten thousand steps of a small run: what it holds stays what it was."""
 
+import gc
 import os
 import threading
 from pathlib import Path
@@ -24,6 +25,7 @@ STEPS = 10_000
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
     """With all five terms, the average, TensorBoard, and a save every 250 steps."""
+    gc.collect()  # files of earlier tests' loaders are not to be closed meanwhile
     torch.manual_seed(0)
     model = timm.create_model(
         "deit_tiny_patch16_224", img_size=16, patch_size=8, depth=1, embed_dim=8, num_heads=2, num_classes=3
@@ -63,5 +65,5 @@ def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
     log.close()
     (memory, *counts), (memory_after, *counts_after) = held.values()
     assert state.step == STEPS and stats["skipped_steps"] == 0
-    assert counts_after == counts
+    assert all(after <= before for after, before in zip(counts_after, counts, strict=True)), (counts, counts_after)
     assert memory_after - memory < 8, (memory, memory_after)  # MiB
