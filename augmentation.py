@@ -47,8 +47,7 @@ class FastCrop(RandomResizedCropAndInterpolation):
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
         height, width = max(1, height), max(1, width)  # of an image a few pixels long it takes none
         top, left = min(top, image.height - height), min(left, image.width - width)
-        kinds = self.interpolation if isinstance(self.interpolation, tuple) else (self.interpolation,)
-        kind = random.choice(kinds) if len(kinds) > 1 else kinds[0]
+        kind = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
         crop = self.planes[None, :, top : top + height, left : left + width]
         crop = crop.contiguous(memory_format=torch.channels_last)  # as Pillow has it, and twice as fast
         [crop] = F.interpolate(crop, size=self.size, mode=kind.value, antialias=True)

@@ -26,10 +26,7 @@ FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefi
 
 def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:
     """The model as the flags start it, its average, the checkpoint to continue from, and what there is to say."""
-    seed_everything(args.seed)  # the same initial weights, and so the same average of them, on every rank
-    model = build_model(
-        args.model, data.num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
-    )
+    model = build_initial(args, data.num_classes)
     notes = load_weights(model, args.finetune, "--finetune") if args.finetune and not args.resume else []
     resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
     if args.grad_checkpointing:
@@ -39,6 +36,14 @@ def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module,
     if args.model_ema and (not args.eval or "model_ema" in resumed):
         model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
     return model, model_ema, resumed, notes
+
+
+def build_initial(args: Namespace, num_classes: int) -> nn.Module:
+    """The model of the flags with its initial weights: the same, and so the same average of them, on every rank."""
+    seed_everything(args.seed)
+    return build_model(
+        args.model, num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
+    )
 
 
 def enable_grad_checkpointing(model: nn.Module, name: str):

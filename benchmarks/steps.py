@@ -1,12 +1,14 @@
 """`benchmark.py step` and `benchmark.py terms`: the cost of a training step, whole and term by term."""
 
+import functools
 from argparse import Namespace
+from collections.abc import Collection
 
 import torch
 from tqdm import tqdm
 
 import arguments
-from builders import build_mixup, build_objective, build_tapped
+from builders import build_initial, build_mixup, build_objective, build_tapped
 from diversity import REGULARIZERS, DiversityObjective, TapOutput, TappedViT
 from diversity.objective import MIXING
 from engine import autocast, autocast_dtype
@@ -31,7 +33,7 @@ def compare_steps(own: Namespace, args: Namespace, world: World) -> dict:
     runs["textbook"] = training_steps.textbook(args, world)
     device, dtype = world.device, autocast_dtype(args.amp, world.device)
     seconds = seconds_of_a_step(runs, own, device)
-    flops = step_flops(training_steps.model_of(args), training_steps.random_batch(args, device)[0])
+    flops = step_flops(build_initial(args, training_steps.NUM_CLASSES), training_steps.random_batch(args, device)[0])
     most = matmul_flops_per_second(device, dtype, own.rounds)
     steps = {
         name: {
@@ -71,11 +73,12 @@ def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
     plain, device = training_steps.plain(args, world), world.device
     plain_seconds = seconds_of_a_step({"plain": plain}, own, device)["plain"]
     plain_bytes = peak_bytes(lambda: plain(1), device)
-    model = training_steps.model_of(args).to(device)
+    model = build_initial(args, training_steps.NUM_CLASSES).to(device)
     dtype = autocast_dtype(args.amp, device)
     with TappedViT(model).train() as tapped:
         taps = tap_seconds(tapped, training_steps.random_batch(args, device)[0], 5 * own.rounds, dtype)
     print(f"plain step: {1000 * plain_seconds:.1f} ms, peak {plain_bytes / 2**20:.0f} MiB beyond weights and state")
+    held_with = functools.cache(lambda *names: step_bytes(only(args, names), world))
     results = {}
     for name in tqdm(own.terms or (MIXING, *REGULARIZERS), desc="terms", leave=False, disable=None):
         # Without mixing only the class token has a gradient, and a term on the tokens' gradients has nothing to do.
@@ -88,11 +91,10 @@ def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
             seconds = term_seconds(tapped, objectives, with_term, world, 5 * own.rounds)
             reads = [*tapped.reads, *(["patch_logits"] if tapped.patch_logits and not base else [])]
         seconds += sum(taps.get(tap, 0) for tap in reads)
-        held, held_without = (step_bytes(flags, world) for flags in (with_term, without))
         results[name] = {
             "ms": 1000 * seconds,
             "share": seconds / plain_seconds,
-            "peak_mib": (held - held_without) / 2**20,
+            "peak_mib": (step_bytes(with_term, world) - held_with(*base)) / 2**20,
         }
     columns = {
         "term": [f"`{name}`" for name in results],
@@ -111,7 +113,7 @@ def seconds_of_a_step(runs: dict[str, training_steps.Run], own: Namespace, devic
     return {name: seconds / num_steps for name, seconds in interleave(timed, own.rounds, device).items()}
 
 
-def only(args: Namespace, names: list[str]) -> Namespace:
+def only(args: Namespace, names: Collection[str]) -> Namespace:
     """The flags with these terms alone, at their own coefficients, or 1 where they are off."""
     coefs = {f"{name}_coef": coef or 1.0 for name, coef in arguments.coefficients(args).items()}
     off = {flag: coef if flag.removesuffix("_coef") in names else 0.0 for flag, coef in coefs.items()}

@@ -8,15 +8,20 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
-from torch import nn
 
-from builders import build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss, compiles
+from builders import (
+    build_initial,
+    build_mixup,
+    build_objective,
+    build_optimizer,
+    build_tapped,
+    build_training_loss,
+    compiles,
+)
 from checkpoint import TrainState
 from diversity import PRESETS, DiversityObjective, PatchMixup
 from engine import autocast, autocast_dtype, train_one_epoch
 from guard import FiniteGuard
-from models import build_model
-from randomness import seed_everything
 from utils import EpochTotals, RunLog, World
 
 from . import textbook_step
@@ -34,7 +39,7 @@ def plain(args: Namespace, world: World) -> Run:
     Optimizer, precision and compiling are those of `diversified`, which so differs by its terms and its care alone.
     """
     device, dtype = world.device, autocast_dtype(args.amp, world.device)
-    model = model_of(args).to(device).train()
+    model = build_initial(args, NUM_CLASSES).to(device).train()
     model_ema = ModelEmaV3(model, decay=args.model_ema_decay)
     if compiles(args, world, DiversityObjective({})):
         model.compile(dynamic=False)
@@ -51,7 +56,7 @@ def plain(args: Namespace, world: World) -> Run:
 
 def diversified(args: Namespace, world: World) -> Run:
     """What main.py trains with, from the batch on the device to the average: `engine.train_one_epoch`."""
-    model = model_of(args).to(world.device)
+    model = build_initial(args, NUM_CLASSES).to(world.device)
     objective = build_objective(args, world, model, NUM_CLASSES)
     tapped = build_tapped(args, model, objective)
     training_loss = build_training_loss(args, world, tapped, objective)
@@ -83,7 +88,7 @@ def textbook(args: Namespace, world: World) -> Run:
     """
     device = world.device
     dtype = torch.float16 if device.type == "cuda" else autocast_dtype(args.amp, device)
-    model = model_of(args).to(device).train()
+    model = build_initial(args, NUM_CLASSES).to(device).train()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=LEARNING_RATE, weight_decay=args.weight_decay)
     coefs = PRESETS["released"].coefs
     if not textbook_step.knows(model):
@@ -122,11 +127,3 @@ def random_batch(args: Namespace, device: torch.device) -> tuple[torch.Tensor, t
     """Samples [B, 3, S, S] and labels [B]."""
     shape = (args.batch_size, 3, args.input_size, args.input_size)
     return torch.randn(shape, device=device), torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
-
-
-def model_of(args: Namespace) -> nn.Module:
-    """The model of the flags with initial weights, on the CPU."""
-    seed_everything(args.seed)
-    return build_model(
-        args.model, NUM_CLASSES, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
-    )

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from arguments import parse_args
-from benchmarks.training_steps import model_of, random_batch
-from builders import build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss
+from benchmarks.training_steps import NUM_CLASSES, random_batch
+from builders import build_initial, build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss
 from checkpoint import TrainState
 from engine import train_one_epoch
 from guard import FiniteGuard
@@ -39,13 +39,13 @@ def main(words):
     args = parse_args(words)
     with joined_world("cpu", "env://") as world:
         samples, labels = random_batch(args, world.device)
-        ddp = DistributedDataParallel(model_of(args).train())
+        ddp = DistributedDataParallel(build_initial(args, NUM_CLASSES).train())
         plain = counted(ddp)
         for _ in range(STEPS):
             F.cross_entropy(ddp(samples), labels).backward()
 
-        model = model_of(args)
-        objective = build_objective(args, world, model, 1000)
+        model = build_initial(args, NUM_CLASSES)
+        objective = build_objective(args, world, model, NUM_CLASSES)
         tapped = build_tapped(args, model, objective)
         ddp = build_training_loss(args, world, tapped, objective)
         ours = counted(ddp)
