@@ -92,6 +92,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (not (args.mixup and cutmix), "mixup_switch_prob", "--mixup or --cutmix is 0"),
         (args.cutmix_minmax, "cutmix", "--cutmix-minmax takes its place"),
         (args.accum_steps > 1, "static_graph", "--accum-steps keeps some gradients local"),
+        (args.device == "cpu", "tf32", "--device is cpu"),
         (not args.repeated_aug, "aug_repeats decode_once repeats_together", "--no-repeated-aug"),
         (args.data_set.lower().startswith("wds/"),
          "repeated_aug aug_repeats decode_once repeats_together max_bad_images dist_eval",
@@ -189,10 +190,13 @@ def _speed(parser):
     add = parser.add_argument_group("speed", "the same training, faster or in less memory").add_argument
     switch = argparse.BooleanOptionalAction
     add("--compile", action=switch, default=None,
-        help="torch.compile, model and objective in one graph; None = on GPUs if no term reads gradients")  # fmt: skip
+        help="torch.compile, model and objective in one graph; None = on GPUs if no term reads gradients, and in eager "
+        "mode where it fails")  # fmt: skip
     add("--fused-attn", action=switch, default=True,
         help="scaled-dot-product attention in every block whose maps no term reads")  # fmt: skip
     add("--fused-opt", action=switch, default=True, help="one kernel for a step of AdamW and Adam")
+    add("--tf32", action=switch, default=False,
+        help="products of float32 matrices on a GPU with 10 bits of mantissa: --amp off, terms on weights")  # fmt: skip
     add("--prefetcher", action=switch, default=None,
         help="send bytes to the device ahead of the step; normalise and erase there; None = on a GPU")  # fmt: skip
     add("--static-graph", action=switch, default=True,
@@ -361,7 +365,8 @@ def _data(parser):
         "--num-workers",
         type=whole,
         default=None,
-        help="loader processes per rank; None = cores this process may use / local ranks, at least 1",
+        help="loader processes per rank, and half as many for evaluation; None = cores this process may use, on a GPU "
+        "less two, / local ranks; at least 1",
     )
     add("--loader-timeout", type=whole, default=600, metavar="SECONDS",
         help="longest wait for a loader process before the run ends with an error; 0 = no limit")  # fmt: skip

@@ -1,9 +1,12 @@
 """The parts of a run as the flags describe them: weights, objective, taps, compiled step, mixing, optimizer."""
 
+import sys
 from argparse import Namespace
+from functools import partial
 
 import timm.optim
 import torch
+import torch._functorch.config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -11,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import arguments
 import checkpoint
+from batch_augmentation import BatchAugmentation, BatchErasing
 from datasets import Data
 from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
 from engine import TrainingLoss
@@ -101,22 +105,32 @@ def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjectiv
 
 
 def build_training_loss(
-    args: Namespace, world: World, tapped: TappedViT, objective: DiversityObjective
+    args: Namespace,
+    world: World,
+    tapped: TappedViT,
+    objective: DiversityObjective,
+    augment: BatchAugmentation | None = None,
 ) -> TrainingLoss | DistributedDataParallel:
-    """Model and objective as one module: compiled as one graph, and wrapped for several processes.
+    """Augmentation, model and objective as one module: compiled as one graph, and wrapped for several processes.
+
+    Args:
+        augment: None = images and labels are taken as they are.
 
     Raises:
         SystemExit: --compile, and a term that reads a gradient.
     """
-    training_loss = TrainingLoss(tapped, objective)
+    training_loss = TrainingLoss(tapped, objective, augment).to(world.device)
     if args.compile and objective.differentiating:
         flag = flag_of(f"{objective.differentiating[0]}_coef")
         raise SystemExit(f"error: --compile cannot differentiate twice, as {flag} does; leave one of them out")
     if compiles(args, world, objective):
         # The hooks of the taps need not run again when a checkpointed block does.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = args.grad_checkpointing
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # so that its errors come in the forward pass
         # Random numbers as without compiling, so that both train alike.
-        training_loss.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+        training_loss.compile(
+            None if args.compile else partial(_report_eager, world), options={"fallback_random": True}
+        )
     if world.size == 1:
         return training_loss
     ddp = DistributedDataParallel(
@@ -127,6 +141,11 @@ def build_training_loss(
     )
     ddp.broadcast_buffers = any(True for _ in tapped.model.buffers())  # not for a teacher's, which stay as they are
     return ddp
+
+
+def _report_eager(world: World, reason: str):
+    if world.is_main:
+        print(f"warning: the training step could not be compiled and runs in eager mode: {reason}", file=sys.stderr)
 
 
 def compiles(args: Namespace, world: World, objective: DiversityObjective) -> bool:
@@ -154,6 +173,17 @@ def fast_parts(args: Namespace, world: World, objective: DiversityObjective, dat
         "static graph": world.size > 1 and has_static_graph(args),
     }
     return [name for name, is_on in parts.items() if is_on]
+
+
+def build_augmentation(args: Namespace, grid: tuple[int, int] | None, of_bytes: bool) -> BatchAugmentation:
+    """What is done to a batch on its device.
+
+    Args:
+        grid: of the patches that need labels; None where none do.
+        of_bytes: whether images come as bytes, and so are erased here.
+    """
+    erasing = BatchErasing(args.reprob, args.remode, args.recount) if of_bytes and args.reprob else None
+    return BatchAugmentation(build_mixup(args, grid), erasing)
 
 
 def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:

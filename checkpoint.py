@@ -37,6 +37,7 @@ class TrainState:
         best: {"acc1": percent, "acc1_ema": percent}, the best so far.
         earlier_seconds: of the processes that this one continues.
         started: this process's clock.
+        is_warm: whether this process has taken a step; not saved.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)
     earlier_seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
+    is_warm: bool = False
 
     @property
     def seconds(self) -> float:
@@ -183,6 +185,7 @@ class Saver:
         self.agreement = Agreement(world)
         self.writer = checkpoint_files.BackgroundWriter(self._failed)
         self.error: BaseException | None = None
+        self.buffers: dict[tuple, torch.Tensor] = {}
         self._begin_interval()
 
     def after_step(self):
@@ -248,7 +251,8 @@ class Saver:
         self._begin_interval()
         if self.output_dir is None:
             return
-        whole, path = checkpoint_files.copied(whole), self.output_dir / LAST
+        self.writer.wait()  # which reads the buffers
+        whole, path = checkpoint_files.copied(whole, self.buffers), self.output_dir / LAST
         weights = {"acc1": whole["model"], "acc1_ema": whole.get("model_ema")}
 
         def write():

@@ -122,14 +122,16 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def copied(tree):
+def copied(tree, buffers: dict[tuple, torch.Tensor] | None = None):
     """A copy in CPU memory that later changes of the original do not reach.
 
     Args:
         tree: nested dicts, lists and tuples of tensors and plain values.
+        buffers: page-locked tensors that earlier calls made for what lies on a GPU, by place in the tree, to be written
+            again: the copy before then changes. Made here where they are missing.
     """
     devices = set()
-    copies = _copied(tree, devices)
+    copies = _copied(tree, devices, {} if buffers is None else buffers, ())
     for device in devices:
         torch.cuda.synchronize(device)
     return copies
@@ -286,20 +288,23 @@ def _try_remove(path: Path):
         path.unlink()
 
 
-def _copied(tree, devices: set[torch.device]):
-    """`copied`, whose copies from the GPUs that are added to `devices` may still be under way."""
+def _copied(tree, devices: set[torch.device], buffers: dict[tuple, torch.Tensor], place: tuple):
+    """`copied` of what is at a place, whose copies from the GPUs that are added to `devices` may still be under way."""
     if isinstance(tree, torch.Tensor):
         tensor = tree.detach()
         if not tensor.is_cuda:
             return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone()
         devices.add(tensor.device)
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        buffer = buffers.get(place)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffers[place] = buffer = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return buffer.copy_(tensor, non_blocking=True)
     if isinstance(tree, dict):
         copies = copy.copy(tree)  # keeps its type, and the metadata of a state_dict
-        copies.update((key, _copied(value, devices)) for key, value in tree.items())
+        copies.update((key, _copied(value, devices, buffers, (*place, key))) for key, value in tree.items())
         return copies
     if isinstance(tree, list | tuple):
-        return type(tree)(_copied(value, devices) for value in tree)
+        return type(tree)(_copied(value, devices, buffers, (*place, i)) for i, value in enumerate(tree))
     return copy.deepcopy(tree)
 
 

@@ -19,9 +19,10 @@ from torch.utils.data import (
 )
 
 from augmentation import build_transform
+from batch_augmentation import Normalize
 from images import ReadableImages
 from interruption import ignore_in_worker
-from prefetch import Prefetcher, SeededErasing
+from prefetch import Prefetcher
 from randomness import reseed
 from samplers import ResumableBatches, SeededRepeatAugSampler
 from sources import build_source, count_classes
@@ -39,7 +40,8 @@ class Data:
         num_steps: optimizer steps of an epoch.
         accum_steps: batches of a step.
         seed: of the order that a data set which streams is shuffled into.
-        prefetcher: sends the training batches to the device; None = they stay, normalised, where they are read.
+        prefetcher: sends the training batches to the device as bytes; None = they stay, normalised, where they are
+            read.
     """
 
     train: DataLoader | None
@@ -66,7 +68,7 @@ class Data:
         else:
             self.train.batch_sampler.start(epoch, first)
             batches = self.train
-        return batches if self.prefetcher is None else self.prefetcher.over(batches, epoch, first)
+        return batches if self.prefetcher is None else self.prefetcher.over(batches)
 
     def step_images(self, step: int) -> str:
         """Which images an optimizer step of this epoch is made of on this process."""
@@ -100,7 +102,7 @@ class Data:
         dataset = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
         batch = default_collate([dataset[i] for i in range(min(count, len(dataset)))])
         if isinstance(self.val, Prefetcher):
-            [batch] = Prefetcher([batch], self.val.device)
+            [batch] = Prefetcher([batch], self.val.device, self.val.transform)
         return batch[0]
 
     @property
@@ -125,13 +127,13 @@ def build_data(args: Namespace, world: World, val_transform: Callable | None = N
     transform = val_transform or build_transform(args, False, as_bytes=prefetches)
     val_loader = _val_loader(args, world, val, transform, num_classes)
     if prefetches and val_transform is None:
-        val_loader = Prefetcher(val_loader, world.device)
+        val_loader = Prefetcher(val_loader, world.device, Normalize().to(world.device))
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(None, val_loader, num_classes, num_val, accum_steps=args.accum_steps, seed=args.seed)
     if train is not None:
         transform = build_transform(args, True, as_bytes=prefetches)
         data.train, data.num_steps = _train_loader(args, world, train, transform, num_classes)
-        data.prefetcher = Prefetcher(data.train, world.device, _erasing(args, world)) if prefetches else None
+        data.prefetcher = Prefetcher(data.train, world.device) if prefetches else None
     return data
 
 
@@ -162,14 +164,6 @@ def _train_loader(
     return DataLoader(images, batch_sampler=batches, **_loader_options(args, world)), num_steps
 
 
-def _erasing(args: Namespace, world: World) -> SeededErasing | None:
-    """--reprob, --remode and --recount on the device."""
-    if args.reprob == 0:
-        return None
-    options = {"probability": args.reprob, "mode": args.remode, "max_count": args.recount, "device": world.device}
-    return SeededErasing(args.seed, world.rank, **options)
-
-
 def _val_loader(args: Namespace, world: World, source: Dataset, transform: Callable, num_classes: int) -> DataLoader:
     """Each rank's share without padding: images rank, rank + size, rank + 2 size, ..."""
     if isinstance(source, IterableDataset):
@@ -177,7 +171,9 @@ def _val_loader(args: Namespace, world: World, source: Dataset, transform: Calla
     images = ReadableImages(source, transform, max_bad=0)
     if args.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
-    return DataLoader(images, batch_size=int(1.5 * args.batch_size), **_loader_options(args, world))
+    options = _loader_options(args, world)
+    options["num_workers"] = math.ceil(options["num_workers"] / 2)  # those of training wait meanwhile, and stay
+    return DataLoader(images, batch_size=int(1.5 * args.batch_size), **options)
 
 
 def _stream_loader(
@@ -217,7 +213,8 @@ def _known_label(label: int, num_classes: int) -> int:
 def _loader_options(args: Namespace, world: World) -> dict:
     num_workers = args.num_workers
     if num_workers is None:
-        num_workers = max(1, cpu_count() // world.local_size)
+        spare = 2 if world.device.type == "cuda" else 0  # for the processes that feed the GPUs
+        num_workers = max(1, (cpu_count() - spare) // world.local_size)
     by_name = args.data_set.lower().startswith("hfds/") and num_workers > 0
     return {
         "num_workers": num_workers,

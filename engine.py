@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from timm.utils import accuracy
+import torch._dynamo.exc
+from timm.utils import accuracy, unwrap_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from batch_augmentation import BatchAugmentation, Draws
 from checkpoint import TrainState
-from diversity import DiversityObjective, MixedTarget, PatchMixup, TappedViT
-from guard import FiniteGuard, step_if, update_if
+from diversity import DiversityObjective, TappedViT
+from guard import FiniteGuard, GuardedUpdate
 from randomness import reseed
 from utils import Meters, RunLog, World
 
@@ -33,27 +35,70 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
 class TrainingLoss(nn.Module):
-    """Model and objective as one module, so that they compile as one graph and DistributedDataParallel wraps both.
+    """Augmentation on the device, model and objective as one module: a batch in, its loss out.
+
+    So they compile as one graph and DistributedDataParallel wraps them all.
 
     Args:
         tapped: a `TappedViT` with what `objective` reads.
+        augment: None = images are normalised and no more.
     """
 
-    def __init__(self, tapped: TappedViT, objective: DiversityObjective):
+    def __init__(self, tapped: TappedViT, objective: DiversityObjective, augment: BatchAugmentation | None = None):
         super().__init__()
         self.tapped = tapped
         self.objective = objective
+        self.augment = augment or BatchAugmentation()
+        self.names = ("loss", *objective.names)  # of the values that `forward` returns
+        self.compiled: Callable | None = None
+        self.on_compile_error: Callable[[str], None] | None = None
 
-    def forward(self, samples: torch.Tensor, target: MixedTarget) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mixed samples [B, 3, S, S] and their labels -> the 0-dim loss and {term: 0-dim value}."""
-        return self.objective(self.tapped(samples), target, samples)
+    def compile(self, on_error: Callable[[str], None] | None = None, **options):
+        """Run as one compiled graph from now on.
+
+        Args:
+            on_error: called with the reason where torch.compile fails; the step then runs in eager mode. None = raise
+                what it raises.
+            options: of torch.compile.
+        """
+        self.compiled = torch.compile(self._loss, fullgraph=True, dynamic=False, **options)
+        self.on_compile_error = on_error
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch.
+
+        Args:
+            images: [B, 3, H, W], bytes or normalised floats.
+            labels: [B], integer classes.
+            draws: of `augment.draw`.
+
+        Returns:
+            The loss, 0-dim, and the values [n] of `names`, detached: the loss, and what the objective says of it.
+        """
+        if self.compiled is None:
+            return self._loss(images, labels, draws)
+        try:
+            return self.compiled(images, labels, draws)
+        except COMPILE_ERRORS as error:
+            if self.on_compile_error is None:
+                raise
+            self.on_compile_error(str(error).strip().splitlines()[0])
+            self.compiled = None
+        return self._loss(images, labels, draws)
+
+    def _loss(self, images, labels, draws):
+        samples, target = self.augment(images, labels, draws)
+        loss, terms = self.objective(self.tapped(samples), target, samples)
+        return loss, torch.stack([loss.detach(), *terms.values()])
 
 
 def train_one_epoch(
     training_loss: nn.Module,
     loader: Iterable,
-    mixup_fn: PatchMixup,
     state: TrainState,
     guard: FiniteGuard,
     log: RunLog,
@@ -75,7 +120,7 @@ def train_one_epoch(
         loader: the batches of the steps that are left, `accum_steps` for each.
         state: what the steps change; its `step` counts up.
         num_steps: optimizer steps of the whole epoch; None = those done and those the loader has.
-        seed: of mixing, dropout and probes.
+        seed: of mixing, erasing, dropout and probes.
         images: tells which images a step of this epoch is made of on this rank, for messages.
         after_step: called when `state` holds everything up to a step; may save it, or raise to stop.
         accum_steps: batches per optimizer step.
@@ -84,56 +129,61 @@ def train_one_epoch(
 
     Returns:
         Means over the epoch's steps and processes: loss, every term and its share, lr, grad_norm; and images_per_s of
-        all processes, data_wait (share of the time spent waiting for the loader), skipped_steps, and overflows (steps
-        that fp16's loss scale skipped to settle, which is no fault).
+        all processes, data_wait (share of the time spent waiting for the loader), both without the first step of this
+        process where it has others, skipped_steps, and overflows (steps that fp16's loss scale skipped to settle, which
+        is no fault).
     """
     training_loss.train()
+    unwrapped = unwrap_model(training_loss)
+    num_raw = sum(not name.endswith("_share") for name in unwrapped.names)
+    names = (*unwrapped.names[:num_raw], "grad_norm", *unwrapped.names[num_raw:])
     optimizer, loss_scaler, epoch, totals = state.optimizer, state.loss_scaler, state.epoch, state.totals
+    update = GuardedUpdate(state.model, state.model_ema, optimizer)
     optimizer.zero_grad()
     num_steps = state.step + len(loader) // accum_steps if num_steps is None else num_steps
     progress = Progress(state, num_steps, log, world, log_interval)
-    group = Meters()
+    group = []  # values of the batches of a step
     first_batch = state.step * accum_steps
     for index, (samples, labels) in enumerate(progress.timed(loader), start=first_batch):
         step = index // accum_steps
-        ends_group = index % accum_steps == accum_steps - 1
+        ends_step = index % accum_steps == accum_steps - 1
+        if not group:
+            update.remember_buffers()
         samples = samples.to(world.device, non_blocking=True)
         labels = labels.to(world.device, non_blocking=True)
-        reseed("mixing", seed, epoch, index)
-        samples, target = mixup_fn(samples, labels)
+        draws = unwrapped.augment.draw(samples, seed, world.rank, epoch, index)
 
         reseed("step", seed, world.rank, epoch, index, device=world.device)
-        gradients_stay_local = world.size > 1 and not ends_group
+        gradients_stay_local = world.size > 1 and not ends_step
         with training_loss.no_sync() if gradients_stay_local else contextlib.nullcontext():
             with autocast(world.device, amp_dtype):
-                loss, terms = training_loss(samples, target)
+                loss, batch_values = training_loss(samples, labels, draws)
             loss_scaler.scale(loss / accum_steps).backward()
-        group.add({"loss": loss, **terms})
-        totals.images += len(samples) * world.size
-        if not ends_group:
+        group.append(batch_values)
+        progress.images += len(samples) * world.size
+        if not ends_step:
             continue
 
         loss_scaler.unscale_(optimizer)
         grad_norm = _grad_norm_and_clip(optimizer, clip_grad)
-        values = {**group.local_averages(), "grad_norm": grad_norm}
-        group = Meters()
-        checked = {name: value for name, value in values.items() if not name.endswith("_share")}
+        values = torch.stack(group).mean(dim=0)
+        values, group = torch.cat([values[:num_raw], grad_norm[None], values[num_raw:]]), []
+        checked = values[: num_raw + 1]
         if loss_scaler.is_enabled():  # an overflow is no fault while the scale has room to fall
             has_room = loss_scaler.scale(torch.ones_like(grad_norm)) >= 1
-            checked["grad_norm"] = grad_norm.where(~has_room, 0)
-        allowed = guard.check(checked, f"epoch {epoch} step {step}", lambda step=step: images(step))
+            checked = torch.cat([values[:num_raw], grad_norm.where(~has_room, 0)[None]])
+        where = f"epoch {epoch} step {step}"
+        allowed = guard.check(names[: num_raw + 1], checked, where, lambda step=step: images(step))
         if loss_scaler.is_enabled():
             overflows = allowed & ~grad_norm.isfinite()
             totals.overflows = totals.overflows + overflows
             allowed = allowed & ~overflows
-        step_if(optimizer, allowed)
+        update(allowed)
         loss_scaler.update()
-        totals.epoch.add(values, allowed)
-        totals.window.add(values, allowed)
-        if state.model_ema is not None:
-            update_if(state.model_ema, state.model, allowed)
+        totals.epoch.add(names, values, allowed)
+        totals.window.add(names, values, allowed)
         optimizer.zero_grad()
-        guard.settle()
+        guard.report_pending()
 
         state.step = step + 1
         if progress.finished_step(step):
@@ -143,12 +193,11 @@ def train_one_epoch(
     if log_interval:  # the last line waits for the end, so that a run which goes on from the last step tells it again
         progress.report(num_steps - 1, optimizer.param_groups[0]["lr"], totals.window.averages(world))
     progress.close()
-    guard.settle(wait=True)
+    guard.report_pending(wait=True)
     return {
         "lr": optimizer.param_groups[0]["lr"],
         **totals.epoch.averages(world),
-        "images_per_s": totals.images / max(totals.seconds, 1e-9),
-        "data_wait": totals.waited / max(totals.seconds, 1e-9),
+        **progress.speed(),
         "skipped_steps": totals.skipped(state.step),
         "overflows": int(totals.overflows),
     }
@@ -162,6 +211,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     after_batch: Callable[[], None] = lambda: None,
     common_batches: int = 0,
+    model_ema: nn.Module | None = None,
 ) -> dict[str, float]:
     """Cross-entropy and top-1, top-5 accuracy over the images of all processes' loaders, each counted once.
 
@@ -169,33 +219,47 @@ def evaluate(
         model: a plain timm model (not DistributedDataParallel: ranks may have unequal numbers of batches).
         loader: this process's share of the images.
         after_batch: called after each of the first `common_batches`, which every process has; may raise to stop.
+        model_ema: its average, evaluated on the same batches.
 
     Returns:
-        loss in nats, acc1 and acc5 in percent (acc5 is of all classes where there are fewer than five), images.
+        loss in nats, acc1 and acc5 in percent (acc5 is of all classes where there are fewer than five), images; and
+        with `_ema` appended to their names those of the average.
 
     Raises:
         SystemExit: there was no image.
     """
-    model.eval()
-    device = next(model.parameters()).device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
-    to_gpu = device.type == "cuda"  # where the queue waits for the copy; the host would not
-    for index, (samples, labels) in enumerate(loader):
-        samples = samples.to(device, non_blocking=to_gpu)
-        labels = labels.to(device, non_blocking=to_gpu)
-        with autocast(device, amp_dtype):
-            logits = model(samples)
-        logits = logits.float()
-        acc1, acc5 = accuracy(logits, labels, topk=(1, 5))
-        batch = len(labels)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([loss, acc1 * batch / 100, acc5 * batch / 100, loss.new_tensor(batch)])
+    models = {"": model} | ({} if model_ema is None else {"_ema": model_ema})
+    totals, images = dict.fromkeys(models, 0), 0
+    for index, batch in enumerate(loader):
+        for suffix, each in models.items():
+            totals[suffix] = totals[suffix] + _losses_and_hits(each, *batch, amp_dtype).to(world.device)
+        images += len(batch[1])
         if index < common_batches:
             after_batch()
-    loss, hits1, hits5, images = world.sum(totals.to(world.device)).tolist()
+    images = world.sum(torch.tensor(float(images), dtype=torch.float64, device=world.device)).item()
     if not images:
         raise SystemExit("error: the validation set is empty")
-    return {"loss": loss / images, "acc1": 100 * hits1 / images, "acc5": 100 * hits5 / images, "images": int(images)}
+    stats = {}
+    for suffix, total in totals.items():  # a process without a batch still takes part
+        total = world.sum(total if torch.is_tensor(total) else torch.zeros(3, dtype=torch.float64, device=world.device))
+        loss, hits1, hits5 = (total / images).tolist()
+        values = {"loss": loss, "acc1": 100 * hits1, "acc5": 100 * hits5, "images": int(images)}
+        stats |= {f"{name}{suffix}": value for name, value in values.items()}
+    return stats
+
+
+def _losses_and_hits(model: nn.Module, samples: torch.Tensor, labels: torch.Tensor, amp_dtype: torch.dtype | None):
+    """Sums over a batch of cross-entropy, top-1 hits and top-5 hits, [3] in float64; the host waits for no GPU."""
+    model.eval()
+    device = next(model.parameters()).device
+    to_gpu = device.type == "cuda"  # where the queue waits for the copy; the host would not
+    samples, labels = (tensor.to(device, non_blocking=to_gpu) for tensor in (samples, labels))
+    with autocast(device, amp_dtype):
+        logits = model(samples)
+    logits = logits.float()
+    percents = torch.stack(accuracy(logits, labels, topk=(1, 5)))
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.cat([loss[None], percents * len(labels) / 100]).double()
 
 
 class Progress:
@@ -204,6 +268,9 @@ class Progress:
     def __init__(self, state: TrainState, num_steps: int, log: RunLog, world: World, log_interval: int):
         self.epoch, self.totals = state.epoch, state.totals
         self.num_steps, self.log, self.world, self.log_interval = num_steps, log, world, log_interval
+        self.state, self.images, self.waited = state, 0, 0.0  # of the step in progress
+        self.first = (0, 0.0, 0.0)  # the same of this process's first step
+        self.step_images = 0
         self.clock = self.window_start = time.perf_counter()
         self.window_waited, self.window_steps = 0.0, 0
         on_terminal = world.is_main and sys.stderr.isatty()
@@ -220,23 +287,38 @@ class Progress:
             except StopIteration:
                 return
             wait = time.perf_counter() - asked
-            self.totals.waited += wait
+            self.waited += wait
             self.window_waited += wait
             yield batch
 
     def finished_step(self, step: int) -> bool:
         """Count an optimizer step; True when a console line is due."""
         now = time.perf_counter()
-        self.totals.seconds += now - self.clock
-        self.clock = now
+        if self.state.is_warm:
+            self.totals.images += self.images
+            self.totals.seconds += now - self.clock
+            self.totals.waited += self.waited
+        else:  # this process's first step compiles and starts the loader's workers
+            self.first, self.state.is_warm = (self.images, now - self.clock, self.waited), True
+        self.step_images, self.images, self.waited, self.clock = self.images, 0, 0.0, now
         self.window_steps += 1
         self.bar.update()
         return self.log_interval > 0 and step % self.log_interval == 0 and step < self.num_steps - 1
 
+    def speed(self) -> dict[str, float]:
+        """images_per_s and data_wait over the epoch so far."""
+        images, seconds, waited = self.totals.images, self.totals.seconds, self.totals.waited
+        if not images:  # the first step is all there is
+            images, seconds, waited = self.first
+        return {"images_per_s": images / max(seconds, 1e-9), "data_wait": waited / max(seconds, 1e-9)}
+
     def report(self, step: int, lr: float, averages: dict[str, float]):
         """One console line in DeiT's form, and the same values to TensorBoard."""
         seconds, steps = time.perf_counter() - self.window_start, max(self.window_steps, 1)
-        eta = datetime.timedelta(seconds=round(self.totals.seconds / (step + 1) * (self.num_steps - step - 1)))
+        eta = "unknown"  # after the first step of a process
+        if self.totals.images:
+            step_seconds = self.totals.seconds / self.totals.images * self.step_images
+            eta = datetime.timedelta(seconds=round(step_seconds * (self.num_steps - step - 1)))
         width = len(str(self.num_steps))
         parts = [f"Epoch: [{self.epoch}]", f"[{step:>{width}}/{self.num_steps}]", f"eta: {eta}", f"lr: {lr:.6f}"]
         parts += [f"{name}: {value:.4g}" for name, value in averages.items() if not name.endswith("_share")]

@@ -1,7 +1,7 @@
 """Steps that are not finite: judged on the device, not taken, and named."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from utils import World
 class FiniteGuard:
     """Decides, alike on all ranks, whether a step may be taken; names the ones that may not.
 
-    The decision is made on the device. The host learns of it later, in `settle`, and waits for it only when told to.
+    The decision is made on the device. On a GPU the host reads it `LAG` steps later: by then the device has made it, as
+    its queue holds fewer steps than that, and all ranks read the same decisions at the same step.
 
     Args:
         budget: skipped steps before training stops.
@@ -22,21 +23,24 @@ class FiniteGuard:
         skipped: steps that have been skipped before.
     """
 
+    LAG = 20
+
     def __init__(self, budget: int, world: World, skipped: int = 0):
         self.budget = budget
         self.world = world
         self.skipped = skipped
-        self._unsettled: collections.deque[_Check] = collections.deque()
+        self._pending: collections.deque[_Check] = collections.deque()
 
-    def check(self, values: dict[str, torch.Tensor], where: str, images: Callable[[], str]) -> torch.Tensor:
+    def check(self, names: Sequence[str], values: torch.Tensor, where: str, images: Callable[[], str]) -> torch.Tensor:
         """A 0-dim boolean: whether all values are finite on all ranks.
 
         Args:
-            values: 0-dim tensors: the loss, the gradient norm, the terms.
+            names: of the values: the loss, the terms, the gradient norm.
+            values: [n].
             where: the step, for the message.
             images: tells which images this rank's step was made of, for the message.
         """
-        finite = torch.stack([*values.values()]).isfinite()
+        finite = values.isfinite()
         allowed = self.world.sum((~finite.all()).float()) == 0
         flags = torch.cat([allowed[None], finite])
         copied = None
@@ -44,22 +48,19 @@ class FiniteGuard:
             flags = torch.empty_like(flags, device="cpu", pin_memory=True).copy_(flags, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._unsettled.append(_Check(flags, copied, list(values), where, images))
+        self._pending.append(_Check(flags, copied, names, where, images))
         return allowed
 
-    def settle(self, wait: bool = False):
-        """Say which steps were skipped, as far as the device has come, or all of them.
+    def report_pending(self, wait: bool = False):
+        """Report which steps were skipped: up to `LAG` steps ago on a GPU, and all of them elsewhere or with `wait`.
 
         Raises:
             SystemExit: more than `budget` steps have been skipped.
         """
-        while self._unsettled:
-            check = self._unsettled[0]
+        while self._pending and (wait or self._pending[0].copied is None or len(self._pending) > self.LAG):
+            check = self._pending.popleft()
             if check.copied is not None:
-                if not (wait or check.copied.query()):
-                    return
                 check.copied.synchronize()
-            self._unsettled.popleft()
             allowed, *finite = check.flags.tolist()
             if allowed:
                 continue
@@ -76,13 +77,60 @@ class FiniteGuard:
 
 
 class _Check(NamedTuple):
-    """What `FiniteGuard.settle` reads: [allowed, finite...] on the host once `copied` has happened."""
+    """What `FiniteGuard.report_pending` reads: [allowed, finite...] on the host once `copied` has happened."""
 
     flags: torch.Tensor
     copied: torch.cuda.Event | None
-    names: list[str]
+    names: Sequence[str]
     where: str
     images: Callable[[], str]
+
+
+class GuardedUpdate:
+    """The end of a training step: optimizer, buffers and average, where the step may be taken.
+
+    Nothing waits for a GPU, but an optimizer that is not fused.
+
+    Args:
+        model_ema: the average that follows the model, or None.
+        optimizer: of the model.
+    """
+
+    def __init__(self, model: nn.Module, model_ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self.buffers = [*model.buffers()]  # such as BatchNorm's running statistics, which the forward pass changes
+        self.kept = [torch.empty_like(buffer) for buffer in self.buffers]
+        self.model_ema = model_ema
+        if model_ema is not None:
+            pairs = zip(model_ema.module.state_dict().values(), model.state_dict().values(), strict=True)
+            self.pairs = {True: ([], []), False: ([], [])}
+            for average, current in pairs:
+                averages, currents = self.pairs[average.is_floating_point()]
+                averages.append(average)
+                currents.append(current)
+
+    @torch.no_grad()
+    def remember_buffers(self):
+        """Before the forward pass of a step."""
+        if self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
+
+    @torch.no_grad()
+    def __call__(self, allowed: torch.Tensor):
+        """Take the step if `allowed`, a 0-dim boolean, holds; otherwise leave weights and buffers as they were.
+
+        The average moves at every step, as timm's and DeiT's does.
+        """
+        step_if(self.optimizer, allowed)
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(buffer.where(allowed, kept))
+        if self.model_ema is not None:
+            averages, currents = self.pairs[True]
+            if averages[0].device != currents[0].device:
+                currents = [current.to(averages[0].device) for current in currents]
+            torch._foreach_lerp_(averages, currents, 1 - self.model_ema.decay)
+            for average, current in zip(*self.pairs[False], strict=True):
+                average.copy_(current)
 
 
 def step_if(optimizer: torch.optim.Optimizer, allowed: torch.Tensor):
@@ -93,25 +141,3 @@ def step_if(optimizer: torch.optim.Optimizer, allowed: torch.Tensor):
         del optimizer.grad_scale, optimizer.found_inf
     elif allowed:
         optimizer.step()
-
-
-def update_if(model_ema: ModelEmaV3, model: nn.Module, allowed: torch.Tensor):
-    """A step of the average where `allowed`, a 0-dim boolean, holds; on a GPU without the host looking."""
-    if not allowed.is_cuda or model_ema.device is not None:
-        if allowed:
-            model_ema.update(model)
-    else:
-        update_by(model_ema, model, (1 - model_ema.decay) * allowed)
-
-
-@torch.no_grad()
-def update_by(model_ema: ModelEmaV3, model: nn.Module, share: torch.Tensor):
-    """Move the average by a share, a 0-dim tensor, of its way to the model; buffers of integers are copied."""
-    pairs = [*zip(model_ema.module.state_dict().values(), model.state_dict().values(), strict=True)]
-    averages, currents = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    ways = torch._foreach_sub(currents, averages)
-    torch._foreach_mul_(ways, share)
-    torch._foreach_add_(averages, ways)
-    for average, current in pairs:
-        if not average.is_floating_point():
-            average.copy_(current)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from timm.layers import set_fused_attn
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import unwrap_model
 from torch import nn
 
 import arguments
@@ -19,7 +20,7 @@ import checkpoint_files
 import figures
 import redundancy_figures
 from builders import (
-    build_mixup,
+    build_augmentation,
     build_objective,
     build_optimizer,
     build_tapped,
@@ -58,6 +59,8 @@ def main(args: Namespace, world: World):
     if args.deterministic:
         make_deterministic()
     set_fused_attn(args.fused_attn)
+    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.tf32
     with contextlib.ExitStack() as stack, loader_errors():
         if not args.eval:
             hold_folder(stack, args, world)
@@ -94,8 +97,9 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     model, model_ema, resumed, notes = build_weights(args, world, data)
     objective = build_objective(args, world, model, data.num_classes)
     tapped = build_tapped(args, model, objective)
-    mixup_fn = build_mixup(args, tapped.grid if objective.patch_logits else None)
-    training_loss = build_training_loss(args, world, tapped, objective)
+    grid = tapped.grid if objective.patch_logits else None
+    augment = build_augmentation(args, grid, of_bytes=data.prefetcher is not None)
+    training_loss = build_training_loss(args, world, tapped, objective, augment)
 
     global_batch = args.batch_size * world.size * args.accum_steps
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
@@ -152,13 +156,14 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
         minutes=args.save_every_minutes,
         keep=args.keep_checkpoints,
     )
+    if unwrap_model(training_loss).compiled:
+        log.print("compiling the training step: the first step takes longer, and nothing is printed meanwhile")
     test_stats = None
     while state.epoch < num_epochs:
         epoch = state.epoch
         train_stats = train_one_epoch(
             training_loss,
             data.batches(epoch, state.step),
-            mixup_fn,
             state,
             guard,
             log,
@@ -212,13 +217,10 @@ def evaluate_both(
     """`evaluate` of the raw weights and, with `_ema` appended to its names, of their average."""
     if not data.val_is_shared:
         world = dataclasses.replace(world, size=1)
-    common = {"after_batch": after_batch, "common_batches": data.common_val_batches(world)}
-    stats = evaluate(model, data.val, world, amp_dtype, **common)
+    average = None if model_ema is None else model_ema.module
+    stats = evaluate(model, data.val, world, amp_dtype, after_batch, data.common_val_batches(world), average)
     if stats["images"] != data.num_val:
         raise SystemExit(f"error: {data.num_val - stats['images']} of {data.num_val} validation images are unreadable")
-    if model_ema is not None:
-        averaged = evaluate(model_ema.module, data.val, world, amp_dtype, **common)
-        stats |= {f"{name}_ema": value for name, value in averaged.items()}
     return stats
 
 

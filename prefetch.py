@@ -1,62 +1,63 @@
-"""Batches that go to the device as bytes, one ahead of the step, and are normalised and randomly erased there."""
+"""Batches that go to the device as bytes, one ahead of the step."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from timm.data.loader import PrefetchLoader
-from timm.data.random_erasing import RandomErasing
-
-from randomness import reseed
 
 
-class SeededErasing(RandomErasing):
-    """timm's random erasing, in place, of batches [B, S, S, 3]; what it draws follows from the batch's number alone.
+class Prefetcher:
+    """Sends the batches of a loader to a device while the batch before is used; on a GPU on a stream of its own.
+
+    What timm's PrefetchLoader does, but images stay bytes: what follows them is in `batch_augmentation`.
 
     Args:
-        seed: the run's.
-        rank: of this process, so that no two erase alike.
-        options: of timm's class.
+        loader: batches of images [B, S, S, 3] uint8 and labels [B]; whatever it raises passes through.
+        transform: of images that have arrived; None = they are handed on as they are.
+
+    Yields:
+        Images as [B, 3, S, S], which in memory stay pixel by pixel (torch's channels_last), and labels.
     """
 
-    def __init__(self, seed: int, rank: int, **options):
-        super().__init__(**options)
-        self.seed, self.rank = seed, rank
-        self.start(0, 0)
+    def __init__(self, loader: Iterable, device: torch.device, transform: Callable | None = None):
+        self.loader, self.device, self.transform = loader, device, transform
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def start(self, epoch: int, batch: int):
-        """Say which batch comes next; those after it are counted."""
-        self.epoch, self.batch = epoch, batch
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        ahead = None
+        for batch in self.loader:
+            sent = self._send(batch)
+            if ahead is not None:
+                yield ahead
+            if self.stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            ahead = sent
+        if ahead is not None:
+            yield ahead
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        reseed("erasing", self.seed, self.rank, self.epoch, self.batch, device=images.device)
-        self.batch += 1
-        super().__call__(images.permute(0, 3, 1, 2))
-        return images
+    def __len__(self):
+        return len(self.loader)
 
+    @property
+    def dataset(self):
+        return self.loader.dataset
 
-class Prefetcher(PrefetchLoader):
-    """timm's PrefetchLoader: images [B, S, S, 3] uint8 become [B, 3, S, S] float32, normalised, on a device.
+    @property
+    def batch_sampler(self):
+        return self.loader.batch_sampler
 
-    In memory they stay pixel by pixel, which torch calls channels_last. Mean and deviation are ImageNet's. A batch is
-    sent while the one before it is used; on a GPU on a stream of its own.
-
-    Args:
-        loader: the batches; whatever it raises passes through.
-        erasing: of training images; None = none.
-    """
-
-    def __init__(self, loader: Iterable, device: torch.device, erasing: SeededErasing | None = None):
-        super().__init__(loader, device=device)
-        self.mean, self.std = self.mean.flatten(), self.std.flatten()  # channels come last
-        self.random_erasing = erasing
-
-    def __iter__(self):
-        for images, labels in super().__iter__():
-            yield images.permute(0, 3, 1, 2), labels
-
-    def over(self, batches: Iterable, epoch: int, first: int) -> "Prefetcher":
-        """This, made to send the batches of an epoch from number `first` on."""
+    def over(self, batches: Iterable) -> "Prefetcher":
+        """This, made to send other batches."""
         self.loader = batches
-        if self.random_erasing is not None:
-            self.random_erasing.start(epoch, first)
         return self
+
+    def _send(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        context = contextlib.nullcontext()
+        if self.stream is not None:
+            # Memory that the step has given up may be written here: only once the step is done with it.
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            context = torch.cuda.stream(self.stream)
+        with context:
+            images, labels = (tensor.to(self.device, non_blocking=self.stream is not None) for tensor in batch)
+            images = images.permute(0, 3, 1, 2)
+            return images if self.transform is None else self.transform(images), labels

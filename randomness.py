@@ -4,9 +4,9 @@ So a run may be cut anywhere, and use any number of loader workers, and a checkp
 seeds the generators first, with `reseed` and its own counters:
 
     "augmentation"  seed, epoch, sample index, repeat     images.ReadableImages
-    "mixing"        seed, epoch, batch                    engine.train_one_epoch, the same on all ranks
-    "step"          seed, rank, epoch, batch              engine.train_one_epoch: dropout, drop-path, probes
-    "erasing"       seed, rank, epoch, batch              prefetch.SeededErasing, which works a batch ahead of the step
+    "mixing"        seed, epoch, batch                    batch_augmentation.BatchAugmentation, the same on all ranks
+    "erasing"       seed, rank, epoch, batch              batch_augmentation.BatchAugmentation: boxes
+    "step"          seed, rank, epoch, batch              engine.train_one_epoch: dropout, probes, erased pixels
     "order"         seed, epoch                           datasets.Data.batches, of a data set that streams
 """
 

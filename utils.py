@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class BadImageError(RuntimeError):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn `BadImageError`, and the loss of another process, into the line that a command ends with."""
+    """Turn `BadImageError`, and a failed exchange with another process, into the line that a command ends with."""
     try:
         yield
     except BadImageError as error:  # a loader worker's arrives with its traceback in the message
@@ -40,7 +40,8 @@ def one_line_errors():
         if not (dist.is_initialized() and re.search("gloo|nccl|connection (closed|reset)", line, re.IGNORECASE)):
             raise
         raise SystemExit(
-            f"error: another process of this run has ended or hangs; start again with --resume auto ({line[:200]})"
+            "error: processes could not exchange data; if another one has ended, start again with --resume auto. "
+            f"The message: {line}"
         ) from None
 
 
@@ -108,14 +109,15 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
         _require_gpu(device)
         torch.cuda.set_device(device)
     if size > 1:
-        backend = "nccl" if device.startswith("cuda") else "gloo"
+        on_gpu = device.startswith("cuda")
+        backend, options = ("nccl", {"device_id": torch.device(device)}) if on_gpu else ("gloo", {})
         meeting = {"init_method": dist_url}
         if dist_url == "env://" and local_size == size:
             # torchrun's store outlives a restart of its ranks, and with it the addresses of those that died
             store, _, _ = next(rendezvous(dist_url, rank, size))
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             meeting = {"store": dist.PrefixStore(f"attempt {attempt}", store)}
-        dist.init_process_group(backend, **meeting, rank=rank, world_size=size)
+        dist.init_process_group(backend, **meeting, rank=rank, world_size=size, **options)
     return World(rank, size, local_rank, local_size, torch.device(device))
 
 
@@ -152,28 +154,22 @@ def joined_world(device: str, dist_url: str):
 
 
 class Meters:
-    """Running sums of named 0-dim tensors, kept on their device so that adding never waits for the host."""
+    """Running sums of named numbers, kept on their device so that adding never waits for the host."""
 
     def __init__(self):
         self.names: list[str] = []
         self.sums: torch.Tensor | None = None  # one vector, so that adding is a kernel or two for any number of names
         self.count: int | torch.Tensor = 0
 
-    def add(self, values: dict[str, torch.Tensor], counts: torch.Tensor | None = None):
-        """Add a value to each sum, where `counts`, a 0-dim boolean, holds; names that came before and do not now go."""
-        added = torch.stack([value.detach().float() for value in values.values()])
-        if counts is not None:
-            added = added.where(counts, 0.0)
-        if self.sums is not None and self.names != [*values]:  # an epoch continued with other terms
+    def add(self, names: Sequence[str], values: torch.Tensor, counts: torch.Tensor | None = None):
+        """Add values [n] to the sums of n names, where `counts`, a 0-dim boolean, holds; sums of other names end."""
+        added = values.float() if counts is None else values.float().where(counts, 0.0)
+        if self.sums is not None and self.names != [*names]:  # an epoch continued with other terms
             sums = dict(zip(self.names, self.sums, strict=True))
-            self.sums = torch.stack([sums.get(name, torch.zeros_like(added[0])) for name in values])
-        self.names = [*values]
+            self.sums = torch.stack([sums.get(name, torch.zeros_like(added[0])) for name in names])
+        self.names = [*names]
         self.sums = added if self.sums is None else self.sums + added
         self.count = self.count + (1 if counts is None else counts)
-
-    def local_averages(self) -> dict[str, torch.Tensor]:
-        """Means over this process's steps, on the device."""
-        return dict(zip(self.names, (self.sums / self.count).unbind(), strict=True))
 
     def averages(self, world: World) -> dict[str, float]:
         """Means over all steps and processes; every process must call it."""
@@ -353,6 +349,13 @@ def _commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device; on a GPU through page-locked memory, so that the host does not wait."""
+    if device.type == "cuda":
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
+
+
 def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -375,6 +378,7 @@ def keep_freed_memory() -> bool:
 
 def quiet_warnings():
     """Drop the warnings of libraries that a user of this program can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores.*available but not enabled.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
     warnings.filterwarnings("ignore", message=".*PlateauLRScheduler is deprecated.*")
     warnings.filterwarnings("ignore", message=".*Corrupt EXIF data.*")

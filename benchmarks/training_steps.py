@@ -10,8 +10,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
 from builders import (
+    build_augmentation,
     build_initial,
-    build_mixup,
     build_objective,
     build_optimizer,
     build_tapped,
@@ -59,8 +59,8 @@ def diversified(args: Namespace, world: World) -> Run:
     model = build_initial(args, NUM_CLASSES).to(world.device)
     objective = build_objective(args, world, model, NUM_CLASSES)
     tapped = build_tapped(args, model, objective)
-    training_loss = build_training_loss(args, world, tapped, objective)
-    mixup_fn = build_mixup(args, tapped.grid if objective.patch_logits else None)
+    augment = build_augmentation(args, tapped.grid if objective.patch_logits else None, of_bytes=False)
+    training_loss = build_training_loss(args, world, tapped, objective, augment)
     dtype = autocast_dtype(args.amp, world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     optimizer, model_ema = build_optimizer(args, model, LEARNING_RATE), ModelEmaV3(model, decay=args.model_ema_decay)
@@ -70,9 +70,7 @@ def diversified(args: Namespace, world: World) -> Run:
 
     def run(num_steps):
         batches = [batch] * num_steps
-        train_one_epoch(
-            training_loss, batches, mixup_fn, state, guard, log, world, amp_dtype=dtype, log_interval=0
-        )  # fmt: skip
+        train_one_epoch(training_loss, batches, state, guard, log, world, amp_dtype=dtype, log_interval=0)
         state.step, state.totals = 0, EpochTotals()
 
     return run

@@ -1,10 +1,11 @@
 """Patch-level label mixing: Mixup and CutMix that also say which label each patch carries, and the per-token loss."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from timm.data.mixup import cutmix_bbox_and_lam
+from timm.data.mixup import rand_bbox_minmax
 
 MODES = ("batch", "pair", "elem")
 
@@ -28,7 +29,9 @@ class MixedTarget(NamedTuple):
 class PatchMixup:
     """timm's Mixup and CutMix, with the share of every patch kept. Image i is mixed with image B-1-i.
 
-    Draws come from numpy's global generator, in timm's order for the modes pair and elem.
+    What is random is drawn on the host (`draw`), for the whole batch in one small tensor; images and labels are mixed
+    where they are (`mix`, `target`), by operations that torch.compile traces and that never wait for a device. Calling
+    the object does both. Draws come from numpy's global generator.
 
     Source: Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019); labels per patch: The Principle of Diversity.
     Differs: any image size and grid; prob, switch_prob, mode and minmax are honoured.
@@ -86,47 +89,64 @@ class PatchMixup:
         Raises:
             ValueError: an odd batch, in which the middle image has no partner.
         """
-        batch = len(samples)
-        dtype = torch.promote_types(samples.dtype, torch.float32)
-        lam = torch.ones(batch, dtype=dtype)
-        kept = None if self.grid is None else torch.ones(batch, self.grid[0] * self.grid[1], dtype=dtype)
-        mixed = samples
-        if self.mixup_alpha > 0 or self.cutmix_alpha > 0:
-            if batch % 2:
-                raise ValueError(f"Mixup and CutMix pair the images of a batch, so its size must be even; got {batch}")
-            mixed = self._mix(samples, lam, kept)
-        lam = lam.to(samples.device, non_blocking=True)
-        kept = None if kept is None else kept.to(samples.device, non_blocking=True)
-        return mixed, MixedTarget(labels, labels.flip(0), lam, kept)
+        draws = self.draw(len(samples), samples.shape[-2:])
+        if draws is not None:
+            draws = draws.to(samples.device)
+        return self.mix(samples, draws), self.target(samples, labels, draws)
 
-    def _mix(self, samples: torch.Tensor, lam: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        """The mixed samples; fills `lam` and `kept` for the images it touches."""
-        mixed, flipped = samples.clone(), samples.flip(0)
-        batch = len(samples)
-        if self.mode == "batch":
-            groups = [slice(None)]
-        elif self.mode == "pair":
-            groups = [[i, batch - 1 - i] for i in range(batch // 2)]
+    def draw(self, batch: int, image_size: tuple[int, int]) -> torch.Tensor | None:
+        """What the mixing of a batch of images of some (height, width) depends on.
+
+        Returns:
+            None where nothing is ever mixed; otherwise float64 on the CPU, [B, 6], or [1, 6] in batch mode. Columns:
+            the share of the first image in the label; its share in every pixel (below 1 under Mixup); and the box
+            (yl, yh, xl, xh) that CutMix pastes from the partner, in pixels, empty without CutMix.
+
+        Raises:
+            ValueError: an odd batch.
+        """
+        if self.mixup_alpha == self.cutmix_alpha == 0:
+            return None
+        if batch % 2:
+            raise ValueError(f"Mixup and CutMix pair the images of a batch, so its size must be even; got {batch}")
+        count = {"batch": 1, "pair": batch // 2, "elem": batch}[self.mode]
+        shares, use_cutmix = self._draw_shares(count)
+        draws = np.zeros((count, 6))
+        draws[:, :2] = shares[:, None]
+        cut = np.flatnonzero(use_cutmix & (shares < 1))
+        boxes = self._draw_boxes(shares[cut], image_size)
+        draws[cut, 1], draws[cut, 2:] = 1, boxes
+        if self.correct_lam or self.cutmix_minmax:
+            yl, yh, xl, xh = boxes.T
+            draws[cut, 0] = 1 - (yh - yl) * (xh - xl) / (image_size[0] * image_size[1])
+        if self.mode == "pair":
+            draws = np.concatenate((draws, draws[::-1]))
+        return torch.tensor(draws)
+
+    def mix(self, samples: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """The mixed samples [B, 3, H, W]; `draws` on their device."""
+        if draws is None:
+            return samples
+        partners = samples.flip(0)
+        own, other = (share.to(samples.dtype)[:, None, None, None] for share in (draws[:, 1], 1 - draws[:, 1]))
+        return torch.where(in_box(draws[:, 2:], samples.shape[-2:]), partners, samples * own + partners * other)
+
+    def target(self, samples: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor | None) -> MixedTarget:
+        """The labels [B] of `samples` as mixed by `draws`."""
+        batch, dtype = len(samples), torch.promote_types(samples.dtype, torch.float32)
+        num_patches = None if self.grid is None else self.grid[0] * self.grid[1]
+        if draws is None:
+            lam = torch.ones(batch, dtype=dtype, device=samples.device)
+            kept = None if self.grid is None else lam[:, None].expand(-1, num_patches)
         else:
-            groups = [[i] for i in range(batch)]
-        shares, use_cutmix = self._draw(len(groups))
-        for images, share, cut in zip(groups, shares.tolist(), use_cutmix, strict=True):
-            if share == 1:
-                continue
-            if cut:
-                bbox, share = cutmix_bbox_and_lam(
-                    samples.shape, share, ratio_minmax=self.cutmix_minmax, correct_lam=self.correct_lam
-                )
-                yl, yh, xl, xh = bbox
-                mixed[images, :, yl:yh, xl:xh] = flipped[images, :, yl:yh, xl:xh]
-            else:
-                mixed[images] = samples[images] * share + flipped[images] * (1 - share)
-            lam[images] = float(share)
-            if kept is not None:
-                kept[images] = patch_lam(bbox, samples.shape[-2:], self.grid).to(kept) if cut else float(share)
-        return mixed
+            lam = draws[:, 0].to(dtype).expand(batch)
+            kept = None
+            if self.grid is not None:
+                kept = draws[:, 1:2] * patch_lam(draws[:, 2:].unbind(1), samples.shape[-2:], self.grid)
+                kept = kept.to(dtype).expand(batch, -1)
+        return MixedTarget(labels, labels.flip(0), lam, kept)
 
-    def _draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw_shares(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Shares of the first image (1 = unmixed) and whether to CutMix, [count] each; timm's order of draws."""
         use_cutmix = np.full(count, self.mixup_alpha <= 0)
         if self.mixup_alpha > 0 and self.cutmix_alpha > 0:
@@ -139,17 +159,36 @@ class PatchMixup:
             shares = np.where(use_cutmix, shares, mixup_shares)
         return np.where(np.random.rand(count) < self.prob, shares, 1.0), use_cutmix
 
+    def _draw_boxes(self, shares: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+        """One box (yl, yh, xl, xh) for each share, [n, 4]: timm's draws, all at once where it draws one at a time."""
+        if self.cutmix_minmax:
+            boxes = [rand_bbox_minmax(image_size, self.cutmix_minmax) for _ in shares]
+            return np.array(boxes, dtype=int).reshape(-1, 4)
+        sides = (np.sqrt(1 - shares)[:, None] * image_size).astype(int)
+        centres = np.random.randint(0, image_size, size=sides.shape)
+        low, high = np.clip((centres - sides // 2, centres + (sides + 1) // 2), 0, image_size)
+        return np.stack((low, high), axis=2).reshape(-1, 4)
 
-def patch_lam(bbox: tuple[int, int, int, int], image_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+
+def in_box(boxes: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+    """Which pixels lie in the box (yl, yh, xl, xh) of their image: boxes [B, 4] -> [B, 1, H, W], boolean."""
+    yl, yh, xl, xh = boxes[:, :, None].unbind(1)
+    rows, columns = (torch.arange(side, device=boxes.device) for side in image_size)
+    return ((yl <= rows) & (rows < yh))[:, None, :, None] & ((xl <= columns) & (columns < xh))[:, None, None, :]
+
+
+def patch_lam(
+    bbox: Sequence[int] | Sequence[torch.Tensor], image_size: tuple[int, int], grid: tuple[int, int]
+) -> torch.Tensor:
     """Share of each patch's pixels that CutMix keeps from the first image.
 
     Args:
-        bbox: (yl, yh, xl, xh), the pasted box in pixels, upper ends excluded.
+        bbox: (yl, yh, xl, xh), the pasted box in pixels, upper ends excluded; numbers, or tensors [B] for B boxes.
         image_size: (height, width) in pixels.
         grid: (rows, columns) of patches.
 
     Returns:
-        [P], float64, row by row, in [0, 1]: 1 outside the box, 0 inside.
+        [P], or [B, P] for B boxes, float64, row by row, in [0, 1]: 1 outside the box, 0 inside.
 
     Source: The Principle of Diversity, mixing-based patch diversity.
     Differs: none for square grids of square patches; others work too.
@@ -157,13 +196,14 @@ def patch_lam(bbox: tuple[int, int, int, int], image_size: tuple[int, int], grid
     yl, yh, xl, xh = bbox
     rows = _overlap(yl, yh, image_size[0], grid[0])
     columns = _overlap(xl, xh, image_size[1], grid[1])
-    return (1 - rows[:, None] * columns[None, :]).flatten()
+    return (1 - rows[..., :, None] * columns[..., None, :]).flatten(-2)
 
 
-def _overlap(low: int, high: int, length: int, cells: int) -> torch.Tensor:
-    """Share of each of `cells` equal cells of [0, length) that lies in [low, high)."""
-    edges = torch.arange(cells + 1, dtype=torch.float64) * length / cells
-    covered = edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)
+def _overlap(low, high, length: int, cells: int) -> torch.Tensor:
+    """Share of each of `cells` equal cells of [0, length) that lies in [low, high); one row for each interval."""
+    low, high = (torch.as_tensor(end, dtype=torch.float64)[..., None] for end in (low, high))
+    edges = torch.arange(cells + 1, dtype=torch.float64, device=low.device) * length / cells
+    covered = torch.minimum(edges[1:], high) - torch.maximum(edges[:-1], low)
     return covered.clamp(min=0) * cells / length
 
 

@@ -109,9 +109,10 @@ class DiversityObjective(nn.Module):
             raw[name] = term(**{tap: taps.get(tap) for tap in term.reads}, **self.options[name], **fixed)
             weighted[name] = self.coefs[name] * raw[name]
         loss = sum(weighted.values())
-        terms = {"classification": classification, **raw}
-        terms |= {f"{name}_share": part / loss for name, part in weighted.items()}
-        return loss, {name: value.detach() for name, value in terms.items()}
+        # As one tensor: compiled, a loss without any term and its detached copy would be one output, without gradient.
+        shares = [part / loss for part in weighted.values()]
+        values = torch.stack([classification, *raw.values(), *shares]).detach()
+        return loss, dict(zip(self.names, values.unbind(), strict=True))
 
     def _classification(self, output, target, samples):
         """Raw and weighted parts of the classification loss."""
@@ -139,6 +140,13 @@ class DiversityObjective(nn.Module):
             weights = {name: weight * (1 - self.distillation.alpha) for name, weight in weights.items()}
             weights["distillation"] = self.distillation.alpha
         return raw, {name: weights[name] * raw[name] for name in raw}
+
+    @property
+    def names(self) -> list[str]:
+        """The keys of what `forward` returns beside the loss, in their order: raw values, then shares."""
+        parts = ["cls_ce", *([MIXING] if self.patch_logits else []), *(["distillation"] if self.distillation else [])]
+        parts += self.terms
+        return ["classification", *parts, *(f"{name}_share" for name in parts)]
 
     def readers(self, tap: str) -> list[str]:
         """Names of the active terms that need a tap of `reads`, or "patch_logits"."""

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import checkpoint
 import checkpoint_files
-import engine
 import main
+from batch_augmentation import BatchAugmentation
 
 
 class Fed:
@@ -33,10 +33,10 @@ class Fed:
 
     def __init__(self, replace: Callable, at: Callable = lambda *moment: None):
         self.digests, self.indices, self.last, self.saves = {}, {}, None, 0
-        train, mix = engine.train_one_epoch, engine.PatchMixup.__call__
+        train, augment = main.train_one_epoch, BatchAugmentation.forward
         after_batch, write = checkpoint.Saver.after_batch, checkpoint_files.write
 
-        def watched_train(training_loss, loader, mixup_fn, state, *args, **kwargs):
+        def watched_train(training_loss, loader, state, *args, **kwargs):
             self.state, self.batch = state, state.step * kwargs["accum_steps"]
             after_step, images = kwargs["after_step"], kwargs["images"]
 
@@ -47,10 +47,10 @@ class Fed:
                 at("step", *self.last)
                 after_step()
 
-            return train(training_loss, loader, mixup_fn, state, *args, **kwargs | {"after_step": stop})
+            return train(training_loss, loader, state, *args, **kwargs | {"after_step": stop})
 
-        def watched_mix(mixup, samples, labels):
-            mixed, target = mix(mixup, samples, labels)
+        def watched_augment(augmentation, *batch):
+            mixed, target = augment(augmentation, *batch)
             content = [t.contiguous().numpy().tobytes() for t in (mixed, target.labels, target.lam, target.patch_lam)]
             key, digest = (self.state.epoch, self.batch), hashlib.sha256(b"".join(content)).hexdigest()
             assert self.digests.setdefault(key, digest) == digest
@@ -67,7 +67,7 @@ class Fed:
             write(*args, **kwargs)
 
         replace(main, "train_one_epoch", watched_train)
-        replace(engine.PatchMixup, "__call__", watched_mix)
+        replace(BatchAugmentation, "forward", watched_augment)
         replace(checkpoint.Saver, "after_batch", watched_after_batch)
         replace(checkpoint_files, "write", watched_write)
 

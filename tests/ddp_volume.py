@@ -14,7 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arguments import parse_args
 from benchmarks.training_steps import NUM_CLASSES, random_batch
-from builders import build_initial, build_mixup, build_objective, build_optimizer, build_tapped, build_training_loss
+from builders import (
+    build_augmentation,
+    build_initial,
+    build_objective,
+    build_optimizer,
+    build_tapped,
+    build_training_loss,
+)
 from checkpoint import TrainState
 from engine import train_one_epoch
 from guard import FiniteGuard
@@ -47,7 +54,7 @@ def main(words):
         model = build_initial(args, NUM_CLASSES)
         objective = build_objective(args, world, model, NUM_CLASSES)
         tapped = build_tapped(args, model, objective)
-        ddp = build_training_loss(args, world, tapped, objective)
+        ddp = build_training_loss(args, world, tapped, objective, build_augmentation(args, tapped.grid, False))
         ours = counted(ddp)
         exchanged, all_reduce = [], dist.all_reduce
 
@@ -59,14 +66,13 @@ def main(words):
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         state = TrainState(model, None, build_optimizer(args, model, 1e-3), None, scaler)
         log, guard = RunLog(None, world, tensorboard=False), FiniteGuard(0, world)
-        mixup_fn = build_mixup(args, tapped.grid)
         beside = []  # the gradients, so far
 
         def after_step():
             beside.append(sum(exchanged) - sum(ours))
 
         batches = [(samples, labels)] * STEPS
-        train_one_epoch(ddp, batches, mixup_fn, state, guard, log, world, after_step=after_step, log_interval=0)
+        train_one_epoch(ddp, batches, state, guard, log, world, after_step=after_step, log_interval=0)
         if world.is_main:
             print(json.dumps({"plain": plain, "ours": ours, "beside": beside}))
 

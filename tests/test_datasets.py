@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import pickle
 import tarfile
 
@@ -23,7 +24,7 @@ from datasets import build_data
 from randomness import reseed
 from samplers import SeededRepeatAugSampler
 from sources import Digits
-from utils import BadImageError
+from utils import BadImageError, World
 
 PLAIN = ("--aa", "none", "--color-jitter", 0, "--hflip", 0, "--reprob", 0, "--no-repeated-aug")
 
@@ -219,7 +220,7 @@ import faulthandler, json, sys
 sys.path.insert(0, "tests")
 from helpers import parse, world
 from datasets import build_data
-from utils import BadImageError
+from utils import BadImageError, World
 
 good, bad, cache = sys.argv[1:]
 faulthandler.dump_traceback_later(40, exit=True)  # a loader that waits for ever
@@ -457,13 +458,19 @@ def test_default_augmentation_runs(size):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize(("cores", "ranks", "num_workers"), [(48, 4, 12), (48, 1, 48), (7, 2, 3), (2, 4, 1)])
-def test_workers_share_the_cores(monkeypatch, cores, ranks, num_workers):
+@pytest.mark.parametrize(
+    ("device", "cores", "ranks", "num_workers"),
+    [("cpu", 48, 4, 12), ("cpu", 48, 1, 48), ("cpu", 7, 2, 3), ("cpu", 2, 4, 1), ("cuda", 16, 1, 14),
+     ("cuda", 50, 4, 12), ("cuda", 2, 1, 1)],
+)  # fmt: skip
+def test_workers_share_the_cores(monkeypatch, device, cores, ranks, num_workers):
+    """Evaluation has half as many; on a GPU machine two cores stay free."""
     monkeypatch.setattr(datasets, "cpu_count", lambda: cores)
     args = parse()
     args.num_workers = None
-    data = build_data(args, world(0, ranks))
-    assert (data.train.num_workers, data.val.num_workers) == (num_workers, num_workers)
+    args.prefetcher = False
+    data = build_data(args, World(0, ranks, 0, ranks, torch.device(device)))
+    assert (data.train.num_workers, data.val.num_workers) == (num_workers, math.ceil(num_workers / 2))
     assert build("--num-workers", 5, size=ranks).train.num_workers == 5
 
 

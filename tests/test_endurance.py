@@ -13,6 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 import checkpoint
+from batch_augmentation import BatchAugmentation
 from diversity import PRESETS, DiversityObjective, PatchMixup, TappedViT
 from engine import TrainingLoss, train_one_epoch
 from guard import FiniteGuard
@@ -51,9 +52,8 @@ def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
             held[state.step] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files, threading.active_count()
 
     stats = train_one_epoch(
-        TrainingLoss(tapped, objective),
+        TrainingLoss(tapped, objective, BatchAugmentation(PatchMixup(grid=tapped.grid))),
         [batch] * STEPS,
-        PatchMixup(grid=tapped.grid),
         state,
         FiniteGuard(0, world()),
         log,

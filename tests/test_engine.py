@@ -10,10 +10,11 @@ from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, TensorDataset
 
 import checkpoint
+from batch_augmentation import BatchAugmentation
 from builders import build_optimizer
 from diversity import DiversityObjective, PatchMixup, TappedViT
 from engine import TrainingLoss, autocast_dtype, evaluate, train_one_epoch
-from guard import FiniteGuard, update_by
+from guard import FiniteGuard, GuardedUpdate
 from utils import RunLog, World
 
 CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -44,9 +45,8 @@ def train(model, batches, coefs=ALL_TERMS, state=None, budget=0, mixup_fn=NO_MIX
     log = RunLog(None, CPU, tensorboard=False)
     guard = FiniteGuard(budget, CPU)
     with tapped:
-        return train_one_epoch(
-            TrainingLoss(tapped, objective), batches, mixup_fn, state or make_state(model), guard, log, CPU, **options
-        )
+        training_loss = TrainingLoss(tapped, objective, BatchAugmentation(mixup_fn))
+        return train_one_epoch(training_loss, batches, state or make_state(model), guard, log, CPU, **options)
 
 
 def weights(model):
@@ -125,16 +125,39 @@ def test_optimizers_are_fused_where_they_can_be(flags, fused):
     assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused
 
 
-def test_the_average_moves_by_a_share_told_on_the_device():
-    model = small_vit()
+def with_batch_norm():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+
+
+def test_the_average_is_timms_also_of_buffers():
+    model = with_batch_norm()
     ours, timms = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
-    train(model, [images(4)])
-    update_by(ours, model, torch.tensor(0.0))
-    assert torch.equal(weights(ours.module), weights(timms.module))
-    update_by(ours, model, torch.tensor(0.1))
-    timms.update(model)
-    torch.testing.assert_close(weights(ours.module), weights(timms.module), rtol=1e-6, atol=1e-8)
+    update = GuardedUpdate(model, ours, torch.optim.SGD(model.parameters(), lr=0.1))
+    for seed in range(3):
+        update.remember_buffers()
+        model(images(4, seed)[0]).square().sum().backward()
+        update(torch.tensor(True))
+        timms.update(model)
+        for name, value in timms.module.state_dict().items():
+            torch.testing.assert_close(ours.module.state_dict()[name], value, rtol=1e-6, atol=1e-8)
+    assert ours.module[1].num_batches_tracked == 3
     assert not torch.equal(weights(ours.module), weights(model))
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+def test_a_skipped_step_poisons_neither_buffers_nor_average(opt):
+    model = with_batch_norm()
+    ema = ModelEmaV3(model, decay=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    update = GuardedUpdate(model, ema, build_optimizer(parse("--opt", opt), model, 0.1))
+    update.remember_buffers()
+    model(torch.full((4, 3, 8, 8), math.nan)).sum().backward()
+    assert model[1].running_mean.isnan().all()
+    update(torch.tensor(False))
+    for state in (model.state_dict(), ema.module.state_dict()):
+        for name, value in state.items():
+            assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -152,9 +175,8 @@ def test_no_step_waits_for_the_gpu_between_log_lines():
     with TappedViT(model, objective.reads, objective.patch_logits) as tapped:
         guard = FiniteGuard(0, world)
         train_one_epoch(
-            TrainingLoss(tapped, objective),
+            TrainingLoss(tapped, objective, BatchAugmentation(NO_MIX)).cuda(),
             batches,
-            NO_MIX,
             state,
             guard,
             log,

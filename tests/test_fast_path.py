@@ -11,6 +11,7 @@ from test_distributed import ROOT, TORCHRUN, run
 from test_engine import images, make_state, small_vit
 from timm.utils import ModelEmaV3
 
+from batch_augmentation import BatchAugmentation
 from builders import build_objective, build_training_loss, compiles, enable_grad_checkpointing
 from diversity import REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
 from engine import TrainingLoss, train_one_epoch
@@ -22,14 +23,14 @@ ALL_TERMS = {"mixing": 1.0} | dict.fromkeys(REGULARIZERS, 0.01)
 
 
 def losses_of(training_loss, model, num_steps):
-    """The loss of every step, with Mixup, AdamW and the average."""
+    """The loss of every step, with AdamW and the average."""
     state = make_state(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), ModelEmaV3(model, decay=0.9))
     log, losses = RunLog(None, world(), tensorboard=False), []
     log.scalars = lambda values, step: losses.append(values["train/loss"])
     log.print = lambda text: None
     batches = [images(4, seed=seed) for seed in range(num_steps)]
     guard = FiniteGuard(0, world())
-    train_one_epoch(training_loss, batches, PatchMixup(grid=(4, 4)), state, guard, log, world(), log_interval=1)
+    train_one_epoch(training_loss, batches, state, guard, log, world(), log_interval=1)
     return losses
 
 
@@ -42,7 +43,8 @@ def test_twenty_steps_compiled_are_those_of_eager():
         objective = build_objective(parse("--preset", "released"), world(), model, 5)
         tapped = TappedViT(model, objective.reads, objective.patch_logits)
         args = parse("--compile" if compiled else "--no-compile")
-        losses[compiled] = losses_of(build_training_loss(args, world(), tapped, objective), model, 20)
+        augment = BatchAugmentation(PatchMixup(grid=(4, 4)))
+        losses[compiled] = losses_of(build_training_loss(args, world(), tapped, objective, augment), model, 20)
     assert len(losses[True]) == 20
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
     assert losses[True] != losses[False]  # else nothing was compiled
@@ -52,18 +54,20 @@ def test_twenty_steps_compiled_are_those_of_eager():
 def test_grad_checkpointing_gives_the_gradients_of_every_term(backend):
     """Also compiled; then without the terms that read a gradient."""
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    samples, target = PatchMixup(grid=(4, 4))(*images(4))
+    samples, labels = images(4)
+    augment = BatchAugmentation(PatchMixup(grid=(4, 4)))
+    draws = augment.draw(samples, seed=0, rank=0, epoch=0, batch=0)
     gradients = []
     for checkpointing in (False, True):
         model = small_vit(drop_path_rate=0.1).double()
         model.set_grad_checkpointing(checkpointing)
         objective = DiversityObjective(ALL_TERMS | ({"emb_grad_diversity": 0} if backend else {}), 0.1)
         with TappedViT(model, objective.reads, objective.patch_logits).train() as tapped:
-            training_loss = TrainingLoss(tapped, objective)
+            training_loss = TrainingLoss(tapped, objective, augment)
             if backend and checkpointing:
-                training_loss.compile(fullgraph=True, backend=backend)
+                training_loss.compile(backend=backend)
             torch.manual_seed(0)
-            training_loss(samples.double(), target)[0].backward()
+            training_loss(samples.double(), labels, draws)[0].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""The pixels that a prefetcher makes on the device: those of the float path, erased by the batch's number alone."""
+"""What a prefetcher sends to the device becomes the pixels of the float path."""
 
 import gc
 import os
@@ -8,18 +8,18 @@ import time
 import pytest
 import torch
 from helpers import make_image_folder, parse, world
-from test_datasets import PLAIN, write_webdataset
+from test_datasets import write_webdataset
 from test_resume import EVERYTHING, content, cut_run
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Normalize
+from torchvision import transforms
 
 import datasets
 from augmentation import build_transform
+from batch_augmentation import Normalize
 from datasets import build_data
 from images import loader_errors
-from prefetch import Prefetcher, SeededErasing
-from randomness import reseed, seed_of
+from prefetch import Prefetcher
 from utils import World
 
 CPU = torch.device("cpu")
@@ -34,6 +34,11 @@ def folder_words(tmp_path):
     return "--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=35), "--input-size", 48
 
 
+def normalised(batches):
+    """Batches of bytes as the model sees them."""
+    return ((Normalize()(images), labels) for images, labels in batches)
+
+
 def assert_same(batches, others, **tolerance):
     for (images, labels), (other_images, other_labels) in zip(batches, others, strict=True):
         assert images.dtype == other_images.dtype == torch.float32
@@ -46,10 +51,11 @@ def assert_same(batches, others, **tolerance):
 
 def test_every_byte_is_normalised_as_by_the_float_path():
     images = torch.arange(256, dtype=torch.uint8).expand(2, 3, 4, 256)
-    expected = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(images / 255)
-    [(normalised, labels)] = Prefetcher([(images.permute(0, 2, 3, 1), torch.tensor([4, 5]))], CPU)
-    torch.testing.assert_close(normalised, expected, rtol=0, atol=1e-6)
-    assert labels.tolist() == [4, 5]
+    expected = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(images / 255)
+    [(sent, labels)] = Prefetcher([(images.permute(0, 2, 3, 1), torch.tensor([4, 5]))], CPU)
+    assert torch.equal(sent, images) and labels.tolist() == [4, 5]
+    torch.testing.assert_close(Normalize()(sent), expected, rtol=0, atol=1e-6)
+    assert torch.equal(Normalize()(expected), expected)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -60,7 +66,7 @@ def test_training_batches_are_those_of_the_float_path(size, num_workers, tmp_pat
     assert next(iter(ours.train))[0].dtype == torch.uint8  # what travels
     assert ours.num_steps == theirs.num_steps == 11
     for step in (0, 7):
-        assert_same(ours.batches(1, step), theirs.batches(1, step), rtol=0, atol=1e-6)
+        assert_same(normalised(ours.batches(1, step)), theirs.batches(1, step), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -86,7 +92,7 @@ def test_streams_are_those_of_the_float_path(num_workers, tmp_path):
     words = (*words, "--batch-size", 4, "--num-workers", num_workers)
     ours, theirs = build(*words), build(*words, "--no-prefetcher")
     for epoch, step in ((0, 0), (1, 0), (1, 3)):
-        assert_same(ours.batches(epoch, step), theirs.batches(epoch, step), rtol=0, atol=1e-6)
+        assert_same(normalised(ours.batches(epoch, step)), theirs.batches(epoch, step), rtol=0, atol=1e-6)
     assert len([*ours.batches(1, 3)]) == ours.num_steps - 3
     assert_same(ours.val, theirs.val, rtol=0, atol=1e-6)
     for count in (1, 4, 9):
@@ -97,7 +103,7 @@ def test_a_transform_that_is_given_is_kept(tmp_path):
     """As analyze.py gives that of published weights, which may normalise otherwise."""
     words = folder_words(tmp_path)
     own = build_transform(parse(*words), is_training=False)
-    own.transforms[-1] = Normalize([0.5] * 3, [0.5] * 3)
+    own.transforms[-1] = transforms.Normalize([0.5] * 3, [0.5] * 3)
     data = build(*words, val_transform=own)
     assert isinstance(data.val, DataLoader)
     samples, _ = next(iter(data.val))
@@ -111,83 +117,10 @@ def test_a_transform_that_is_given_is_kept(tmp_path):
 )
 def test_a_gpu_prefetches_unless_told_not_to(device, flag, prefetches, monkeypatch):
     made = []
+    monkeypatch.setattr(datasets, "Normalize", torch.nn.Identity)  # which has nothing to move to a GPU
     monkeypatch.setattr(datasets, "Prefetcher", lambda loader, device, *_: made.append((loader.pin_memory, device)))
     build_data(parse(*flag), World(0, 1, 0, 1, torch.device(device)))
     assert made == [(device == "cuda", torch.device(device))] * 2 * prefetches
-
-
-# Erasing
-
-
-def erased(data, epoch, step):
-    """The images, and which of their pixels are not those of the same images unerased."""
-    plain = build_data(data_args(reprob=0), world())
-    pairs = zip(data.batches(epoch, step), plain.batches(epoch, step), strict=True)
-    pairs = [(images, other) for (images, _), (other, _) in pairs]
-    return torch.cat([images for images, _ in pairs]), torch.cat([(a != b).any(1) for a, b in pairs])
-
-
-def data_args(**values):
-    args = parse("--batch-size", 32, "--prefetcher", *PLAIN)
-    for name, value in values.items():
-        setattr(args, name, value)
-    return args
-
-
-def test_a_share_of_the_images_has_a_box_erased():
-    images, changed = erased(build_data(data_args(reprob=0.25), world()), 0, 0)
-    have_box = changed.flatten(1).any(1)
-    assert have_box.float().mean() == pytest.approx(0.25, abs=0.05)
-    for mask in changed[have_box]:
-        rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-        box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        assert box.all() and 0.01 < box.sum() / mask.numel() < 0.36
-    noise = torch.cat([image[:, mask].flatten() for image, mask in zip(images, changed, strict=True)])
-    assert noise.mean() == pytest.approx(0, abs=0.02) and noise.std() == pytest.approx(1, abs=0.02)
-
-
-def test_flags_of_erasing():
-    images, changed = erased(build_data(data_args(reprob=1.0, remode="const", recount=3), world()), 0, 0)
-    assert changed.flatten(1).any(1).all()
-    assert (images.permute(0, 2, 3, 1)[changed] == 0).all()
-    erasing = build_data(data_args(reprob=0.7, remode="rand", recount=2), world()).prefetcher.random_erasing
-    assert (erasing.probability, erasing.mode, erasing.min_count, erasing.max_count) == (0.7, "rand", 1, 2)
-    assert build_data(data_args(reprob=0), world()).prefetcher.random_erasing is None
-
-
-def erase(epoch, batch, seed=0, rank=0):
-    erasing = SeededErasing(seed, rank, probability=1.0, mode="pixel", device="cpu")
-    erasing.start(epoch, batch)
-    return erasing(torch.zeros(4, 3, 16, 16))
-
-
-def test_erasing_follows_from_seed_rank_epoch_and_batch():
-    draws = [erase(epoch, batch, seed, rank) for epoch in range(2) for batch in range(2) for seed in (0, 1)
-             for rank in (0, 1)]  # fmt: skip
-    assert len({draw.numpy().tobytes() for draw in draws}) == 16
-    torch.manual_seed(8)
-    assert torch.equal(erase(0, 0), draws[0])
-    erasing = SeededErasing(0, 0, probability=1.0, mode="pixel", device="cpu")
-    assert all(torch.equal(erasing(torch.zeros(4, 3, 16, 16)), erase(0, batch)) for batch in range(3))
-    assert seed_of("erasing", 1, 2, 3, 4) == 8233121052151645815
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_erased_pixels_do_not_know_where_a_run_was_cut(num_workers, tmp_path):
-    words = (*folder_words(tmp_path), "--reprob", 0.5, "--accum-steps", 2, "--num-workers")
-    whole = build(*words, 0)
-    expected = {epoch: [*whole.batches(epoch, 0)] for epoch in (0, 1)}
-    cut = build(*words, num_workers)
-    for epoch, step in ((1, 2), (0, 3), (1, 0)):
-        rest = []
-        for number, batch in enumerate(cut.batches(epoch, step)):
-            reseed("step", 0, 0, epoch, number)  # as the step does, while the next batch is there already
-            torch.rand(number)
-            rest.append(batch)
-            if epoch == 0 and number == 1:
-                break  # stopped, with batches on their way
-        assert_same(rest, expected[epoch][2 * step :][: len(rest)])
-    assert not torch.equal(expected[0][0][0], expected[1][0][0])
 
 
 def test_a_run_that_was_cut_ends_as_one_that_was_not(tmp_path, monkeypatch):
@@ -206,7 +139,7 @@ def test_unreadable_images_are_replaced_and_counted(tmp_path, capfd):
         (tmp_path / "train" / "cat" / name).write_bytes(b"no image")  # numbers 9 and 23 by name
     ours, theirs = build(*words), build(*words, "--no-prefetcher")
     for epoch in range(3):
-        assert_same(ours.batches(epoch, 0), theirs.batches(epoch, 0), rtol=0, atol=1e-6)
+        assert_same(normalised(ours.batches(epoch, 0)), theirs.batches(epoch, 0), rtol=0, atol=1e-6)
     assert ours.bad_images(world()) == theirs.bad_images(world()) == [9, 23]
     assert capfd.readouterr().err.count("replaced by the next one") == 2 * 2
 

@@ -60,7 +60,7 @@ def test_a_seed_fixes_numpy_and_torch():
 def test_meters_average_over_steps():
     meters = Meters()
     for value in (1.0, 2.0, 6.0):
-        meters.add({"loss": torch.tensor(value)})
+        meters.add(["loss"], torch.tensor([value]))
     assert meters.averages(init_world("cpu")) == {"loss": 3.0}
     assert cpu_count() >= 1
 
@@ -68,6 +68,6 @@ def test_meters_average_over_steps():
 def test_meters_go_on_with_other_terms():
     """As when a run is continued within an epoch with a term on or off."""
     meters = Meters()
-    meters.add({"loss": torch.tensor(1.0), "old": torch.tensor(5.0)})
-    meters.add({"new": torch.tensor(4.0), "loss": torch.tensor(3.0)})
+    meters.add(["loss", "old"], torch.tensor([1.0, 5.0]))
+    meters.add(["new", "loss"], torch.tensor([4.0, 3.0]))
     assert meters.averages(init_world("cpu")) == {"new": 2.0, "loss": 2.0}
