@@ -128,9 +128,8 @@ def build_training_loss(
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = args.grad_checkpointing
         torch._functorch.config.force_non_lazy_backward_lowering = True  # so that its errors come in the forward pass
         # Random numbers as without compiling, so that both train alike.
-        training_loss.compile(
-            None if args.compile else partial(_report_eager, world), options={"fallback_random": True}
-        )
+        on_error = partial(_on_compile_error, world, is_asked_for=bool(args.compile))
+        training_loss.compile(on_error, options={"fallback_random": True})
     if world.size == 1:
         return training_loss
     ddp = DistributedDataParallel(
@@ -143,9 +142,11 @@ def build_training_loss(
     return ddp
 
 
-def _report_eager(world: World, reason: str):
+def _on_compile_error(world: World, reason: str, is_asked_for: bool):
+    if is_asked_for:
+        raise SystemExit(f"error: --compile: the training step cannot be compiled: {reason}")
     if world.is_main:
-        print(f"warning: the training step could not be compiled and runs in eager mode: {reason}", file=sys.stderr)
+        print(f"warning: the training step cannot be compiled and runs in eager mode: {reason}", file=sys.stderr)
 
 
 def compiles(args: Namespace, world: World, objective: DiversityObjective) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import timm
@@ -10,10 +11,12 @@ from helpers import TINY, model_of, parse, run_main, world
 from test_distributed import ROOT, TORCHRUN, run
 from test_engine import images, make_state, small_vit
 from timm.utils import ModelEmaV3
+from torch._dynamo.backends.common import aot_autograd
 
+import builders
 from batch_augmentation import BatchAugmentation
-from builders import build_objective, build_training_loss, compiles, enable_grad_checkpointing
-from diversity import REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
+from builders import build_training_loss, compiles, enable_grad_checkpointing
+from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
 from engine import TrainingLoss, train_one_epoch
 from guard import FiniteGuard
 from utils import RunLog, World
@@ -34,20 +37,91 @@ def losses_of(training_loss, model, num_steps):
     return losses
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_twenty_steps_compiled_are_those_of_eager():
-    """By inductor, with dropout, drop-path and probes drawn alike."""
-    losses = {}
-    for compiled in (False, True):
-        model = small_vit(depth=1, proj_drop_rate=0.1, drop_path_rate=0.1)
-        objective = build_objective(parse("--preset", "released"), world(), model, 5)
+def losses_of_both(coefs, smoothing=0.1, mixup=None, **settings):
+    """Twenty losses in eager mode and compiled by inductor, with dropout, drop-path and probes drawn alike."""
+    losses = []
+    for flag in ("--no-compile", "--compile"):
+        model = small_vit(depth=2, proj_drop_rate=0.1, drop_path_rate=0.1)
+        objective = DiversityObjective(coefs, smoothing, **settings)
         tapped = TappedViT(model, objective.reads, objective.patch_logits)
-        args = parse("--compile" if compiled else "--no-compile")
-        augment = BatchAugmentation(PatchMixup(grid=(4, 4)))
-        losses[compiled] = losses_of(build_training_loss(args, world(), tapped, objective, augment), model, 20)
-    assert len(losses[True]) == 20
-    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
-    assert losses[True] != losses[False]  # else nothing was compiled
+        augment = BatchAugmentation(mixup or PatchMixup(grid=(4, 4)))
+        losses.append(losses_of(build_training_loss(parse(flag), world(), tapped, objective, augment), model, 20))
+    return losses
+
+
+OBJECTIVES = {
+    "no term": dict(coefs={}),
+    "no term, no smoothing, no mixing": dict(coefs={}, smoothing=0.0, mixup=PatchMixup(0, 0)),
+    "released": dict(coefs=PRESETS["released"].coefs),
+}
+MORE_OBJECTIVES = {
+    **{name: dict(coefs=preset.coefs, **preset.settings) for name, preset in PRESETS.items() if name != "released"},
+    **{f"{name}, no smoothing, no mixing": objective | dict(smoothing=0.0, mixup=PatchMixup(0, 0, grid=(4, 4)))
+       for name, objective in OBJECTIVES.items() if objective["coefs"]},
+    **{name: dict(coefs={name: term.coef or 1e-3}) for name, term in REGULARIZERS.items() if "grad" not in term.reads},
+}  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    "objective",
+    [*OBJECTIVES.values(), *(pytest.param(each, marks=pytest.mark.slow) for each in MORE_OBJECTIVES.values())],
+    ids=[*OBJECTIVES, *MORE_OBJECTIVES],
+)
+def test_twenty_steps_compiled_are_those_of_eager(objective):
+    eager, compiled = losses_of_both(**objective)
+    assert len(compiled) == 20
+    assert compiled == pytest.approx(eager, rel=1e-5)
+    assert compiled != eager or not objective["coefs"]  # else nothing was compiled
+
+
+def breaks_forward(training_loss):
+    """As a model would that torch.compile cannot trace."""
+    loss = training_loss._loss
+
+    def with_graph_break(*batch):
+        torch._dynamo.graph_break("this model breaks the graph")
+        return loss(*batch)
+
+    training_loss._loss = with_graph_break
+
+
+def breaks_backward(training_loss):
+    def refuse(graph, inputs):
+        raise NotImplementedError("this backward pass has no kernel")
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=refuse)
+    training_loss.compile = partial(training_loss.compile, backend=backend, options=None)
+
+
+@pytest.mark.parametrize("fault", [breaks_forward, breaks_backward])
+def test_a_step_that_does_not_compile_runs_in_eager_mode_unless_it_was_asked_for(fault, monkeypatch, capsys):
+    losses = {}
+    for flag in ("--no-compile", "--compile", None):
+        torch._dynamo.reset()
+        model = small_vit()
+        objective = DiversityObjective({"emb_cos_within": 0.5}, 0.1)
+        tapped = TappedViT(model, objective.reads, objective.patch_logits)
+        args = parse(*([flag] if flag else []))
+        if flag != "--no-compile":
+            init = TrainingLoss.__init__
+
+            def faulty(training_loss, *parts, init=init):
+                init(training_loss, *parts)
+                fault(training_loss)
+
+            monkeypatch.setattr(TrainingLoss, "__init__", faulty)
+            monkeypatch.setattr(builders, "compiles", lambda *_: True)  # as on a GPU
+        training_loss = build_training_loss(args, world(), tapped, objective)
+        monkeypatch.undo()
+        if flag == "--compile":
+            with pytest.raises(SystemExit, match=r"^error: --compile: the training step cannot be compiled: .*\S$"):
+                losses_of(training_loss, model, 3)
+        else:
+            losses[flag] = losses_of(training_loss, model, 3)
+    assert losses[None] == losses["--no-compile"]
+    errors = capsys.readouterr().err
+    assert errors.count("warning: the training step cannot be compiled and runs in eager mode: ") == 1
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
