@@ -77,20 +77,24 @@ class BatchErasing:
         (yl, xl), (yh, xh) = low, low + sides
         return torch.tensor(np.stack((yl, yh, xl, xh), axis=-1), dtype=torch.int32)
 
-    def erase(self, samples: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Samples [B, 3, H, W] with boxes [B, max_count, 4] filled; a later box lies over an earlier one."""
-        batch, channels, height, width = samples.shape
+    def draw_fill(self, images: torch.Tensor) -> torch.Tensor:
+        """What the boxes of images [B, 3, H, W] hold: [B, max_count, 3, H, W], or 1 in place of some, on their device."""
+        batch, channels, height, width = images.shape
+        device = images.device
         if self.mode == "pixel":  # drawn in the order in which bytes lie, and no finer than the model's input will be
-            autocast = torch.is_autocast_enabled(samples.device.type)
-            dtype = torch.get_autocast_dtype(samples.device.type) if autocast else samples.dtype
-            noise = torch.randn(batch, height, width, channels, dtype=dtype, device=samples.device)
-            fills = [noise.permute(0, 3, 1, 2)] * self.max_count
-        elif self.mode == "rand":
-            fills = torch.randn(self.max_count, batch, channels, 1, 1, dtype=samples.dtype, device=samples.device)
-        else:
-            fills = [0.0] * self.max_count
-        for fill, box in zip(fills, boxes.unbind(1), strict=True):
-            samples = torch.where(in_box(box, (height, width)), fill, samples)
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+            noise = torch.randn(batch, 1, height, width, channels, dtype=dtype, device=device)
+            return noise.permute(0, 1, 4, 2, 3)
+        if self.mode == "rand":
+            return torch.randn(batch, self.max_count, channels, 1, 1, device=device)
+        return torch.zeros(batch, 1, 1, 1, 1, device=device)
+
+    def erase(self, samples: torch.Tensor, boxes: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+        """Samples [B, 3, H, W] with boxes [B, max_count, 4] filled; a later box lies over an earlier one."""
+        fills = fill.expand(-1, self.max_count, -1, -1, -1)
+        for box, content in zip(boxes.unbind(1), fills.unbind(1), strict=True):
+            samples = torch.where(in_box(box, tuple(samples.shape[-2:])), content, samples)
         return samples
 
 
@@ -135,7 +139,15 @@ class BatchAugmentation(nn.Module):
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, MixedTarget]:
         """Images [B, 3, H, W] and their labels [B] -> mixed samples in floating point, and their labels."""
+        fill = None if draws.boxes is None else self.erasing.draw_fill(images)
+        samples, partners = self._normalized(images, draws.boxes, fill), None
+        if torch.compiler.is_compiling() and images.dtype == torch.uint8:
+            # Made again from their bytes, so that one kernel reads bytes and writes the mixed samples.
+            flipped = (None if tensor is None else tensor.flip(0) for tensor in (images, draws.boxes, fill))
+            partners = self._normalized(*flipped)
+        samples = self.mixup.mix(samples, draws.mixing, partners).contiguous()  # else compiled it is written twice
+        return samples, self.mixup.target(samples, labels, draws.mixing)
+
+    def _normalized(self, images, boxes, fill):
         samples = self.normalize(images)
-        if draws.boxes is not None:
-            samples = self.erasing.erase(samples, draws.boxes)
-        return self.mixup.mix(samples, draws.mixing), self.mixup.target(samples, labels, draws.mixing)
+        return samples if boxes is None else self.erasing.erase(samples, boxes, fill)

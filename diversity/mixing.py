@@ -123,11 +123,13 @@ class PatchMixup:
             draws = np.concatenate((draws, draws[::-1]))
         return torch.tensor(draws)
 
-    def mix(self, samples: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-        """The mixed samples [B, 3, H, W]; `draws` on their device."""
+    def mix(
+        self, samples: torch.Tensor, draws: torch.Tensor | None, partners: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The mixed samples [B, 3, H, W]; `draws` on their device, `partners` the flipped samples if they are known."""
         if draws is None:
             return samples
-        partners = samples.flip(0)
+        partners = samples.flip(0) if partners is None else partners
         own, other = (share.to(samples.dtype)[:, None, None, None] for share in (draws[:, 1], 1 - draws[:, 1]))
         return torch.where(in_box(draws[:, 2:], samples.shape[-2:]), partners, samples * own + partners * other)
 

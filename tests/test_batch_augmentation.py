@@ -65,7 +65,8 @@ def test_boxes_are_filled_and_nothing_else(mode):
     samples = torch.full((3, 3, 8, 10), 9.0)
     boxes = torch.tensor([[[1, 5, 2, 9], [0, 0, 0, 0]], [[0, 8, 0, 10], [2, 4, 2, 4]], [[0] * 4] * 2])
     torch.manual_seed(0)
-    erased = BatchErasing(1.0, mode, max_count=2).erase(samples, boxes)
+    erasing = BatchErasing(1.0, mode, max_count=2)
+    erased = erasing.erase(samples, boxes, erasing.draw_fill(samples))
     assert (samples == 9).all()
     changed = (erased != 9).all(1)
     assert changed[0, 1:5, 2:9].all() and changed[0].sum() == 4 * 7
@@ -82,12 +83,10 @@ def test_boxes_are_filled_and_nothing_else(mode):
 
 def test_noise_is_normal():
     torch.manual_seed(0)
-    everything = torch.tensor([[[0, 64, 0, 64]]]).expand(8, -1, -1)
-    noise = BatchErasing(1.0).erase(torch.zeros(8, 3, 64, 64), everything)
+    noise = BatchErasing(1.0).draw_fill(torch.zeros(8, 3, 64, 64))
     assert noise.mean() == pytest.approx(0, abs=0.01) and noise.std() == pytest.approx(1, abs=0.01)
     with torch.autocast("cpu", torch.bfloat16):
-        noise = BatchErasing(1.0).erase(torch.zeros(8, 3, 64, 64), everything)
-    assert noise.dtype == torch.float32
+        noise = BatchErasing(1.0).draw_fill(torch.zeros(8, 3, 64, 64, dtype=torch.uint8)).float()
     assert noise.mean() == pytest.approx(0, abs=0.01) and noise.std() == pytest.approx(1, abs=0.01)
 
 
@@ -114,8 +113,7 @@ def test_a_batch_is_normalised_then_erased_then_mixed():
     labels = torch.arange(6)
     draws = augment.draw(images, 0, 0, 0, 0)
     samples, target = augment(images, labels, draws)
-    erased = augment.erasing.erase(augment.normalize(images), draws.boxes)
-    np.random.seed(0)
+    erased = augment.erasing.erase(augment.normalize(images), draws.boxes, torch.zeros(6, 1, 1, 1, 1))
     assert torch.equal(samples, augment.mixup.mix(erased, draws.mixing))
     for value, expected in zip(target, augment.mixup.target(erased, labels, draws.mixing), strict=True):
         assert torch.equal(value, expected)
@@ -129,3 +127,18 @@ def test_nothing_to_do_changes_nothing():
     mixed, target = augment(samples, labels, draws)
     assert draws == (None, None) and mixed is samples
     assert target.patch_lam is None and (target.lam == 1).all() and torch.equal(target.labels, labels)
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_compiled_it_is_the_same(mode):
+    """Compiled, partners are made from bytes."""
+    augment = BatchAugmentation(PatchMixup(grid=(2, 2), mode="elem"), BatchErasing(1.0, mode, max_count=2))
+    images, labels = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8), torch.arange(6)
+    draws = augment.draw(images, 0, 0, 0, 0)
+    batches = []
+    for function in (augment, torch.compile(augment, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        batches.append(function(images, labels, draws))
+    torch.testing.assert_close(batches[1][0], batches[0][0], rtol=0, atol=1e-6)
+    for value, expected in zip(batches[1][1], batches[0][1], strict=True):
+        assert torch.equal(value, expected)
