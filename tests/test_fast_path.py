@@ -183,3 +183,14 @@ def test_two_ranks_exchange_what_plain_data_parallel_training_does():
     assert volume["ours"] == volume["plain"]  # bucket by bucket
     assert volume["beside"] == [4, 8, 12, 16]  # bytes: whether a step was finite
     assert sum(volume["plain"]) == 4 * 4 * sum(p.numel() for p in model_of(num_classes=1000).parameters())
+
+
+def test_gradients_travel_early_also_compiled_with_checkpointed_blocks():
+    """In many buckets that leave while the backward pass goes on, and with equal gradients."""
+    result = run([*TORCHRUN, ROOT / "tests" / "ddp_buckets.py"])
+    assert result.returncode == 0, result.stderr
+    ways = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(ways) == 4
+    for way in ways:
+        assert way["early"] >= 4 and way["buckets"] >= 8
+        assert way["norm"] == pytest.approx(ways[0]["norm"], rel=1e-6)
