@@ -78,7 +78,7 @@ class BatchErasing:
         return torch.tensor(np.stack((yl, yh, xl, xh), axis=-1), dtype=torch.int32)
 
     def draw_fill(self, images: torch.Tensor) -> torch.Tensor:
-        """What the boxes of images [B, 3, H, W] hold: [B, max_count, 3, H, W], or 1 in place of some, on their device."""
+        """What the boxes of images [B, 3, H, W] hold: [B, max_count, 3, H, W], some of which may be 1."""
         batch, channels, height, width = images.shape
         device = images.device
         if self.mode == "pixel":  # drawn in the order in which bytes lie, and no finer than the model's input will be

@@ -6,12 +6,15 @@ import itertools
 import json
 import multiprocessing
 import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import main
@@ -51,18 +54,8 @@ def compare_loaders(own: Namespace, args: Namespace, world: World) -> dict:
     if own.resized:
         modes[RESIZED] = every | {"data_path": own.resized}
     flags = {name: Namespace(**vars(args) | mode) for name, mode in modes.items()}
-    num_batches = own.steps or 8
-    with contextlib.ExitStack() as stack:
-        pools = {name: stack.enter_context(new_process()) for name in flags}
-        started = [pool.submit(_start_reading, flags[name], name == AS_IS) for name, pool in pools.items()]
-        for start in started:
-            start.result()
-        readers = {name: lambda pool=pool: pool.submit(_read, num_batches).result() for name, pool in pools.items()}
-        seconds = interleave(readers, own.rounds, torch.device("cpu"))
-    loaders = {
-        name: {"images_per_s": num_batches * args.batch_size / value, "to_deits": seconds[AS_IS] / value}
-        for name, value in seconds.items()
-    }
+    speeds = images_per_core(flags, own.steps or 8, own.rounds)
+    loaders = {name: {"images_per_s": speed, "to_deits": speed / speeds[AS_IS]} for name, speed in speeds.items()}
     runs = {}
     for name, mode in (("no part", none), ("every part", every)):
         with new_process() as pool:
@@ -80,7 +73,27 @@ def compare_loaders(own: Namespace, args: Namespace, world: World) -> dict:
     return {"loaders": loaders, "runs": runs}
 
 
-_reading: Iterator  # batches without end, in a process of `compare_loaders`
+def images_per_core(
+    flags: dict[str, Namespace], num_batches: int, rounds: int, start_method: str = "spawn"
+) -> dict[str, float]:
+    """Images per second that a process on one core reads with each of these flags; medians of `rounds` in turns.
+
+    Args:
+        flags: main.py's, by name; those of the name `AS_IS` are read as DeiT does.
+        num_batches: of a round.
+        start_method: multiprocessing's.
+    """
+    with contextlib.ExitStack() as stack:
+        pools = {name: stack.enter_context(new_process(start_method)) for name in flags}
+        started = [pool.submit(_start_reading, flags[name], name == AS_IS) for name, pool in pools.items()]
+        for start in started:
+            start.result()
+        readers = {name: lambda pool=pool: pool.submit(_read, num_batches).result() for name, pool in pools.items()}
+        seconds = interleave(readers, rounds, torch.device("cpu"))
+    return {name: num_batches * flags[name].batch_size / value for name, value in seconds.items()}
+
+
+_reading: Iterator  # batches without end, in a process of `images_per_core`
 
 
 def _start_reading(args: Namespace, as_is: bool):
@@ -108,9 +121,48 @@ def _read(num_batches: int):
         next(_reading)
 
 
-def new_process() -> ProcessPoolExecutor:
-    """A process that shares nothing with this one, and runs what it is given."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+def new_process(start_method: str = "spawn") -> ProcessPoolExecutor:
+    """A process that runs what it is given, and that shares nothing with this one unless it is forked."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context(start_method))
+
+
+def images_of_all_workers(args: Namespace, seconds: float) -> float:
+    """Images per second that the loader processes of a run deliver together, as many as --num-workers says.
+
+    The first batches are not counted: they were read while the processes started.
+    """
+    data = build_data(args, World(0, 1, 0, 1, torch.device("cpu")))
+    batches = _all_batches(data, data.train)
+    for _ in range(max(1, data.train.num_workers) * (data.train.prefetch_factor or 1)):
+        next(batches)
+    images, start = 0, time.perf_counter()
+    while time.perf_counter() < start + seconds:
+        images += len(next(batches)[0])
+    return images / (time.perf_counter() - start)
+
+
+def make_photographs(root: Path, num_photographs: int, num_names: int):
+    """A folder of random JPEG images, root/{train,val}/{cat,dog}/NUMBER.jpg, of the mean size of ImageNet's.
+
+    Smooth colours under noise, 500 x 375 pixels and about 100 KB each.
+
+    Args:
+        num_photographs: images that differ.
+        num_names: training images; those beyond the first `num_photographs` are links to them.
+    """
+    random = np.random.RandomState(0)
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (root / name).mkdir(parents=True)
+    for number in range(num_photographs):
+        coarse = Image.fromarray(random.randint(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
+        noise = random.randint(0, 50, (375, 500, 3))
+        pixels = (0.8 * np.asarray(coarse) + noise).astype(np.uint8)
+        Image.fromarray(pixels).save(root / f"{number}.jpg", quality=92)
+    for number in range(num_names):
+        name, photograph = f"{('cat', 'dog')[number % 2]}/{number}.jpg", root / f"{number % num_photographs}.jpg"
+        (root / "train" / name).symlink_to(photograph.resolve())
+        if number < 2:
+            (root / "val" / name).symlink_to(photograph.resolve())
 
 
 def short_run(args: Namespace) -> dict[str, float]:

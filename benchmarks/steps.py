@@ -2,7 +2,7 @@
 
 import functools
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from tqdm import tqdm
@@ -18,6 +18,8 @@ from utils import World
 from . import training_steps
 from .measure import host_syncs, interleave, matmul_flops_per_second, peak_bytes, step_flops
 
+PLAIN, DIVERSIFIED, TEXTBOOK = "plain timm", "diversified", "textbook"
+
 
 def compare_steps(own: Namespace, args: Namespace, world: World) -> dict:
     """The plain, the diversified and the textbook step, and the diversified one with each of its terms alone.
@@ -26,31 +28,19 @@ def compare_steps(own: Namespace, args: Namespace, world: World) -> dict:
         own: `rounds`, `steps` of a round, `terms` to time alone (None = those that are on).
         args: main.py's flags.
     """
-    coefs = arguments.coefficients(args)
-    alone = [name for name, coef in coefs.items() if coef] if own.terms is None else own.terms
-    runs = {"plain timm": training_steps.plain(args, world), "diversified": training_steps.diversified(args, world)}
-    runs |= {f"only {name}": training_steps.diversified(only(args, [name]), world) for name in alone}
-    runs["textbook"] = training_steps.textbook(args, world)
+    runs = {name: build() for name, build in step_builders(args, world, own.terms).items()}
     device, dtype = world.device, autocast_dtype(args.amp, world.device)
-    seconds = seconds_of_a_step(runs, own, device)
-    flops = step_flops(build_initial(args, training_steps.NUM_CLASSES), training_steps.random_batch(args, device)[0])
+    seconds = seconds_of_a_step(runs, own.rounds, own.steps or default_steps(device), device)
+    flops = flops_of_an_image(args)
     most = matmul_flops_per_second(device, dtype, own.rounds)
-    steps = {
-        name: {
-            "ms": 1000 * seconds[name],
-            "images_per_s": args.batch_size / seconds[name],
-            "to_plain": seconds[name] / seconds["plain timm"],
-            "textbook_to_it": seconds["textbook"] / seconds[name],
-            "peak_mib": peak_bytes(lambda run=run: run(1), device) / 2**20,
-            "utilisation": flops / seconds[name] / most,
-            "host_syncs": host_syncs(run, device),
-        }
-        for name, run in runs.items()
-    }
+    steps = {}
+    for name, run in runs.items():
+        ratios = {"to_plain": seconds[name] / seconds[PLAIN], "textbook_to_it": seconds[TEXTBOOK] / seconds[name]}
+        steps[name] = step_measures(run, seconds[name], args, device, flops / most) | ratios
     precision = str(dtype or torch.float32).removeprefix("torch.")
     print(
         f"{args.model}, batch {args.batch_size}, {precision}, medians of {own.rounds} rounds\n"
-        f"{flops / args.batch_size / 1e9:.1f} GFLOP an image; a product of large matrices: {most / 1e12:.3g} TFLOP/s"
+        f"{flops / 1e9:.1f} GFLOP an image; a product of large matrices: {most / 1e12:.3g} TFLOP/s"
     )
     columns = {
         "step": [*steps],
@@ -65,13 +55,60 @@ def compare_steps(own: Namespace, args: Namespace, world: World) -> dict:
         ],
     }
     print(markdown_table(columns))
-    return {"flops_per_image": flops / args.batch_size, "matmul_flops_per_second": most, "steps": steps}
+    return {"flops_per_image": flops, "matmul_flops_per_second": most, "steps": steps}
+
+
+def step_builders(
+    args: Namespace, world: World, terms: Collection[str] | None = None
+) -> dict[str, Callable[[], training_steps.Run]]:
+    """{name: builder} of the training steps to compare.
+
+    Args:
+        terms: those to build a step with alone; None = those that are on.
+    """
+    if terms is None:
+        terms = [name for name, coef in arguments.coefficients(args).items() if coef]
+    return {
+        PLAIN: lambda: training_steps.plain(args, world),
+        DIVERSIFIED: lambda: training_steps.diversified(args, world),
+        **{f"only {name}": lambda name=name: training_steps.diversified(only(args, [name]), world) for name in terms},
+        TEXTBOOK: lambda: training_steps.textbook(args, world),
+    }
+
+
+def step_measures(
+    run: training_steps.Run, seconds: float, args: Namespace, device: torch.device, product_seconds: float
+) -> dict[str, float | None]:
+    """What a row of a table says of a training step.
+
+    Args:
+        seconds: that it takes.
+        product_seconds: that the matrix products for one image take at the speed of a product of large matrices.
+
+    Returns:
+        ms, images_per_s, peak_mib (beyond weights, average and state), utilisation (fraction of the speed of a product
+        of large matrices), and host_syncs (waits of the host for the GPU in a step, None on a CPU).
+    """
+    return {
+        "ms": 1000 * seconds,
+        "images_per_s": args.batch_size / seconds,
+        "peak_mib": peak_bytes(lambda: run(1), device) / 2**20,
+        "utilisation": args.batch_size * product_seconds / seconds,
+        "host_syncs": host_syncs(run, device),
+    }
+
+
+def flops_of_an_image(args: Namespace) -> int:
+    """Floating-point operations of the model's matrix products in the forward and backward pass of an image."""
+    image = torch.empty(1, 3, args.input_size, args.input_size)
+    return step_flops(build_initial(args, training_steps.NUM_CLASSES), image)
 
 
 def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
     """Every term alone: its time on a step's tensors, and the peak memory that a step with it needs more."""
     plain, device = training_steps.plain(args, world), world.device
-    plain_seconds = seconds_of_a_step({"plain": plain}, own, device)["plain"]
+    num_steps = own.steps or default_steps(device)
+    plain_seconds = seconds_of_a_step({PLAIN: plain}, own.rounds, num_steps, device)[PLAIN]
     plain_bytes = peak_bytes(lambda: plain(1), device)
     model = build_initial(args, training_steps.NUM_CLASSES).to(device)
     dtype = autocast_dtype(args.amp, device)
@@ -106,11 +143,17 @@ def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
     return {"plain_ms": 1000 * plain_seconds, "plain_peak_mib": plain_bytes / 2**20, "terms": results}
 
 
-def seconds_of_a_step(runs: dict[str, training_steps.Run], own: Namespace, device: torch.device) -> dict[str, float]:
-    """Median seconds of each run's steps, taking turns."""
-    num_steps = own.steps or (20 if device.type == "cuda" else 1)
+def default_steps(device: torch.device) -> int:
+    """Training steps of a round."""
+    return 20 if device.type == "cuda" else 1
+
+
+def seconds_of_a_step(
+    runs: dict[str, training_steps.Run], rounds: int, num_steps: int, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of a step of each run over rounds of `num_steps` steps, taking turns."""
     timed = {name: lambda run=run: run(num_steps) for name, run in runs.items()}
-    return {name: seconds / num_steps for name, seconds in interleave(timed, own.rounds, device).items()}
+    return {name: seconds / num_steps for name, seconds in interleave(timed, rounds, device).items()}
 
 
 def only(args: Namespace, names: Collection[str]) -> Namespace:

@@ -39,14 +39,14 @@ def make_state(model, optimizer=None, ema=None, loss_scaler=None):
     return checkpoint.TrainState(model, ema, optimizer, None, loss_scaler)
 
 
-def train(model, batches, coefs=ALL_TERMS, state=None, budget=0, mixup_fn=NO_MIX, smoothing=0.1, **options):
+def train(model, batches, coefs=ALL_TERMS, state=None, budget=0, mixup_fn=NO_MIX, smoothing=0.1, world=CPU, **options):
     objective = DiversityObjective(coefs, smoothing)
     tapped = TappedViT(model, objective.reads, objective.patch_logits)
-    log = RunLog(None, CPU, tensorboard=False)
-    guard = FiniteGuard(budget, CPU)
+    log = RunLog(None, world, tensorboard=False)
+    guard = FiniteGuard(budget, world)
     with tapped:
-        training_loss = TrainingLoss(tapped, objective, BatchAugmentation(mixup_fn))
-        return train_one_epoch(training_loss, batches, state or make_state(model), guard, log, CPU, **options)
+        training_loss = TrainingLoss(tapped, objective, BatchAugmentation(mixup_fn)).to(world.device)
+        return train_one_epoch(training_loss, batches, state or make_state(model), guard, log, world, **options)
 
 
 def weights(model):
@@ -158,33 +158,6 @@ def test_a_skipped_step_poisons_neither_buffers_nor_average(opt):
     for state in (model.state_dict(), ema.module.state_dict()):
         for name, value in state.items():
             assert torch.equal(value, before[name]), name
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_no_step_waits_for_the_gpu_between_log_lines():
-    world = World(0, 1, 0, 1, torch.device("cuda:0"))
-    model = small_vit().cuda()
-    objective = DiversityObjective(ALL_TERMS, 0.1)
-    state = make_state(model, torch.optim.AdamW(model.parameters(), fused=True), ModelEmaV3(model, decay=0.9))
-    batches = [tuple(t.cuda() for t in images(4, seed=seed)) for seed in range(6)]
-
-    def after_step():
-        torch.cuda.set_sync_debug_mode("error" if state.step < 6 else "default")
-
-    log = RunLog(None, world, tensorboard=False)
-    with TappedViT(model, objective.reads, objective.patch_logits) as tapped:
-        guard = FiniteGuard(0, world)
-        train_one_epoch(
-            TrainingLoss(tapped, objective, BatchAugmentation(NO_MIX)).cuda(),
-            batches,
-            state,
-            guard,
-            log,
-            world,
-            after_step=after_step,
-            log_interval=0,
-        )
-    assert state.step == 6
 
 
 def test_a_skipped_step_is_told_with_its_images(capsys):

@@ -1,0 +1,188 @@
+"""What only a GPU can show, the longest test last; `python benchmark.py gpu` runs and reports these tests."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from signal import SIGTERM
+
+import pytest
+import torch
+from helpers import REPOSITORY, TINY, parse, run_main, run_process
+from test_backbones import FAMILIES, build, objective_of
+from test_backbones import images as images_of_a_family
+from test_engine import images, make_state, small_vit, train, weights
+from test_resume import content, points
+from timm.utils import ModelEmaV3
+
+import checkpoint_files
+from benchmarks import training_steps
+from benchmarks.measure import host_syncs
+from builders import build_optimizer
+from diversity import REGULARIZERS, MixedTarget, PatchMixup, TappedViT
+from interruption import RESUMABLE
+from randomness import reseed
+from utils import World
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+ON_GPU = World(0, 1, 0, 1, torch.device("cuda:0"))
+SMALL = (*TINY, "--device", "cuda:0", "--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3")
+TWENTY_STEPS = (
+    *(*SMALL, "--amp", "off", "--batch-size", "64", "--log-interval", "1", "--tensorboard"),
+    *("--warmup-epochs", "0", "--lr", "1e-3", "--unscale-lr"),
+)
+"""Flags of an epoch of 20 steps in full precision, each of which is logged."""
+
+
+def losses_of(folder, *words):
+    """The loss of every step of a real run, and its last record."""
+    run_main(*TWENTY_STEPS, *words, "--output-dir", folder)
+    losses = [loss for _, loss in points(folder)["train/loss"]]
+    assert len(losses) == 20
+    return losses, json.loads((folder / "log.txt").read_text())
+
+
+# Waits of the host
+
+
+@pytest.mark.parametrize("flag", ["--no-compile", "--compile"])
+def test_the_host_never_waits_in_a_step(flag):
+    args = parse(*SMALL, "--preset", "released", flag)
+    run = training_steps.diversified(args, ON_GPU)
+    run(2)
+    assert host_syncs(run, ON_GPU.device) == 0
+
+
+def test_a_non_finite_step_is_skipped_without_waiting(capsys):
+    """By fused AdamW, bit for bit; a step that waited would raise."""
+    model = small_vit().cuda()
+    state = make_state(model, build_optimizer(parse(), model, 0.01), ModelEmaV3(model, decay=0.9))
+    batches = [tuple(tensor.cuda() for tensor in images(4, seed=seed)) for seed in range(4)]
+    batches[2][0].fill_(math.nan)
+    after = []
+
+    def after_step():
+        after.append((weights(model), weights(state.model_ema.module)))
+        torch.cuda.set_sync_debug_mode("error" if state.step < len(batches) else "default")
+
+    try:
+        train(model, batches, state=state, budget=1, world=ON_GPU, after_step=after_step, log_interval=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    changed = [not torch.equal(after[i][0], after[i - 1][0]) for i in range(1, len(batches))]
+    averaged = [not torch.equal(after[i][1], after[i - 1][1]) for i in range(1, len(batches))]
+    assert changed == [True, False, True] and averaged == [True, True, True]
+    assert after[-1][0].isfinite().all() and after[-1][1].isfinite().all()
+    assert "epoch 0 step 2: step skipped" in capsys.readouterr().out
+
+
+# The fast path
+
+
+@pytest.mark.parametrize("flags", ["--fused-opt --no-fused-opt", "--prefetcher --no-prefetcher"])
+def test_a_run_trains_the_same_without_a_part_of_the_fast_path(flags, tmp_path):
+    """So a prefetcher makes the batches of the float path."""
+    runs = [
+        losses_of(tmp_path / flag, flag, "--preset", "released", "--reprob", "0", "--no-compile")
+        for flag in flags.split()
+    ]
+    (losses, record), (other_losses, other_record) = runs
+    assert losses == pytest.approx(other_losses, rel=1e-3)
+    assert record["test_loss"] == pytest.approx(other_record["test_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("terms", ["", "--preset released"])
+def test_twenty_steps_compiled_are_those_of_eager(terms, tmp_path):
+    """With drop-path, random erasing and the terms' probes drawn the same."""
+    compiled, eager = (losses_of(tmp_path / flag, flag, *terms.split())[0] for flag in ("--compile", "--no-compile"))
+    assert compiled == pytest.approx(eager, rel=1e-3)
+    assert compiled != eager  # else nothing was compiled
+
+
+def test_two_processes_on_one_card_have_the_gradients_of_one(tmp_path):
+    flags = (*SMALL, "--preset", "released", "--no-compile", "--drop-path", "0", "--mixup", "0", "--cutmix", "0")
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    def start(output, rank, size):
+        words = ("tests/ddp_one_card.py", output, rank, size, *flags)
+        return run_process(*words, environment={"PYTHONPATH": str(REPOSITORY)})
+
+    with ThreadPoolExecutor() as threads:
+        results = [*threads.map(start, (one, two, two), (0, 0, 1), (1, 2, 2))]
+    assert [result.returncode for result in results] == [0, 0, 0], [result.stderr[-2000:] for result in results]
+    one, two = (torch.load(path, weights_only=True) for path in (one, two))
+    torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-12)
+    assert any(gradient.abs().max() > 1e-3 for gradient in one.values())
+
+
+# Parts
+
+
+def test_reseed_sets_the_gpu():
+    device = torch.device("cuda", 0)
+    draws = []
+    for counter in (1, 1, 2):
+        reseed("step", counter, device=device)
+        draws.append(torch.rand(4, device=device))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["deit", "eva02", "swin"])
+def test_a_training_step_with_all_terms_on_cuda(name, dtype):
+    objective = objective_of(FAMILIES[name])
+    on_cpu, on_cuda = (
+        TappedViT(build(name).float().to(device), objective.reads, objective.patch_logits) for device in ("cpu", "cuda")
+    )
+    samples, labels = images_of_a_family(4).float(), torch.tensor([0, 3, 1, 4])
+    samples, target = PatchMixup(grid=on_cpu.grid)(samples, labels)
+    with torch.autocast("cuda", dtype, enabled=dtype is not None):
+        loss, terms = objective(on_cuda(samples.cuda()), MixedTarget(*(part.cuda() for part in target)))
+    loss.backward()
+    assert all(value.isfinite() for value in terms.values())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in on_cuda.parameters())
+    if dtype is None:
+        expected = objective(on_cpu(samples), target)[1]
+        for term in REGULARIZERS:
+            if term in terms and "cond_orth" not in term:  # which draw random start vectors
+                assert terms[term].item() == pytest.approx(expected[term].item(), rel=2e-2, abs=1e-4), term
+
+
+def test_a_copy_from_the_gpu_does_not_follow_the_original():
+    whole = torch.randn(512, 1024, device="cuda")
+    tree = {"whole": whole, "turned": whole.t(), "column": whole[:, 3], "more": [whole.clone() for _ in range(20)]}
+    expected = {key: value.cpu().clone() for key, value in tree.items() if key != "more"}
+    copies = checkpoint_files.copied(tree)
+    whole.zero_()
+    for key, value in expected.items():
+        assert copies[key].device.type == "cpu" and copies[key].is_pinned() and torch.equal(copies[key], value)
+    assert all(torch.equal(copy, expected["whole"]) for copy in copies["more"])
+
+
+# Resuming
+
+
+def test_a_deterministic_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(tmp_path):
+    words = ["main.py", *TWENTY_STEPS, "--preset", "released", "--deterministic", "--epochs", "3"]
+    whole = run_process(*words, "--output-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    words += ["--output-dir", str(tmp_path / "cut"), "--resume", "auto"]
+    stop_in_second_epoch(words)
+    resumed = run_process(*words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "from step" in resumed.stdout
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+def stop_in_second_epoch(words):
+    """Start a run, and send SIGTERM after the first step of its second epoch."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as run_process does
+    options = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *words], **options) as run:
+        next(line for line in run.stdout if line.startswith("Epoch: [1]"))
+        run.send_signal(SIGTERM)
+        run.communicate(timeout=120)
+    assert run.returncode == RESUMABLE
