@@ -195,6 +195,8 @@ def _speed(parser):
     add("--fused-attn", action=switch, default=True,
         help="scaled-dot-product attention in every block whose maps no term reads")  # fmt: skip
     add("--fused-opt", action=switch, default=True, help="one kernel for a step of AdamW and Adam")
+    add("--residual-dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of tokens between blocks under bfloat16 autocast; bfloat16 moves fewer bytes, and rounds")  # fmt: skip
     add("--tf32", action=switch, default=False,
         help="products of float32 matrices on a GPU with 10 bits of mantissa: --amp off, terms on weights")  # fmt: skip
     add("--prefetcher", action=switch, default=None,
@@ -406,6 +408,8 @@ def _check(parser, args):
     for name in args.model_kwargs:
         if name in HAVE_FLAGS:
             parser.error(f"--model-kwargs {name}: say it with {HAVE_FLAGS[name]}")
+    if args.residual_dtype == "bfloat16" and args.amp in ("fp16", "off"):
+        parser.error(f"--residual-dtype bfloat16 goes with --amp bf16, not with --amp {args.amp}")
     if optimizer.second_order:
         parser.error(f"--opt {args.opt} needs second derivatives, which the training step does not keep")
     if args.patch_size and args.input_size % args.patch_size:

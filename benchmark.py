@@ -4,10 +4,13 @@
     python benchmark.py terms --model deit_small_patch16_224_diverse --batch-size 16
     python benchmark.py loader --data-path DATA --resized RESIZED
     python benchmark.py gpu --minutes 8
+    python benchmark.py bytes --model deit_small_patch16_224_diverse --batch-size 1024
 
 `step` times a plain timm training step, this project's with all terms and with each alone, and a textbook's; `terms`
-every term alone, more precisely, as its share of the plain step, with the memory it adds; `loader` the input pipeline;
+every term alone, more precisely, as its share of the plain step, with the memory it adds; `loader` the input pipeline.
 `gpu` reports on a GPU machine: card, CUDA tests, training steps of three sizes, kernels, loader; on a CPU in miniature.
+`bytes` counts, without a GPU, the memory traffic and the kernels of the compiled step on an H100.
+
 What is compared takes turns, A B A B ..., so that drift of the machine's speed falls on all; medians are printed, and
 written as JSON. Further flags are main.py's.
 """
@@ -25,7 +28,7 @@ if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:
 from pathlib import Path
 
 import arguments
-from benchmarks import gpu, loader, steps
+from benchmarks import cuda_bytes, gpu, loader, steps
 from diversity import REGULARIZERS
 from diversity.objective import MIXING
 from parsing import count, positive
@@ -35,6 +38,7 @@ WHATS = {
     "step": steps.compare_steps,
     "terms": steps.compare_terms,
     "loader": loader.compare_loaders,
+    "bytes": cuda_bytes.compare_bytes,
 }
 
 
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None):
         help="training steps of a round: 1 on a CPU, on a GPU 20 (gpu: as many as take 0.3 s, at most 20) "
         "by default; loader: batches, 8")  # fmt: skip
     add("--terms", nargs="*", choices=(MIXING, *REGULARIZERS), metavar="TERM", default=None,
-        help="only these; step: none may be named")  # fmt: skip
+        help="only these; step, bytes: none may be named")  # fmt: skip
     add("--resized", default="", metavar="DIR", help="loader: a copy of the images by script/resize_imagenet.sh")
     add("--json", default="", metavar="FILE", help="where the numbers go; runs/benchmark_WHAT.json by default")
     add("--minutes", type=positive, default=8.0, help="gpu: time limit; parts that are not finished by then are ended")

@@ -35,6 +35,8 @@ def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module,
     resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.model)
+    if args.residual_dtype == "bfloat16":
+        keep_residual_in_bfloat16(model, args.model)
     model.to(world.device)
     model_ema = None
     if args.model_ema and (not args.eval or "model_ema" in resumed):
@@ -60,6 +62,24 @@ def enable_grad_checkpointing(model: nn.Module, name: str):
         model.set_grad_checkpointing()
     except (AttributeError, AssertionError):
         raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
+
+
+def keep_residual_in_bfloat16(model: nn.Module, name: str):
+    """Have the blocks hand each other tokens in bfloat16 where autocast computes in it, in place of float32.
+
+    Raises:
+        SystemExit: the model has no blocks in a row.
+    """
+    if not hasattr(model, "blocks"):
+        raise SystemExit(f"error: --model {name} has no `blocks` for --residual-dtype bfloat16")
+    model.blocks[0].register_forward_pre_hook(_to_bfloat16)
+
+
+def _to_bfloat16(block: nn.Module, inputs: tuple):
+    device_type = inputs[0].device.type
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
+        return inputs[0].bfloat16(), *inputs[1:]  # what blocks add to it is bfloat16 already
+    return None
 
 
 def build_objective(args: Namespace, world: World, model: nn.Module, num_classes: int) -> DiversityObjective:

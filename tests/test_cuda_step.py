@@ -1,19 +1,19 @@
 """The training step, evaluation and save of a GPU, on fake CUDA tensors: devices agree, and the host does not wait.
 
-What this cannot show is what torch.compile and DistributedDataParallel do, and every value. See tests/fake_cuda.py.
+This cannot show what torch.compile and DistributedDataParallel do, nor any value. See benchmarks/fake_cuda.py.
 """
 
 from unittest import mock
 
 import pytest
 import torch
-from fake_cuda import CUDA, fake_cuda
 from helpers import parse
 from timm.utils import ModelEmaV3
 
 import checkpoint_files
 import engine
 from batch_augmentation import BatchAugmentation, Draws, Normalize
+from benchmarks.fake_cuda import CUDA, fake_cuda
 from builders import (
     build_augmentation,
     build_initial,

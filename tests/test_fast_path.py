@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import builders
 from batch_augmentation import BatchAugmentation
-from builders import build_training_loss, compiles, enable_grad_checkpointing
+from builders import build_training_loss, compiles, enable_grad_checkpointing, keep_residual_in_bfloat16
 from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
 from engine import TrainingLoss, train_one_epoch
 from guard import FiniteGuard
@@ -168,6 +168,44 @@ def test_a_run_trains_alike_without_a_part(flags, tmp_path):
     for name, value in records["default"].items():
         if name not in ("train_images_per_s", "train_data_wait"):
             assert records["other"][name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
+def test_blocks_hand_on_tokens_in_the_residual_dtype(residual):
+    model = model_of(depth=3)
+    if residual == "bfloat16":
+        keep_residual_in_bfloat16(model, "")
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    samples = torch.randn(2, 3, 32, 32)
+    full = model(samples)
+    assert seen == [torch.float32] * 6
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(samples)
+    assert seen[6:] == [getattr(torch, residual)] * 6
+    torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
+
+
+def test_the_residual_in_bfloat16_trains_nearly_alike(tmp_path):
+    losses = {}
+    for residual in ("float32", "bfloat16"):
+        words = [
+            "--preset",
+            "released",
+            "--amp",
+            "bf16",
+            "--residual-dtype",
+            residual,
+            "--output_dir",
+            tmp_path / residual,
+        ]
+        run_main(*TINY, *words)
+        losses[residual] = json.loads((tmp_path / residual / "log.txt").read_text())["train_loss"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
+    assert losses["bfloat16"] != losses["float32"]
+    with pytest.raises(SystemExit, match="--model regnety_002 has no `blocks`"):
+        keep_residual_in_bfloat16(timm.create_model("regnety_002"), "regnety_002")
 
 
 def test_a_model_without_checkpointing_is_refused_in_one_line():

@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 import torch.cuda.amp.common
-from helpers import REPOSITORY
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,6 +26,7 @@ CUDA = torch.device("cuda", 0)
 PAGEABLE_LIMIT = 64 * 1024
 """Bytes. A larger copy from pageable memory may wait for all work of the stream, though it is non-blocking."""
 
+REPOSITORY = Path(__file__).parents[1]
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default: 1, aten.is_nonzero.default: True, aten.equal.default: True}
 COPIES = (aten._to_copy.default, aten.copy_.default)
@@ -123,10 +123,8 @@ def fake_cuda():
     event = mock.Mock(spec=["record", "query", "synchronize"], **{"query.return_value": False})
     event.synchronize.side_effect = lambda: watch.add("wait", "waits for an event")
     stand_ins = {
-        "torch.autograd.backward": lambda tensors, *_, **__: differentiate(tree_leaves(tensors)),
-        "torch.autograd.grad": lambda outputs, inputs, create_graph=False, **_: differentiate(
-            tree_leaves(outputs), tree_leaves(inputs), create_graph
-        ),
+        "torch.autograd.backward": backward,
+        "torch.autograd.grad": grad,
         "torch.cuda.Event": lambda *_, **__: event,
         "torch.cuda.Stream": mock.MagicMock(),
         "torch.cuda.current_stream": mock.MagicMock(),
@@ -167,15 +165,25 @@ def _to(module: nn.Module, device: torch.device | str) -> nn.Module:
 # torch's autograd engine, which would start a thread for the device
 
 
-def differentiate(outputs, inputs=None, create_graph: bool = False) -> tuple[torch.Tensor | None, ...]:
-    """What torch.autograd.grad does for outputs of one number each; without `inputs`, torch.autograd.backward."""
+def backward(tensors, *_, **__):
+    """torch.autograd.backward of tensors of one number each."""
+    differentiate(tree_leaves(tensors), None)
+
+
+def grad(outputs, inputs, grad_outputs=None, create_graph: bool = False, **_):
+    """torch.autograd.grad."""
+    return differentiate(tree_leaves(outputs), tree_leaves(inputs), grad_outputs, create_graph)
+
+
+def differentiate(outputs, inputs, grad_outputs=None, create_graph: bool = False) -> tuple[torch.Tensor | None, ...]:
+    """The gradients at `inputs`; where that is None, they are added to `.grad` of the leaves."""
     edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in inputs or ()]
     wanted = {(edge.node, edge.output_nr): place for place, edge in enumerate(edges)}
     ends = {node for node, _ in wanted}
     missing = _num_parents([output.grad_fn for output in outputs], ends)
     arriving = collections.defaultdict(dict)
-    for output in outputs:
-        arriving[output.grad_fn][output.output_nr] = torch.ones_like(output)
+    for output, start in zip(outputs, grad_outputs or map(torch.ones_like, outputs), strict=True):
+        arriving[output.grad_fn][output.output_nr] = start
     ready, found = [output.grad_fn for output in outputs if not missing[output.grad_fn]], [None] * len(edges)
     with torch.set_grad_enabled(create_graph):
         while ready:

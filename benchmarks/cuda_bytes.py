@@ -1,0 +1,207 @@
+"""`benchmark.py bytes`: kernels and bytes of the compiled training step on an H100, counted without a GPU.
+
+AOTAutograd traces the step on fake CUDA tensors, and inductor lowers and schedules forward and backward as for a GPU;
+nothing is compiled to machine code or run. The bytes are those that inductor's scheduler counts: every buffer that a
+kernel or a library call reads or writes, once. They bound the time from below: bytes over bandwidth. Two and three
+blocks are lowered, which gives what a block adds. It uses private parts of torch 2.14.
+"""
+
+import contextlib
+import multiprocessing
+import types
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import arguments
+from batch_augmentation import Draws
+from builders import build_augmentation, build_initial, build_objective, build_tapped
+from engine import TrainingLoss
+from tables import markdown_table
+from utils import World
+
+from .fake_cuda import CUDA, backward, fake_cuda, grad
+from .training_steps import NUM_CLASSES
+
+BLOCKS = (2, 3)  # lowered
+PLAIN, INPUT = "no term", "no term, from bytes"
+H100 = types.SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    warp_size=32,
+    total_memory=80 * 2**30,
+    max_threads_per_block=1024,
+    max_threads_per_multi_processor=2048,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 * 2**20,
+    gcnArchName="",
+)  # fmt: skip
+
+
+def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
+    """Bytes and kernels of the step without terms, with its input made from bytes, with each term, and with all.
+
+    Args:
+        own: `terms` to count alone (None = those that are on).
+        args: main.py's flags; the model's depth is what is extrapolated to.
+    """
+    terms = arguments.coefficients(args)
+    alone = [name for name, coef in terms.items() if coef] if own.terms is None else own.terms
+    rows = {PLAIN: [], INPUT: [], **{f"only {name}": [name] for name in alone}, "all terms": None}
+    depth = len(build_initial(args, NUM_CLASSES).blocks)
+    counts = {}
+    for name, names in tqdm(rows.items(), desc="lowering", leave=False):
+        few, more = (in_new_process(count_step, args, names, blocks, name == INPUT) for blocks in BLOCKS)
+        counts[name] = {key: more[key] + (depth - BLOCKS[1]) * (more[key] - few[key]) for key in few}
+    plain = counts[PLAIN]
+    columns = {
+        "step": [*counts],
+        "GB": [f"{count['bytes'] / 1e9:.1f}" for count in counts.values()],
+        "more than without terms, GB": [f"{(count['bytes'] - plain['bytes']) / 1e9:+.2f}" for count in counts.values()],
+        "bytes to no term": [f"{count['bytes'] / plain['bytes']:.3f}" for count in counts.values()],
+        "kernels": [f"{count['kernels']}" for count in counts.values()],
+        "kernels to no term": [f"{count['kernels'] / plain['kernels']:.3f}" for count in counts.values()],
+    }
+    print(f"{args.model}, {depth} blocks, batch {args.batch_size}, bfloat16: counted, not measured")
+    print(markdown_table(columns))
+    return {"depth": depth, "steps": counts}
+
+
+def in_new_process(function, *args):
+    """A call in a process that ends with it, since lowering leaves torch believing in a GPU."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def count_step(args: Namespace, terms: list[str] | None, blocks: int, from_bytes: bool) -> dict[str, int]:
+    """{"bytes": number, "kernels": number} of a forward and a backward pass of a model of some blocks.
+
+    Args:
+        terms: those that are on, with their coefficients or 1; None = those of `args`.
+        from_bytes: the input is bytes that are normalised, erased and mixed; otherwise floats, ready for the model.
+    """
+    if terms is not None:
+        coefs = {f"{name}_coef": (coef or 1.0) * (name in terms) for name, coef in arguments.coefficients(args).items()}
+        args = Namespace(**vars(args) | coefs)
+    args = Namespace(**vars(args) | {"model_kwargs": args.model_kwargs | {"depth": blocks}})
+    world = World(0, 1, 0, 1, CUDA)
+    model = build_initial(args, NUM_CLASSES)
+    objective = build_objective(args, World(0, 1, 0, 1, torch.device("cpu")), model, NUM_CLASSES)
+    if not from_bytes:
+        args.mixup, args.cutmix, args.cutmix_minmax = 0, 0, None
+    with fake_cuda():
+        fake_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        tapped = build_tapped(args, model, objective)
+        augment = build_augmentation(args, tapped.grid if objective.patch_logits else None, from_bytes)
+        training_loss = TrainingLoss(tapped, objective, augment).to(world.device).train()
+        side, dtype = args.input_size, torch.uint8 if from_bytes else torch.float32
+        images = torch.empty(args.batch_size, side, side, 3, dtype=dtype, device=CUDA).permute(0, 3, 1, 2)
+        labels = torch.zeros(args.batch_size, dtype=torch.int64, device=CUDA)
+        draws = augment.draw(images, 0, 0, 0, 0)
+    return _lower(training_loss, (images, labels, draws), fake_mode)
+
+
+def _lower(training_loss: nn.Module, batch: tuple, fake_mode) -> dict[str, int]:
+    from torch._functorch.aot_autograd import aot_function, make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    names, tensors = zip(*training_loss.named_parameters(), *training_loss.named_buffers(), strict=True)
+    counts = {"bytes": 0, "kernels": 0}
+
+    def step(tensors, images, labels, mixing, boxes):
+        state = dict(zip(names, tensors, strict=True))
+        with torch.autocast("cuda", torch.bfloat16):
+            return torch.func.functional_call(training_loss, state, (images, labels, Draws(mixing, boxes)))
+
+    def compiler(is_backward):
+        def count(graph, inputs):
+            for key, value in _scheduled(graph, inputs, is_backward, fake_mode).items():
+                counts[key] += value
+            return make_boxed_func(graph.forward)
+
+        return count
+
+    def partition(graph, inputs, **options):
+        return min_cut_rematerialization_partition(graph, inputs, **options | {"compiler": "inductor"})
+
+    def flash_attention(q, k, v, attn_mask=None, dropout_p=0.0, **options):
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
+
+    with _believing_in_an_h100(), mock.patch.object(F, "scaled_dot_product_attention", flash_attention), fake_mode:
+        compiled = aot_function(
+            step, compiler(False), compiler(True), partition, decompositions=select_decomp_table(),
+            keep_inference_input_mutations=True,
+        )  # fmt: skip
+        images, labels, draws = batch
+        loss, _ = compiled([*tensors], images, labels, *draws)
+        loss.backward()
+    return counts
+
+
+def _scheduled(graph: torch.fx.GraphModule, inputs: list, is_backward: bool, fake_mode) -> dict[str, int]:
+    """Bytes and kernels, library calls included, of one of the two graphs as inductor schedules it."""
+    from torch._inductor.compile_fx import fake_tensor_prop, view_to_reshape
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import post_grad_passes
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import NopKernelSchedulerNode
+    from torch._inductor.virtualized import V
+
+    view_to_reshape(graph)
+    with V.set_fake_mode(fake_mode), fake_mode:
+        fake_tensor_prop(graph, inputs)
+        post_grad_passes(graph, is_inference=False)
+        fake_tensor_prop(graph, inputs, True)
+    lowering = GraphLowering(graph, example_inputs=inputs, is_backward=is_backward, is_inference=False)
+    with V.set_fake_mode(fake_mode), V.set_graph_handler(lowering), V.set_debug_handler(DebugContext()):
+        lowering.run(*inputs)
+        lowering.codegen()
+        nodes = [node for node in lowering.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
+        return {"bytes": sum(node.get_read_write_buffers_sizes() for node in nodes), "kernels": len(nodes)}
+
+
+@contextlib.contextmanager
+def _believing_in_an_h100():
+    """Within, inductor lowers for an H100 and asks no driver."""
+    import torch._dynamo.device_interface as device_interface
+    import torch._inductor.config as config
+    import torch.utils._triton as triton
+
+    interface = device_interface.CudaInterface
+    stand_ins = [
+        (torch.compiler, "is_compiling", lambda: True),
+        (torch.autograd, "backward", backward),
+        (torch.autograd, "grad", grad),
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda **_: True),
+        (torch.cuda, "get_device_properties", lambda *_: H100),
+        (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        (torch.cuda, "get_device_name", lambda *_: H100.name),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "device_count", lambda: 1),
+        (interface, "get_device_properties", staticmethod(lambda *_: H100)),
+        (interface.Worker, "get_device_properties", staticmethod(lambda *_: H100)),
+        (interface, "get_compute_capability", staticmethod(lambda *_: 90)),
+        (interface, "current_device", staticmethod(lambda: 0)),
+        (interface, "is_available", staticmethod(lambda: True)),
+        (interface, "is_triton_capable", staticmethod(lambda *_: True)),
+        (interface, "raise_if_triton_unavailable", staticmethod(lambda *_: None)),
+        (triton, "triton_hash_with_backend", lambda: "none"),
+        (triton, "has_triton", lambda *_: True),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, stand_in in stand_ins:
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        stack.enter_context(config.patch(fallback_random=True, compile_threads=1, fx_graph_cache=False))
+        yield
