@@ -94,16 +94,15 @@ def count_step(args: Namespace, terms: list[str] | None, blocks: int, from_bytes
         coefs = {f"{name}_coef": (coef or 1.0) * (name in terms) for name, coef in arguments.coefficients(args).items()}
         args = Namespace(**vars(args) | coefs)
     args = Namespace(**vars(args) | {"model_kwargs": args.model_kwargs | {"depth": blocks}})
-    world = World(0, 1, 0, 1, CUDA)
     model = build_initial(args, NUM_CLASSES)
     objective = build_objective(args, World(0, 1, 0, 1, torch.device("cpu")), model, NUM_CLASSES)
     if not from_bytes:
         args.mixup, args.cutmix, args.cutmix_minmax = 0, 0, None
     with fake_cuda():
         fake_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        tapped = build_tapped(args, model, objective)
+        tapped = build_tapped(args, model.to(CUDA), objective)
         augment = build_augmentation(args, tapped.grid if objective.patch_logits else None, from_bytes)
-        training_loss = TrainingLoss(tapped, objective, augment).to(world.device).train()
+        training_loss = TrainingLoss(tapped, objective, augment).to(CUDA).train()
         side, dtype = args.input_size, torch.uint8 if from_bytes else torch.float32
         images = torch.empty(args.batch_size, side, side, 3, dtype=dtype, device=CUDA).permute(0, 3, 1, 2)
         labels = torch.zeros(args.batch_size, dtype=torch.int64, device=CUDA)
