@@ -43,15 +43,15 @@ def spectral_spread(
         return _exact_spread(items)
     if probes is None:
         probes = draw(2, *items.shape[:-1], 1, dtype=items.dtype, device=items.device)
-    product = _gram_product(items)
+    product, form = _gram_product(items)
     start = probes.squeeze(-1).movedim(0, -2)  # [..., 2, items]
     if steps > 1:
-        start = _better_start(product, start, steps - 1, eps)
+        start = _better_start(product, form, start, steps - 1, eps)
     pushed = product(start)
     towards_largest, second = pushed[..., :1, :], pushed[..., 1:, :]
-    largest = _rayleigh_quotient(towards_largest, product(towards_largest), eps)
+    largest = _rayleigh_quotient(form, towards_largest, eps)
     shifted = second - largest * start[..., 1:, :]
-    farthest = _rayleigh_quotient(shifted, product(shifted) - largest * shifted, eps)
+    farthest = _rayleigh_quotient(lambda x: form(x) - largest * x.square().sum(dim=-1, keepdim=True), shifted, eps)
     return -farthest[..., 0, 0]
 
 
@@ -65,24 +65,27 @@ def _exact_spread(items: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _better_start(product, start, steps, eps):
+def _better_start(product, form, start, steps, eps):
     """The start vectors [..., 2, items] after `steps` power steps on G and on G - largest * I, normalised."""
     first, second = start[..., :1, :], start[..., 1:, :]
     for _ in range(steps):
         first = unit(product(first))
-    largest = _rayleigh_quotient(first, product(first), eps)
+    largest = _rayleigh_quotient(form, first, eps)
     for _ in range(steps):
         second = unit(product(second) - largest * second)
     return torch.cat((first, second), dim=-2)
 
 
-def _gram_product(items: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Rows x [..., k, items] -> x X X^T. X X^T is formed only where it is smaller than one item: few, long items."""
+def _gram_product(items: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+    """For rows x [..., k, items]: x -> x G and x -> <x G, x> [..., k, 1], with G = X X^T.
+
+    G is formed only where it is smaller than one item: few, long items. Otherwise <x G, x> is the squared norm of x X.
+    """
     count, length = items.shape[-2:]
     if count * count <= length:
         gram = items @ items.mT
-        return lambda x: x @ gram
-    return lambda x: _GramProduct.apply(items, x)
+        return lambda x: x @ gram, lambda x: (x @ gram * x).sum(dim=-1, keepdim=True)
+    return lambda x: _GramProduct.apply(items, x), lambda x: (x @ items).square().sum(dim=-1, keepdim=True)
 
 
 class _GramProduct(torch.autograd.Function):
@@ -107,7 +110,7 @@ class _GramProduct(torch.autograd.Function):
         return grad_items, grad_inner @ items.mT if ctx.needs_input_grad[1] else None
 
 
-def _rayleigh_quotient(x: torch.Tensor, gram_x: torch.Tensor, eps: float) -> torch.Tensor:
-    """<G x, x> / (<x, x> + eps) for rows [..., 1, items], as [..., 1, 1]; 0 where x is 0."""
+def _rayleigh_quotient(form: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, eps: float) -> torch.Tensor:
+    """<x G, x> / (<x, x> + eps) for rows [..., 1, items] and `form` x -> <x G, x>, as [..., 1, 1]; 0 where x is 0."""
     norm = x.square().sum(dim=-1, keepdim=True) + eps
-    return (gram_x * x).sum(dim=-1, keepdim=True) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return form(x) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
