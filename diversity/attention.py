@@ -11,8 +11,8 @@ from .similarity import (
     contrast,
     cosines,
     log_gram_determinant,
-    mean_cosine,
     mean_cross_cosine,
+    mean_map_cosine,
     orthogonality_gap,
     separation,
     unit,
@@ -39,7 +39,7 @@ def attn_cos_within(attention: torch.Tensor) -> torch.Tensor:
     Source: The Principle of Diversity, attention diversity.
     Differs: computed as the squared norm of the mean unit map, which equals the mean over pairs.
     """
-    return mean_cosine(_flat(attention)).mean()
+    return mean_map_cosine(attention).mean()
 
 
 @regularizer(level="attention")
@@ -74,8 +74,7 @@ def attn_offdiag_cos_within(attention: torch.Tensor) -> torch.Tensor:
     Source: attn_cos_within without the constant part that a head's cosine with itself adds.
     Differs: not in the released code.
     """
-    maps = _flat(attention)
-    return without_diagonal(mean_cosine(maps), maps).mean()
+    return without_diagonal(mean_map_cosine(attention), _flat(attention)).mean()
 
 
 @regularizer(level="attention")

@@ -9,6 +9,7 @@ import torch
 from .regularizers import regularizer
 from .similarity import (
     contrast,
+    cosine_contrast,
     cosines,
     log_gram_determinant,
     mean_cosine,
@@ -145,7 +146,7 @@ def emb_contrast_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     Source: The Principle of Diversity, cross-layer patch diversity.
     Differs: negatives are summed once per image, not pair by pair; the value is the same.
     """
-    return contrast(unit(first), unit(last)).mean()
+    return cosine_contrast(first, last).mean()
 
 
 @regularizer(level="embedding")

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from timm.data.mixup import rand_bbox_minmax
 
+from . import fusible
+
 MODES = ("batch", "pair", "elem")
 
 
@@ -231,6 +233,8 @@ def token_cross_entropy(
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
         lam = lam.to(torch.promote_types(logits.dtype, torch.float32))
+        if torch.compiler.is_compiling():
+            return fusible.MixedCrossEntropy.apply(logits, labels, partner, lam, smoothing)
         classes = torch.stack((labels, partner), dim=-1)[:, None].expand(-1, logits.shape[1], -1)
         shares = (1 - smoothing) * torch.stack((lam, 1 - lam), dim=-1)
         return _MixedCrossEntropy.apply(logits, classes, shares, smoothing)

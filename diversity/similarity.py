@@ -6,19 +6,23 @@
 import torch
 from torch.nn import functional as F
 
+from . import fusible
+
 GRAM_JITTER = 1e-6
 """Added to the diagonal of the kernel matrix of `log_gram_determinant`, so that identical items leave it definite."""
 
 
 def unit(items: torch.Tensor) -> torch.Tensor:
     """x / max(|x|, 1e-8) over the last axis: unit vectors, and zero vectors left at zero."""
-    return F.normalize(items, dim=-1, eps=1e-8)
+    return F.normalize(items, dim=-1, eps=fusible.EPS)
 
 
 def mean_unit(items: torch.Tensor) -> torch.Tensor:
     """Mean of the unit items, [..., items, D] -> [..., D], without a normalised copy of them."""
-    lengths = torch.linalg.vector_norm(items, dim=-1, keepdim=True).clamp_min(1e-8)
-    return (lengths.reciprocal().mT @ items).squeeze(-2) / items.shape[-2]
+    inverse = fusible.inverse_length(items)
+    if torch.compiler.is_compiling():  # a product would need the items in memory; a sum compiles into what makes them
+        return (inverse * items).sum(dim=-2) / items.shape[-2]
+    return (inverse.mT @ items).squeeze(-2) / items.shape[-2]
 
 
 def mean_cosine(items: torch.Tensor) -> torch.Tensor:
@@ -33,6 +37,13 @@ def mean_cosine(items: torch.Tensor) -> torch.Tensor:
         [...], in [0, 1]: 1 for parallel items, 1/items for orthogonal ones.
     """
     return mean_unit(items).square().sum(dim=-1)
+
+
+def mean_map_cosine(maps: torch.Tensor) -> torch.Tensor:
+    """`mean_cosine` of attention maps, [..., H, N, N] -> [...], the maps of the heads being the items."""
+    if torch.compiler.is_compiling():
+        return fusible.MeanMapCosine.apply(maps)
+    return mean_cosine(maps.flatten(start_dim=-2))
 
 
 def mean_cross_cosine(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -93,6 +104,14 @@ def contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     to_all = (first @ last.sum(dim=-2).unsqueeze(-1)).squeeze(-1)
     negative = (to_all - positive) / (items - 1)
     return F.softplus(negative - positive)
+
+
+def cosine_contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """`contrast` of the unit items of both."""
+    if torch.compiler.is_compiling():
+        _require_pairs(first.shape[-2])
+        return fusible.CosineContrast.apply(first, last)
+    return contrast(unit(first), unit(last))
 
 
 def orthogonality_gap(items: torch.Tensor) -> torch.Tensor:
