@@ -2,8 +2,8 @@
 
 AOTAutograd traces the step on fake CUDA tensors, and inductor lowers and schedules forward and backward as for a GPU;
 nothing is compiled to machine code or run. The bytes are those that inductor's scheduler counts: every buffer that a
-kernel or a library call reads or writes, once. They bound the time from below: bytes over bandwidth. Two and three
-blocks are lowered, which gives what a block adds. It uses private parts of torch 2.14.
+kernel or a library call reads or writes, once, and as a whole where a slice of it is read. They bound the time from
+below: bytes over bandwidth. It uses private parts of torch 2.14.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ from utils import World
 from .fake_cuda import CUDA, backward, fake_cuda, grad
 from .training_steps import NUM_CLASSES
 
-BLOCKS = (2, 3)  # lowered
 PLAIN, INPUT = "no term", "no term, from bytes"
 H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -53,16 +52,15 @@ def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
 
     Args:
         own: `terms` to count alone (None = those that are on).
-        args: main.py's flags; the model's depth is what is extrapolated to.
+        args: main.py's flags.
     """
     terms = arguments.coefficients(args)
     alone = [name for name, coef in terms.items() if coef] if own.terms is None else own.terms
     rows = {PLAIN: [], INPUT: [], **{f"only {name}": [name] for name in alone}, "all terms": None}
-    depth = len(build_initial(args, NUM_CLASSES).blocks)
-    counts = {}
-    for name, names in tqdm(rows.items(), desc="lowering", leave=False):
-        few, more = (in_new_process(count_step, args, names, blocks, name == INPUT) for blocks in BLOCKS)
-        counts[name] = {key: more[key] + (depth - BLOCKS[1]) * (more[key] - few[key]) for key in few}
+    counts = {
+        name: in_new_process(count_step, args, names, name == INPUT)
+        for name, names in tqdm(rows.items(), desc="lowering", leave=False)
+    }
     plain = counts[PLAIN]
     columns = {
         "step": [*counts],
@@ -72,9 +70,9 @@ def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
         "kernels": [f"{count['kernels']}" for count in counts.values()],
         "kernels to no term": [f"{count['kernels'] / plain['kernels']:.3f}" for count in counts.values()],
     }
-    print(f"{args.model}, {depth} blocks, batch {args.batch_size}, bfloat16: counted, not measured")
+    print(f"{args.model}, batch {args.batch_size}, bfloat16: counted, not measured")
     print(markdown_table(columns))
-    return {"depth": depth, "steps": counts}
+    return {"steps": counts}
 
 
 def in_new_process(function, *args):
@@ -83,8 +81,8 @@ def in_new_process(function, *args):
         return pool.submit(function, *args).result()
 
 
-def count_step(args: Namespace, terms: list[str] | None, blocks: int, from_bytes: bool) -> dict[str, int]:
-    """{"bytes": number, "kernels": number} of a forward and a backward pass of a model of some blocks.
+def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> dict[str, int]:
+    """{"bytes": number, "kernels": number} of a forward and a backward pass.
 
     Args:
         terms: those that are on, with their coefficients or 1; None = those of `args`.
@@ -93,11 +91,10 @@ def count_step(args: Namespace, terms: list[str] | None, blocks: int, from_bytes
     if terms is not None:
         coefs = {f"{name}_coef": (coef or 1.0) * (name in terms) for name, coef in arguments.coefficients(args).items()}
         args = Namespace(**vars(args) | coefs)
-    args = Namespace(**vars(args) | {"model_kwargs": args.model_kwargs | {"depth": blocks}})
     model = build_initial(args, NUM_CLASSES)
     objective = build_objective(args, World(0, 1, 0, 1, torch.device("cpu")), model, NUM_CLASSES)
     if not from_bytes:
-        args.mixup, args.cutmix, args.cutmix_minmax = 0, 0, None
+        args = Namespace(**vars(args) | {"mixup": 0, "cutmix": 0, "cutmix_minmax": None})
     with fake_cuda():
         fake_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         tapped = build_tapped(args, model.to(CUDA), objective)
@@ -149,11 +146,15 @@ def _lower(training_loss: nn.Module, batch: tuple, fake_mode) -> dict[str, int]:
 
 
 def _scheduled(graph: torch.fx.GraphModule, inputs: list, is_backward: bool, fake_mode) -> dict[str, int]:
-    """Bytes and kernels, library calls included, of one of the two graphs as inductor schedules it."""
+    """Bytes and kernels, library calls included, of one of the two graphs as inductor schedules it.
+
+    Of a library call with several results each is a node of the schedule.
+    """
     from torch._inductor.compile_fx import fake_tensor_prop, view_to_reshape
     from torch._inductor.debug import DebugContext
     from torch._inductor.fx_passes.post_grad import post_grad_passes
     from torch._inductor.graph import GraphLowering
+    from torch._inductor.ir import MultiOutput
     from torch._inductor.scheduler import NopKernelSchedulerNode
     from torch._inductor.virtualized import V
 
@@ -167,7 +168,8 @@ def _scheduled(graph: torch.fx.GraphModule, inputs: list, is_backward: bool, fak
         lowering.run(*inputs)
         lowering.codegen()
         nodes = [node for node in lowering.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
-        return {"bytes": sum(node.get_read_write_buffers_sizes() for node in nodes), "kernels": len(nodes)}
+        kernels = [node for node in nodes if not isinstance(getattr(node, "node", None), MultiOutput)]
+        return {"bytes": sum(node.get_read_write_buffers_sizes() for node in nodes), "kernels": len(kernels)}
 
 
 @contextlib.contextmanager

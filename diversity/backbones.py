@@ -90,6 +90,11 @@ class Backbone:
             tokens = self.model.get_submodule(name)(tokens)
         return tokens
 
+    @property
+    def classifies_class_token(self) -> bool:
+        """Whether the model's logits are `classify` of its class token, the first; not so with a distillation head."""
+        return getattr(self.model, "global_pool", None) == "token" and not hasattr(self.model, "head_dist")
+
     def layer_indices(self, tap: str, argument: str, layers: str | Sequence[int]) -> tuple[int, ...]:
         """Indices of the chosen blocks.
 

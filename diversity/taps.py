@@ -4,6 +4,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
+from timm.layers import Attention
 from torch import nn
 
 from .backbones import Backbone, parse_weight_groups
@@ -49,7 +50,8 @@ class TappedViT(nn.Module):
 
     Everything the terms read comes out of this one forward call, so wrap it (not `.model`) in DistributedDataParallel,
     and save `.model.state_dict()`, which has timm's own keys. Attention is un-fused in the tapped blocks only, since
-    fused attention never shows its maps. Usable as a context manager that calls `close()`.
+    fused attention never shows its maps. Under torch.compile, plain ViT blocks stay fused, and their maps are computed
+    beside it. Usable as a context manager that calls `close()`.
 
     Args:
         model: a timm model; one with taps or patch logits must be a ViT, DeiT, BEiT, EVA or Swin. Copy the stock model,
@@ -106,13 +108,25 @@ class TappedViT(nn.Module):
         if not self.training:
             return self.model(samples)
         self._captured = {}
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            self._set_fused(True)
         try:
             logits = self.model(samples)
             taken = {tap: self._tap(tap) for tap in self.reads}
             if self.patch_logits:
-                taken["patch_logits"] = self.backbone.classify(self.backbone.patch_tokens(self._take("norm", "final")))
+                normed = self._take("norm", "final")
+                if compiling:  # of all tokens: a copy of the patch tokens and the product for the class token are saved
+                    token_logits = self.backbone.classify(normed)
+                    taken["patch_logits"] = self.backbone.patch_tokens(token_logits)
+                    if self.backbone.classifies_class_token:
+                        logits = token_logits[:, 0]
+                else:
+                    taken["patch_logits"] = self.backbone.classify(self.backbone.patch_tokens(normed))
         finally:
             self._captured = None
+            if compiling:
+                self._set_fused(False)
         if isinstance(logits, tuple):
             logits, taken["dist_logits"] = logits
         return TapOutput(logits, **taken)
@@ -206,6 +220,8 @@ class TappedViT(nn.Module):
             else:
                 self._unfuse(block.attn)
                 self._keep_input((what, i), block.attn.attn_drop)
+                if type(block.attn) is Attention:
+                    self._keep_maps((what, i), block.attn)
         if self.patch_logits:
             self._keep_output(("norm", "final"), self.model.norm)
 
@@ -222,6 +238,26 @@ class TappedViT(nn.Module):
                 self._captured[source] = output
 
         self._handles.append(module.register_forward_hook(hook))
+
+    def _keep_maps(self, source: tuple, attn: Attention):
+        """Compute the maps of a compiled block beside its fused attention, from the same queries and keys.
+
+        They then need not be stored in the precision of softmax, as they would be for unfused attention.
+        """
+
+        def hook(module, inputs, output):
+            if self._captured is not None and torch.compiler.is_compiling():
+                q, k, _ = output.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+                q, k = attn.q_norm(q), attn.k_norm(k)
+                self._captured[source] = (q * attn.scale @ k.mT).softmax(dim=-1)
+
+        self._handles.append(attn.qkv.register_forward_hook(hook))
+
+    def _set_fused(self, fused: bool):
+        """Switch fused attention on or off in the tapped blocks that show their maps also with it; see `_keep_maps`."""
+        for attn, was_fused in self._unfused:
+            if was_fused and type(attn) is Attention:
+                attn.fused_attn = fused
 
     def _unfuse(self, attn: nn.Module):
         if hasattr(attn, "fused_attn"):  # Swin V2 has no fused form

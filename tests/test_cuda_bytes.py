@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import arguments
-from benchmarks.cuda_bytes import BLOCKS, count_step, in_new_process
+from benchmarks.cuda_bytes import count_step, in_new_process
 
 DEIT_SMALL = "--model deit_small_patch16_224_diverse --batch-size 1024 --preset released --device cpu"
 pytestmark = [
@@ -13,11 +13,9 @@ pytestmark = [
 ]
 
 
-def counted(terms, from_bytes=False, depth=12):
+def counted(terms, from_bytes=False):
     """{"bytes", "kernels"} of DeiT-Small's step with some terms; None = all five."""
-    args = arguments.parse_args(DEIT_SMALL.split())
-    few, more = (in_new_process(count_step, args, terms, blocks, from_bytes) for blocks in BLOCKS)
-    return {key: more[key] + (depth - BLOCKS[1]) * (more[key] - few[key]) for key in few}
+    return in_new_process(count_step, arguments.parse_args(DEIT_SMALL.split()), terms, from_bytes)
 
 
 @pytest.fixture(scope="module")
