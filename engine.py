@@ -92,8 +92,8 @@ class TrainingLoss(nn.Module):
 
     def _loss(self, images, labels, draws):
         samples, target = self.augment(images, labels, draws)
-        loss, terms = self.objective(self.tapped(samples), target, samples)
-        return loss, torch.stack([loss.detach(), *terms.values()])
+        loss, values = self.objective.loss_and_values(self.tapped(samples), target, samples)
+        return loss, torch.cat([loss.detach()[None], values])
 
 
 def train_one_epoch(

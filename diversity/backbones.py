@@ -92,8 +92,13 @@ class Backbone:
 
     @property
     def classifies_class_token(self) -> bool:
-        """Whether the model's logits are `classify` of its class token, the first; not so with a distillation head."""
-        return getattr(self.model, "global_pool", None) == "token" and not hasattr(self.model, "head_dist")
+        """Whether the model's logits are `classify` of its class token, the only prefix token it has."""
+        return getattr(self.model, "global_pool", None) == "token" and self.num_prefix_tokens == 1
+
+    @property
+    def head_drops(self) -> bool:
+        """Whether the head drops features at random, and so draws differently for other tokens."""
+        return any(getattr(self.model.get_submodule(name), "p", 0) > 0 for name in self.head)
 
     def layer_indices(self, tap: str, argument: str, layers: str | Sequence[int]) -> tuple[int, ...]:
         """Indices of the chosen blocks.

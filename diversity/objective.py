@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -95,12 +96,19 @@ class DiversityObjective(nn.Module):
             ValueError: a term reads the gradient at tokens that need none; or mixing is on, and patch logits and patch
                 labels are not there for the same patches.
         """
+        loss, values = self.loss_and_values(output, target, samples, probes)
+        return loss, dict(zip(self.names, values.unbind(), strict=True))
+
+    def loss_and_values(self, output, target, samples=None, probes=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` returns, with the values of `names` as one tensor [n].
+
+        Compiled, a loss without any term and its detached copy would otherwise be one output, without a gradient.
+        """
         if not isinstance(output, TapOutput):
             raise TypeError(
                 f"the objective needs the TapOutput of a TappedViT in training mode; got {type(output).__name__}"
             )
-        raw, weighted = self._classification(output, target, samples)
-        classification = sum(weighted.values())
+        classification, raw, weighted = self._classification(output, target, samples)
         taps = output._asdict()
         if output.tokens is not None and self.readers("tokens"):
             taps["grad"] = _token_gradient(classification, output.tokens)
@@ -108,38 +116,49 @@ class DiversityObjective(nn.Module):
             fixed = {"probes": probes[name]} if probes and name in probes else {}
             raw[name] = term(**{tap: taps.get(tap) for tap in term.reads}, **self.options[name], **fixed)
             weighted[name] = self.coefs[name] * raw[name]
-        loss = sum(weighted.values())
-        # As one tensor: compiled, a loss without any term and its detached copy would be one output, without gradient.
+        loss = classification + sum(weighted[name] for name in self.terms)
         shares = [part / loss for part in weighted.values()]
-        values = torch.stack([classification, *raw.values(), *shares]).detach()
-        return loss, dict(zip(self.names, values.unbind(), strict=True))
+        return loss, torch.stack([classification, *raw.values(), *shares]).detach()
 
     def _classification(self, output, target, samples):
-        """Raw and weighted parts of the classification loss."""
-        cls_lam = target.lam[:, None]
-        cls_ce = token_cross_entropy(
-            output.logits[:, None], target.labels, target.partner, cls_lam, self.smoothing
-        ).mean()
-        raw, weights = {"cls_ce": cls_ce}, {"cls_ce": 1.0}
-        if MIXING in self.coefs:
+        """The classification loss, and the raw and the weighted values of its parts."""
+        cross_entropy = partial(
+            token_cross_entropy, labels=target.labels, partner=target.partner, smoothing=self.smoothing
+        )
+        cls_logits, cls_lam = output.logits[:, None], target.lam[:, None]
+        if MIXING not in self.coefs:
+            raw, weights = {"cls_ce": cross_entropy(cls_logits, lam=cls_lam).mean()}, {"cls_ce": 1.0}
+            ce = raw["cls_ce"]
+        else:
             logits, lam = (None if t is None else [*t.shape[:2]] for t in (output.patch_logits, target.patch_lam))
             if logits is None or logits != lam:
                 raise ValueError(
                     f"mixing needs patch logits and labels of the same [batch, patches]; got {logits} and {lam}. Build "
                     "TappedViT with patch_logits=True and PatchMixup with the model's patch grid"
                 )
-            patch_ce = token_cross_entropy(
-                output.patch_logits, target.labels, target.partner, target.patch_lam, self.smoothing
-            )
-            raw[MIXING] = patch_ce.mean()
-            patches = self.coefs[MIXING] * (patch_ce.shape[1] if self.mixing_balance == "tokens" else 1)
+            num_patches = logits[1]
+            patches = self.coefs[MIXING] * (num_patches if self.mixing_balance == "tokens" else 1)
             weights = {"cls_ce": 1 / (1 + patches), MIXING: patches / (1 + patches)}
+            if output.token_logits is None:
+                raw = {
+                    "cls_ce": cross_entropy(cls_logits, lam=cls_lam).mean(),
+                    MIXING: cross_entropy(output.patch_logits, lam=target.patch_lam).mean(),
+                }
+                ce = sum(weights[name] * raw[name] for name in raw)
+            else:  # one pass over the logits, whose gradient takes one weight a token
+                token_ce = cross_entropy(output.token_logits, lam=torch.cat((cls_lam, target.patch_lam), dim=1))
+                is_class_token = torch.arange(1 + num_patches, device=token_ce.device) == 0
+                token_weights = torch.where(is_class_token, weights["cls_ce"], weights[MIXING] / num_patches)
+                ce = (token_ce * token_weights).sum(dim=1).mean()
+                token_ce = token_ce.detach()
+                raw = {"cls_ce": token_ce[:, 0].mean(), MIXING: token_ce[:, 1:].mean()}
         if self.distillation is not None:
             student = output.logits if output.dist_logits is None else output.dist_logits
             raw["distillation"] = self.distillation(samples, student)
-            weights = {name: weight * (1 - self.distillation.alpha) for name, weight in weights.items()}
-            weights["distillation"] = self.distillation.alpha
-        return raw, {name: weights[name] * raw[name] for name in raw}
+            alpha = self.distillation.alpha
+            weights = {name: weight * (1 - alpha) for name, weight in weights.items()} | {"distillation": alpha}
+            ce = (1 - alpha) * ce + alpha * raw["distillation"]
+        return ce, raw, {name: weights[name] * raw[name] for name in raw}
 
     @property
     def names(self) -> list[str]:

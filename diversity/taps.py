@@ -21,6 +21,8 @@ class TapOutput(NamedTuple):
         logits: [B, C], the class logits.
         dist_logits: [B, C], logits of the distillation head of a distilled model in distilled training.
         patch_logits: [B, P, C], the classification head applied to every patch token.
+        token_logits: [B, 1 + P, C], `logits` and `patch_logits` where they are views of one tensor: compiled, of a
+            model that classifies its class token and has no other prefix token.
         first: [B, P, D], input of the first block (patch + position embedding), patch tokens only.
         last: [B, P, D], output of the last block before the final norm, patch tokens only; with several `emb_layers`
             [layers, B, P, D], the outputs of those blocks.
@@ -43,6 +45,7 @@ class TapOutput(NamedTuple):
     attention_first: torch.Tensor | None = None
     attention_last: torch.Tensor | None = None
     weights: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    token_logits: torch.Tensor | None = None
 
 
 class TappedViT(nn.Module):
@@ -116,11 +119,12 @@ class TappedViT(nn.Module):
             taken = {tap: self._tap(tap) for tap in self.reads}
             if self.patch_logits:
                 normed = self._take("norm", "final")
-                if compiling:  # of all tokens: a copy of the patch tokens and the product for the class token are saved
+                if compiling and not self.backbone.head_drops:
+                    # One product for all tokens saves a copy of the patch tokens, and the product for the class token.
                     token_logits = self.backbone.classify(normed)
                     taken["patch_logits"] = self.backbone.patch_tokens(token_logits)
                     if self.backbone.classifies_class_token:
-                        logits = token_logits[:, 0]
+                        logits, taken["token_logits"] = token_logits[:, 0], token_logits
                 else:
                     taken["patch_logits"] = self.backbone.classify(self.backbone.patch_tokens(normed))
         finally:

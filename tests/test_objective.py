@@ -434,8 +434,8 @@ def test_gradient_diversity_does_not_depend_on_the_size_of_the_loss():
     _, _, step = token_gradient_case()
     expected = step()[1]
 
-    def scaled(*arguments):
-        return 1000 * token_cross_entropy(*arguments)
+    def scaled(*arguments, **options):
+        return 1000 * token_cross_entropy(*arguments, **options)
 
     with mock.patch("diversity.objective.token_cross_entropy", scaled):
         terms = step()[1]
