@@ -148,7 +148,8 @@ class DiversityObjective(nn.Module):
             else:  # one pass over the logits, whose gradient takes one weight a token
                 token_ce = cross_entropy(output.token_logits, lam=torch.cat((cls_lam, target.patch_lam), dim=1))
                 is_class_token = torch.arange(1 + num_patches, device=token_ce.device) == 0
-                token_weights = torch.where(is_class_token, weights["cls_ce"], weights[MIXING] / num_patches)
+                patch_weight = token_ce.new_full((), weights[MIXING] / num_patches)
+                token_weights = torch.where(is_class_token, weights["cls_ce"], patch_weight)
                 ce = (token_ce * token_weights).sum(dim=1).mean()
                 token_ce = token_ce.detach()
                 raw = {"cls_ce": token_ce[:, 0].mean(), MIXING: token_ce[:, 1:].mean()}
