@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import arguments
 from batch_augmentation import Draws
-from builders import build_augmentation, build_initial, build_objective, build_tapped
+from builders import build_augmentation, build_initial, build_objective, build_tapped, keep_residual_in_bfloat16
 from engine import TrainingLoss
 from tables import markdown_table
 from utils import World
@@ -92,6 +92,8 @@ def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> di
         coefs = {f"{name}_coef": (coef or 1.0) * (name in terms) for name, coef in arguments.coefficients(args).items()}
         args = Namespace(**vars(args) | coefs)
     model = build_initial(args, NUM_CLASSES)
+    if args.residual_dtype == "bfloat16":
+        keep_residual_in_bfloat16(model, args.model)
     objective = build_objective(args, World(0, 1, 0, 1, torch.device("cpu")), model, NUM_CLASSES)
     if not from_bytes:
         args = Namespace(**vars(args) | {"mixup": 0, "cutmix": 0, "cutmix_minmax": None})
