@@ -149,6 +149,19 @@ def test_decisions_are_read_at_the_same_step_on_all_ranks():
     assert len([each for each in watch.findings if each.kind == "wait"]) == 2 * guard.LAG
 
 
+def test_the_buffers_of_saves_are_allocated_once():
+    with fake_cuda():
+        state = {"model": {"a": torch.empty(3, device=CUDA), "b": [torch.empty(2, 2, device=CUDA)]}, "epoch": 1}
+        buffers = {}
+        first = checkpoint_files.copied(state, buffers)
+        assert len(buffers) == 2
+        second = checkpoint_files.copied(state, buffers)
+        assert second["model"]["a"] is first["model"]["a"] and second["model"]["b"][0] is first["model"]["b"][0]
+        state["model"]["a"] = torch.empty(4, device=CUDA)
+        third = checkpoint_files.copied(state, buffers)
+        assert third["model"]["a"].shape == (4,) and third["model"]["b"][0] is first["model"]["b"][0]
+
+
 # Planted faults: each is found
 
 

@@ -1,6 +1,7 @@
 """The training step and evaluation: what they compute, and what they refuse to step on."""
 
 import math
+import time
 
 import pytest
 import timm
@@ -211,6 +212,20 @@ def test_returned_means_and_shares():
     assert stats["images_per_s"] > 0
 
 
+@pytest.mark.parametrize("num_batches", [1, 4])
+def test_the_first_step_of_a_process_is_not_in_the_throughput(num_batches):
+    """Unless it is all there is."""
+
+    def slow_start():
+        time.sleep(0.5)
+        for seed in range(num_batches):
+            yield images(4, seed)
+
+    stats = train(small_vit(), slow_start(), num_steps=num_batches, log_interval=0)
+    assert (stats["data_wait"] < 0.2) == (num_batches > 1)
+    assert (stats["images_per_s"] > 8) == (num_batches > 1)
+
+
 def test_evaluate_counts_each_image_once_also_in_a_short_last_batch():
     samples, labels = images(11)
     model = small_vit()
@@ -221,6 +236,19 @@ def test_evaluate_counts_each_image_once_also_in_a_short_last_batch():
     assert stats["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
     assert stats["acc5"] == 100
     assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_model_and_average_are_evaluated_in_one_pass():
+    batches = [images(4, seed) for seed in range(3)]
+    model, average = small_vit(), small_vit(depth=1)
+    read = []
+    stats = evaluate(model, (read.append(0) or batch for batch in batches), CPU, model_ema=average)
+    assert len(read) == 3
+    for suffix, each in (("", model), ("_ema", average)):
+        assert {
+            f"{name}{suffix}": value for name, value in evaluate(each, batches, CPU).items()
+        }.items() <= stats.items()
+    assert stats["loss"] != stats["loss_ema"]
 
 
 def test_evaluate_refuses_an_empty_set():

@@ -6,10 +6,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY
+import torch.distributed as dist
+from helpers import REPOSITORY, TINY, run_main
 
 from randomness import seed_everything
-from utils import Meters, cpu_count, init_world
+from utils import Meters, cpu_count, init_world, one_line_errors
 
 FREED = """
 import sys, torch
@@ -71,3 +72,34 @@ def test_meters_go_on_with_other_terms():
     meters.add(["loss", "old"], torch.tensor([1.0, 5.0]))
     meters.add(["new", "loss"], torch.tensor([4.0, 3.0]))
     assert meters.averages(init_world("cpu")) == {"new": 2.0, "loss": 2.0}
+
+
+def test_nccl_knows_its_device_from_the_start(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    joined = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: joined.update(options, backend=backend))
+    world = init_world("cuda")
+    assert world.device == joined["device_id"] == torch.device("cuda:1")
+    assert joined["backend"] == "nccl"
+
+
+def test_a_failed_exchange_keeps_its_message(monkeypatch):
+    message = "NCCL error in: ProcessGroupNCCL.cpp:77,\nunhandled cuda error: out of memory " + "x" * 300
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        raise RuntimeError(message)
+    line = str(caught.value)
+    assert line.startswith("error: processes could not exchange data") and "\n" not in line
+    assert line.endswith(" ".join(message.split()))
+
+
+@pytest.mark.parametrize(("flag", "precision"), [("--tf32", "high"), ("--no-tf32", "highest")])
+def test_products_of_float32_are_exact_unless_asked_otherwise(flag, precision):
+    run_main(*TINY, flag, "--emb_cos_within_coef", 1)
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cudnn.allow_tf32 == (flag == "--tf32")
+    torch.set_float32_matmul_precision("highest")
