@@ -32,7 +32,16 @@ from benchmarks import cuda_bytes, gpu, loader, steps
 from diversity import REGULARIZERS
 from diversity.objective import MIXING
 from parsing import count, positive
-from utils import cpu_count, environment_lines, init_world, keep_freed_memory, quiet_warnings, run_command, write_json
+from utils import (
+    cpu_count,
+    environment_lines,
+    init_world,
+    keep_freed_memory,
+    quiet_warnings,
+    run_command,
+    set_backends,
+    write_json,
+)
 
 WHATS = {
     "step": steps.compare_steps,
@@ -66,6 +75,7 @@ def main(argv: list[str] | None = None):
     quiet_warnings()
     world = init_world(args.device)
     keep_freed_memory()  # as main.py does, for all that is compared
+    set_backends(args.fused_attn, args.tf32)
     environment = environment_lines(world, args.seed)
     print("\n".join(environment), flush=True)
     heading = {"command": argv, "environment": environment, "cores": cpu_count()}

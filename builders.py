@@ -72,13 +72,14 @@ def keep_residual_in_bfloat16(model: nn.Module, name: str):
     """
     if not hasattr(model, "blocks"):
         raise SystemExit(f"error: --model {name} has no `blocks` for --residual-dtype bfloat16")
-    model.blocks[0].register_forward_pre_hook(_to_bfloat16)
+    for block in model.blocks:  # LayerScale's float32 weights would make them float32 again
+        block.register_forward_pre_hook(_to_bfloat16)
 
 
 def _to_bfloat16(block: nn.Module, inputs: tuple):
     device_type = inputs[0].device.type
     if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
-        return inputs[0].bfloat16(), *inputs[1:]  # what blocks add to it is bfloat16 already
+        return inputs[0].bfloat16(), *inputs[1:]
     return None
 
 
@@ -149,7 +150,7 @@ def build_training_loss(
         torch._functorch.config.force_non_lazy_backward_lowering = True  # so that its errors come in the forward pass
         # Random numbers as without compiling, so that both train alike.
         on_error = partial(_on_compile_error, world, is_asked_for=bool(args.compile))
-        training_loss.compile(on_error, options={"fallback_random": True})
+        training_loss.compile_step(on_error, options={"fallback_random": True})
     if world.size == 1:
         return training_loss
     ddp = DistributedDataParallel(
@@ -165,8 +166,8 @@ def build_training_loss(
 def _on_compile_error(world: World, reason: str, is_asked_for: bool):
     if is_asked_for:
         raise SystemExit(f"error: --compile: the training step cannot be compiled: {reason}")
-    if world.is_main:
-        print(f"warning: the training step cannot be compiled and runs in eager mode: {reason}", file=sys.stderr)
+    line = f"warning: the training step of rank {world.rank} cannot be compiled and runs in eager mode: {reason}"
+    print(line, file=sys.stderr, flush=True)
 
 
 def compiles(args: Namespace, world: World, objective: DiversityObjective) -> bool:

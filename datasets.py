@@ -171,9 +171,7 @@ def _val_loader(args: Namespace, world: World, source: Dataset, transform: Calla
     images = ReadableImages(source, transform, max_bad=0)
     if args.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
-    options = _loader_options(args, world)
-    options["num_workers"] = math.ceil(options["num_workers"] / 2)  # those of training wait meanwhile, and stay
-    return DataLoader(images, batch_size=int(1.5 * args.batch_size), **options)
+    return DataLoader(images, batch_size=int(1.5 * args.batch_size), **_loader_options(args, world, is_training=False))
 
 
 def _stream_loader(
@@ -183,7 +181,7 @@ def _stream_loader(
 
     timm's reader would share validation shards too, but then counts images twice or never where shards are unequal.
     """
-    options = _loader_options(args, world)
+    options = _loader_options(args, world, is_training)
     reader = source.reader
     missing = [name for name in reader.split_info.filenames if not (Path(args.data_path) / name).is_file()]
     if missing:
@@ -210,11 +208,13 @@ def _known_label(label: int, num_classes: int) -> int:
     return label
 
 
-def _loader_options(args: Namespace, world: World) -> dict:
+def _loader_options(args: Namespace, world: World, is_training: bool = True) -> dict:
     num_workers = args.num_workers
     if num_workers is None:
         spare = 2 if world.device.type == "cuda" else 0  # for the processes that feed the GPUs
         num_workers = max(1, (cpu_count() - spare) // world.local_size)
+    if not is_training:
+        num_workers = math.ceil(num_workers / 2)  # those of training wait meanwhile, and stay
     by_name = args.data_set.lower().startswith("hfds/") and num_workers > 0
     return {
         "num_workers": num_workers,

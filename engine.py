@@ -57,7 +57,7 @@ class TrainingLoss(nn.Module):
         self.compiled: Callable | None = None
         self.on_compile_error: Callable[[str], None] | None = None
 
-    def compile(self, on_error: Callable[[str], None] | None = None, **options):
+    def compile_step(self, on_error: Callable[[str], None] | None = None, **options):
         """Run as one compiled graph from now on.
 
         Args:
@@ -86,7 +86,8 @@ class TrainingLoss(nn.Module):
         except COMPILE_ERRORS as error:
             if self.on_compile_error is None:
                 raise
-            self.on_compile_error(str(error).strip().splitlines()[0])
+            cause = getattr(error, "inner_exception", error)
+            self.on_compile_error(" ".join([f"{type(cause).__name__}:", *str(cause).split("\n\n")[0].split()])[:500])
             self.compiled = None
         return self._loss(images, labels, draws)
 
@@ -189,7 +190,11 @@ def train_one_epoch(
         if progress.finished_step(step):
             progress.report(step, optimizer.param_groups[0]["lr"], totals.window.averages(world))
             totals.window = Meters()
-        after_step()
+        try:
+            after_step()
+        except SystemExit:  # a stop, at this step on all ranks: also name what a GPU has skipped lately
+            guard.report_pending(wait=True)
+            raise
     if log_interval:  # the last line waits for the end, so that a run which goes on from the last step tells it again
         progress.report(num_steps - 1, optimizer.param_groups[0]["lr"], totals.window.averages(world))
     progress.close()
@@ -268,7 +273,8 @@ class Progress:
     def __init__(self, state: TrainState, num_steps: int, log: RunLog, world: World, log_interval: int):
         self.epoch, self.totals = state.epoch, state.totals
         self.num_steps, self.log, self.world, self.log_interval = num_steps, log, world, log_interval
-        self.state, self.images, self.waited = state, 0, 0.0  # of the step in progress
+        self.state = state
+        self.images, self.waited = 0, 0.0  # of the step in progress
         self.first = (0, 0.0, 0.0)  # the same of this process's first step
         self.step_images = 0
         self.clock = self.window_start = time.perf_counter()

@@ -89,7 +89,7 @@ class _Check(NamedTuple):
 class GuardedUpdate:
     """The end of a training step: optimizer, buffers and average, where the step may be taken.
 
-    Nothing waits for a GPU, but an optimizer that is not fused.
+    Nothing waits for a GPU, but an optimizer that is not fused, and an average on the CPU.
 
     Args:
         model_ema: the average that follows the model, or None.

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from timm.layers import set_fused_attn
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import unwrap_model
 from torch import nn
@@ -44,6 +43,7 @@ from utils import (
     one_line_errors,
     quiet_warnings,
     run_command,
+    set_backends,
     write_json,
 )
 
@@ -55,12 +55,9 @@ def main(args: Namespace, world: World):
     """One run: build what the flags describe, then train and evaluate it, or evaluate it only."""
     quiet_warnings()
     keep_freed_memory()
-    torch.backends.cudnn.benchmark = True
+    set_backends(args.fused_attn, args.tf32)
     if args.deterministic:
         make_deterministic()
-    set_fused_attn(args.fused_attn)
-    torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.tf32
     with contextlib.ExitStack() as stack, loader_errors():
         if not args.eval:
             hold_folder(stack, args, world)
@@ -140,6 +137,8 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
         *notes,
         f"fast path: {', '.join(fast_parts(args, world, objective, data)) or 'off'}",
         *(f"warning: {line}" for line in arguments.without_effect(args)),
+        *(["warning: --residual-dtype bfloat16 has no effect: autocast is not bfloat16"]
+          if args.residual_dtype == "bfloat16" and amp_dtype != torch.bfloat16 else []),
         tables,
     ]))  # fmt: skip
 

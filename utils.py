@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
+from timm.layers import set_fused_attn
 from torch.distributed.rendezvous import rendezvous
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -159,33 +160,37 @@ class Meters:
     def __init__(self):
         self.names: list[str] = []
         self.sums: torch.Tensor | None = None  # one vector, so that adding is a kernel or two for any number of names
-        self.count: int | torch.Tensor = 0
+        self.count: int | torch.Tensor = 0  # what was added
+        self.of_names: int | torch.Tensor = 0  # of it, what was added under the present names
 
     def add(self, names: Sequence[str], values: torch.Tensor, counts: torch.Tensor | None = None):
-        """Add values [n] to the sums of n names, where `counts`, a 0-dim boolean, holds; sums of other names end."""
+        """Add values [n] to the sums of n names, where `counts`, a 0-dim boolean, holds.
+
+        Other names than before, as of an epoch that is continued with other terms, begin anew: no mean mixes them.
+        """
         added = values.float() if counts is None else values.float().where(counts, 0.0)
-        if self.sums is not None and self.names != [*names]:  # an epoch continued with other terms
-            sums = dict(zip(self.names, self.sums, strict=True))
-            self.sums = torch.stack([sums.get(name, torch.zeros_like(added[0])) for name in names])
-        self.names = [*names]
+        if self.names != [*names]:
+            self.names, self.sums, self.of_names = [*names], None, 0
         self.sums = added if self.sums is None else self.sums + added
         self.count = self.count + (1 if counts is None else counts)
+        self.of_names = self.of_names + (1 if counts is None else counts)
 
     def averages(self, world: World) -> dict[str, float]:
         """Means over all steps and processes; every process must call it."""
-        if not self.count:
+        if not self.of_names:
             return {}
-        return {name: value / int(self.count) for name, value in self.state_dict(world)["sums"].items()}
+        return {name: value / int(self.of_names) for name, value in self.state_dict(world)["sums"].items()}
 
     def state_dict(self, world: World) -> dict:
-        """The sums as means over the processes, and the count; every process must call it."""
+        """The sums as means over the processes, and the counts; every process must call it."""
         means = [] if self.sums is None else (world.sum(self.sums.clone()) / world.size).tolist()
-        return {"sums": dict(zip(self.names, means, strict=True)), "count": int(self.count)}
+        counts = {"count": int(self.count), "of_names": int(self.of_names)}
+        return {"sums": dict(zip(self.names, means, strict=True))} | counts
 
     def load_state_dict(self, state: dict, device: torch.device):
         self.names = [*state["sums"]]
         self.sums = torch.tensor([*state["sums"].values()], device=device) if state["sums"] else None
-        self.count = state["count"]
+        self.count, self.of_names = state["count"], state.get("of_names", state["count"])
 
 
 @dataclass
@@ -359,6 +364,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_backends(fused_attn: bool, tf32: bool):
+    """How torch and timm compute: cuDNN chooses its algorithms by trial, and the flags of the same names."""
+    torch.backends.cudnn.benchmark = True
+    set_fused_attn(fused_attn)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def keep_freed_memory() -> bool:

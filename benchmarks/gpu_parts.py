@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from engine import autocast_dtype
-from utils import World, cpu_count, init_world, keep_freed_memory, quiet_warnings
+from utils import World, cpu_count, init_world, keep_freed_memory, quiet_warnings, set_backends
 
 from . import training_steps
 from .loader import ALL, AS_IS, PARTS, images_of_all_workers, images_per_core, make_photographs
@@ -55,7 +55,7 @@ def start(args: Namespace) -> World:
     """Set up the process of a part as main.py does."""
     quiet_warnings()
     keep_freed_memory()
-    torch.backends.cudnn.benchmark = True
+    set_backends(args.fused_attn, args.tf32)
     return init_world(args.device)
 
 

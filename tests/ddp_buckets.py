@@ -29,7 +29,7 @@ def gradients(world: World, compiled: bool, checkpointing: bool) -> dict:
     training_loss = TrainingLoss(tapped, objective, BatchAugmentation(PatchMixup(grid=(4, 4))))
     if compiled:
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = checkpointing
-        training_loss.compile(backend="aot_eager")
+        training_loss.compile_step(backend="aot_eager")
     ddp = DistributedDataParallel(training_loss, gradient_as_bucket_view=True, static_graph=True, bucket_cap_mb=1)
     sent = []
 
