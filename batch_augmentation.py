@@ -116,13 +116,17 @@ class BatchAugmentation(nn.Module):
     Args:
         mixup: None = labels stay plain.
         erasing: None = nothing is erased.
+        channels_last: memory format of the samples.
     """
 
-    def __init__(self, mixup: PatchMixup | None = None, erasing: BatchErasing | None = None):
+    def __init__(
+        self, mixup: PatchMixup | None = None, erasing: BatchErasing | None = None, channels_last: bool = False
+    ):
         super().__init__()
         self.normalize = Normalize()
         self.mixup = mixup or PatchMixup(0, 0)
         self.erasing = erasing
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def draw(self, images: torch.Tensor, seed: int, rank: int, epoch: int, batch: int) -> Draws:
         """The draws for a batch of images [B, 3, H, W], on their device; they follow from the numbers alone.
@@ -145,7 +149,8 @@ class BatchAugmentation(nn.Module):
             # Made again from their bytes, so that one kernel reads bytes and writes the mixed samples.
             flipped = (None if tensor is None else tensor.flip(0) for tensor in (images, draws.boxes, fill))
             partners = self._normalized(*flipped)
-        samples = self.mixup.mix(samples, draws.mixing, partners).contiguous()  # else compiled it is written twice
+        samples = self.mixup.mix(samples, draws.mixing, partners)
+        samples = samples.contiguous(memory_format=self.memory_format)  # else, compiled, they are written twice
         return samples, self.mixup.target(samples, labels, draws.mixing)
 
     def _normalized(self, images, boxes, fill):

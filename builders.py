@@ -47,9 +47,10 @@ def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module,
 def build_initial(args: Namespace, num_classes: int) -> nn.Module:
     """The model of the flags with its initial weights: the same, and so the same average of them, on every rank."""
     seed_everything(args.seed)
-    return build_model(
+    model = build_model(
         args.model, num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
     )
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def enable_grad_checkpointing(model: nn.Module, name: str):
@@ -205,7 +206,7 @@ def build_augmentation(args: Namespace, grid: tuple[int, int] | None, of_bytes: 
         of_bytes: whether images come as bytes, and so are erased here.
     """
     erasing = BatchErasing(args.reprob, args.remode, args.recount) if of_bytes and args.reprob else None
-    return BatchAugmentation(build_mixup(args, grid), erasing)
+    return BatchAugmentation(build_mixup(args, grid), erasing, args.channels_last)
 
 
 def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:

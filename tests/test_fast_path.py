@@ -159,7 +159,15 @@ def test_compiling_is_for_gpus_and_not_for_terms_that_read_a_gradient():
 
 
 @pytest.mark.parametrize(
-    "flags", ["--no-fused-opt", "--no-fused-attn", "--grad-checkpointing", "--no-decode-once", "--prefetcher"]
+    "flags",
+    [
+        "--no-fused-opt",
+        "--no-fused-attn",
+        "--grad-checkpointing",
+        "--no-decode-once",
+        "--prefetcher",
+        "--channels-last",
+    ],
 )
 def test_a_run_trains_alike_without_a_part(flags, tmp_path):
     records = {}
