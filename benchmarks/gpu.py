@@ -12,11 +12,11 @@ from .parts import Part, run_parts
 from .scratch import remove_scratch, use_scratch
 
 PARTS = {
-    "card": Part(gpu_parts.describe_card, 0.06),
-    "tests": Part(run_cuda_tests, 0.28),
-    "steps": Part(gpu_parts.measure_steps, 0.46),
-    "kernels": Part(gpu_parts.trace_kernels, 0.10),
-    "loader": Part(gpu_parts.measure_loader, 0.10),
+    "card": Part(gpu_parts.describe_card, 0.04),
+    "tests": Part(run_cuda_tests, 0.34),
+    "steps": Part(gpu_parts.measure_steps, 0.42),
+    "kernels": Part(gpu_parts.trace_kernels, 0.08),
+    "loader": Part(gpu_parts.measure_loader, 0.12),
 }
 
 
