@@ -197,6 +197,8 @@ def _speed(parser):
     add("--fused-opt", action=switch, default=True, help="one kernel for a step of AdamW and Adam")
     add("--residual-dtype", choices=("float32", "bfloat16"), default="float32",
         help="of tokens between blocks under bfloat16 autocast; bfloat16 moves fewer bytes, and rounds")  # fmt: skip
+    add("--patch-product", action=switch, default=False,
+        help="the patch embedding as one matrix product, not a convolution; same numbers up to rounding")  # fmt: skip
     add("--channels-last", action=switch, default=False,
         help="images and weights of convolutions in memory pixel by pixel; same numbers up to rounding")  # fmt: skip
     add("--tf32", action=switch, default=False,

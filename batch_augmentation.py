@@ -116,17 +116,20 @@ class BatchAugmentation(nn.Module):
     Args:
         mixup: None = labels stay plain.
         erasing: None = nothing is erased.
-        channels_last: memory format of the samples.
+        memory_format: of the samples.
     """
 
     def __init__(
-        self, mixup: PatchMixup | None = None, erasing: BatchErasing | None = None, channels_last: bool = False
+        self,
+        mixup: PatchMixup | None = None,
+        erasing: BatchErasing | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ):
         super().__init__()
         self.normalize = Normalize()
         self.mixup = mixup or PatchMixup(0, 0)
         self.erasing = erasing
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.memory_format = memory_format
 
     def draw(self, images: torch.Tensor, seed: int, rank: int, epoch: int, batch: int) -> Draws:
         """The draws for a batch of images [B, 3, H, W], on their device; they follow from the numbers alone.
@@ -150,7 +153,8 @@ class BatchAugmentation(nn.Module):
             flipped = (None if tensor is None else tensor.flip(0) for tensor in (images, draws.boxes, fill))
             partners = self._normalized(*flipped)
         samples = self.mixup.mix(samples, draws.mixing, partners)
-        samples = samples.contiguous(memory_format=self.memory_format)  # else, compiled, they are written twice
+        if self.memory_format is not torch.preserve_format:  # else a compiled convolution has them written twice
+            samples = samples.contiguous(memory_format=self.memory_format)
         return samples, self.mixup.target(samples, labels, draws.mixing)
 
     def _normalized(self, images, boxes, fill):

@@ -50,6 +50,8 @@ def build_initial(args: Namespace, num_classes: int) -> nn.Module:
     model = build_model(
         args.model, num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
     )
+    if args.patch_product:
+        embed_patches_by_product(model, args.model)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
@@ -63,6 +65,35 @@ def enable_grad_checkpointing(model: nn.Module, name: str):
         model.set_grad_checkpointing()
     except (AttributeError, AssertionError):
         raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
+
+
+class PatchProduct(nn.Conv2d):
+    """A convolution of patches that do not overlap, [B, C, H, W] -> [B, D, rows, columns], as one matrix product."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = self.kernel_size
+        if torch.is_autocast_enabled(images.device.type):  # before patches are copied together, not after
+            images = images.to(torch.get_autocast_dtype(images.device.type))
+        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # [B, C, rows, height, columns, width]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def embed_patches_by_product(model: nn.Module, name: str):
+    """Have the patch embedding compute as a `PatchProduct`; its parameters and their names stay.
+
+    Raises:
+        SystemExit: the model has no convolution of patches that do not overlap.
+    """
+    proj = getattr(getattr(model, "patch_embed", None), "proj", None)
+    plain = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    if (
+        type(proj) is not nn.Conv2d
+        or proj.kernel_size != proj.stride
+        or any(getattr(proj, setting) != value for setting, value in plain.items())
+    ):
+        raise SystemExit(f"error: --model {name} has no plain patch embedding for --patch-product")
+    proj.__class__ = PatchProduct
 
 
 def keep_residual_in_bfloat16(model: nn.Module, name: str):
@@ -206,7 +237,9 @@ def build_augmentation(args: Namespace, grid: tuple[int, int] | None, of_bytes: 
         of_bytes: whether images come as bytes, and so are erased here.
     """
     erasing = BatchErasing(args.reprob, args.remode, args.recount) if of_bytes and args.reprob else None
-    return BatchAugmentation(build_mixup(args, grid), erasing, args.channels_last)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    # A product reads patches, which are copied together anyway.
+    return BatchAugmentation(build_mixup(args, grid), erasing, torch.preserve_format if args.patch_product else layout)
 
 
 def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:

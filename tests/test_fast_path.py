@@ -15,7 +15,14 @@ from torch._dynamo.backends.common import aot_autograd
 
 import builders
 from batch_augmentation import BatchAugmentation
-from builders import build_training_loss, compiles, enable_grad_checkpointing, keep_residual_in_bfloat16
+from builders import (
+    PatchProduct,
+    build_training_loss,
+    compiles,
+    embed_patches_by_product,
+    enable_grad_checkpointing,
+    keep_residual_in_bfloat16,
+)
 from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
 from engine import TrainingLoss, train_one_epoch
 from guard import FiniteGuard
@@ -122,7 +129,7 @@ def test_a_step_that_does_not_compile_runs_in_eager_mode_unless_it_was_asked_for
     assert losses[None] == losses["--no-compile"]
     errors = capsys.readouterr().err
     assert errors.count("warning: the training step of rank 0 cannot be compiled and runs in eager mode: ") == 1
-    assert {breaks_forward: "breaks the graph", breaks_backward: "this backward pass has no kernel"}[fault] in errors
+    assert {breaks_forward: "graph break", breaks_backward: "this backward pass has no kernel"}[fault] in errors
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
@@ -177,6 +184,25 @@ def test_a_run_trains_alike_without_a_part(flags, tmp_path):
     for name, value in records["default"].items():
         if name not in ("train_images_per_s", "train_data_wait"):
             assert records["other"][name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.parametrize(("side", "patch"), [((32, 32), 8), ((24, 40), 8), ((12, 18), (4, 6))])
+def test_a_patch_product_is_the_convolution(side, patch):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 5, patch, patch).double()
+    images_ = torch.randn(2, 3, *side, dtype=torch.float64, requires_grad=True)
+    results = []
+    for kind in (torch.nn.Conv2d, PatchProduct):
+        conv.__class__ = kind
+        conv.zero_grad()
+        value = conv(images_)
+        (gradient,) = torch.autograd.grad(value.square().sum(), images_, retain_graph=True)
+        value.square().sum().backward()
+        results.append((value, gradient, conv.weight.grad.clone(), conv.bias.grad.clone()))
+    for product, convolution in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(product, convolution, rtol=1e-10, atol=1e-10)
+    with pytest.raises(SystemExit, match="--model regnety_002 has no plain patch embedding"):
+        embed_patches_by_product(timm.create_model("regnety_002"), "regnety_002")
 
 
 @pytest.mark.parametrize("layer_scale", [None, 0.5])
