@@ -133,7 +133,13 @@ class PatchMixup:
             return samples
         partners = samples.flip(0) if partners is None else partners
         own, other = (share.to(samples.dtype)[:, None, None, None] for share in (draws[:, 1], 1 - draws[:, 1]))
-        return torch.where(in_box(draws[:, 2:], samples.shape[-2:]), partners, samples * own + partners * other)
+        may_look = (
+            draws.device.type == "cpu" and not torch.compiler.is_compiling()
+        )  # and leave out what changes nothing
+        blended = samples if may_look and (own == 1).all() else samples * own + partners * other
+        if may_look and (draws[:, 2:] == 0).all():
+            return blended
+        return torch.where(in_box(draws[:, 2:], samples.shape[-2:]), partners, blended)
 
     def target(self, samples: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor | None) -> MixedTarget:
         """The labels [B] of `samples` as mixed by `draws`."""
