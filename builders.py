@@ -35,8 +35,6 @@ def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module,
     resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.model)
-    if args.residual_dtype == "bfloat16":
-        keep_residual_in_bfloat16(model, args.model)
     model.to(world.device)
     model_ema = None
     if args.model_ema and (not args.eval or "model_ema" in resumed):
@@ -52,6 +50,8 @@ def build_initial(args: Namespace, num_classes: int) -> nn.Module:
     )
     if args.patch_product:
         embed_patches_by_product(model, args.model)
+    if args.residual_dtype == "bfloat16":
+        keep_residual_in_bfloat16(model, args.model)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 

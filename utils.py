@@ -168,12 +168,12 @@ class Meters:
 
         Other names than before, as of an epoch that is continued with other terms, begin anew: no mean mixes them.
         """
-        added = values.float() if counts is None else values.float().where(counts, 0.0)
+        added, counted = (values.float(), 1) if counts is None else (values.float().where(counts, 0.0), counts)
         if self.names != [*names]:
             self.names, self.sums, self.of_names = [*names], None, 0
         self.sums = added if self.sums is None else self.sums + added
-        self.count = self.count + (1 if counts is None else counts)
-        self.of_names = self.of_names + (1 if counts is None else counts)
+        self.count = self.count + counted
+        self.of_names = self.of_names + counted
 
     def averages(self, world: World) -> dict[str, float]:
         """Means over all steps and processes; every process must call it."""

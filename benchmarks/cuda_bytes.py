@@ -7,10 +7,8 @@ below: bytes over bandwidth. It uses private parts of torch 2.14.
 """
 
 import contextlib
-import multiprocessing
 import types
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
 from unittest import mock
 
 import torch
@@ -18,14 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import arguments
 from batch_augmentation import Draws
-from builders import build_augmentation, build_initial, build_objective, build_tapped, keep_residual_in_bfloat16
+from builders import build_augmentation, build_initial, build_objective, build_tapped
 from engine import TrainingLoss
 from tables import markdown_table
 from utils import World
 
 from .fake_cuda import CUDA, backward, fake_cuda, grad
+from .loader import new_process
+from .steps import only, terms_to_compare
 from .training_steps import NUM_CLASSES
 
 PLAIN, INPUT = "no term", "no term, from bytes"
@@ -54,13 +53,12 @@ def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
         own: `terms` to count alone (None = those that are on).
         args: main.py's flags.
     """
-    terms = arguments.coefficients(args)
-    alone = [name for name, coef in terms.items() if coef] if own.terms is None else own.terms
+    alone = terms_to_compare(args, own.terms)
     rows = {PLAIN: [], INPUT: [], **{f"only {name}": [name] for name in alone}, "all terms": None}
-    counts = {
-        name: in_new_process(count_step, args, names, name == INPUT)
-        for name, names in tqdm(rows.items(), desc="lowering", leave=False)
-    }
+    counts = {}
+    for name, names in tqdm(rows.items(), desc="lowering", leave=False):
+        with new_process() as pool:  # which ends, since lowering leaves torch believing in a GPU
+            counts[name] = pool.submit(count_step, args, names, name == INPUT).result()
     plain = counts[PLAIN]
     columns = {
         "step": [*counts],
@@ -75,25 +73,15 @@ def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
     return {"steps": counts}
 
 
-def in_new_process(function, *args):
-    """A call in a process that ends with it, since lowering leaves torch believing in a GPU."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> dict[str, int]:
     """{"bytes": number, "kernels": number} of a forward and a backward pass.
 
     Args:
-        terms: those that are on, with their coefficients or 1; None = those of `args`.
+        terms: those that are on, see `steps.only`; None = those of `args`.
         from_bytes: the input is bytes that are normalised, erased and mixed; otherwise floats, ready for the model.
     """
-    if terms is not None:
-        coefs = {f"{name}_coef": (coef or 1.0) * (name in terms) for name, coef in arguments.coefficients(args).items()}
-        args = Namespace(**vars(args) | coefs)
+    args = args if terms is None else only(args, terms)
     model = build_initial(args, NUM_CLASSES)
-    if args.residual_dtype == "bfloat16":
-        keep_residual_in_bfloat16(model, args.model)
     objective = build_objective(args, World(0, 1, 0, 1, torch.device("cpu")), model, NUM_CLASSES)
     if not from_bytes:
         args = Namespace(**vars(args) | {"mixup": 0, "cutmix": 0, "cutmix_minmax": None})

@@ -66,14 +66,20 @@ def step_builders(
     Args:
         terms: those to build a step with alone; None = those that are on.
     """
-    if terms is None:
-        terms = [name for name, coef in arguments.coefficients(args).items() if coef]
+    terms = terms_to_compare(args, terms)
     return {
         PLAIN: lambda: training_steps.plain(args, world),
         DIVERSIFIED: lambda: training_steps.diversified(args, world),
         **{f"only {name}": lambda name=name: training_steps.diversified(only(args, [name]), world) for name in terms},
         TEXTBOOK: lambda: training_steps.textbook(args, world),
     }
+
+
+def terms_to_compare(args: Namespace, terms: Collection[str] | None) -> Collection[str]:
+    """The terms that were chosen, or, where that is None, those that are on."""
+    if terms is None:
+        return [name for name, coef in arguments.coefficients(args).items() if coef]
+    return terms
 
 
 def step_measures(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import arguments
-from benchmarks.cuda_bytes import count_step, in_new_process
+from benchmarks.cuda_bytes import count_step
+from benchmarks.loader import new_process
 
 DEIT_SMALL = "--model deit_small_patch16_224_diverse --batch-size 1024 --preset released --device cpu"
 pytestmark = [
@@ -15,7 +16,8 @@ pytestmark = [
 
 def counted(terms, from_bytes=False):
     """{"bytes", "kernels"} of DeiT-Small's step with some terms; None = all five."""
-    return in_new_process(count_step, arguments.parse_args(DEIT_SMALL.split()), terms, from_bytes)
+    with new_process() as pool:
+        return pool.submit(count_step, arguments.parse_args(DEIT_SMALL.split()), terms, from_bytes).result()
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import builders
 from batch_augmentation import BatchAugmentation
 from builders import (
     PatchProduct,
+    build_initial,
     build_training_loss,
     compiles,
     embed_patches_by_product,
@@ -221,6 +222,16 @@ def test_blocks_hand_on_tokens_in_the_residual_dtype(residual, layer_scale):
         half = model(samples)
     assert seen[3:] == [getattr(torch, residual)] * 3
     torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
+
+
+def test_every_initial_model_has_the_residual_dtype_of_the_flags():
+    """So a run's and a benchmark's."""
+    model = build_initial(parse("--residual-dtype", "bfloat16", "--amp", "bf16"), 5)
+    seen = []
+    model.blocks[1].norm1.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 32, 32))
+    assert seen == [torch.bfloat16]
 
 
 def test_the_residual_in_bfloat16_trains_nearly_alike(tmp_path):
