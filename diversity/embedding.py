@@ -23,11 +23,12 @@ from .spectral import spectral_spread
 
 
 @regularizer(level="embedding", coef=0.5)
-def emb_cos_within(last: torch.Tensor) -> torch.Tensor:
+def emb_cos_within(last: torch.Tensor, *, num_prefix_tokens: int = 0) -> torch.Tensor:
     """Mean cosine between all pairs of patch tokens of an image: signed, a token with itself included.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
+        num_prefix_tokens: leave out this many tokens at the front of `last`, [B, num_prefix_tokens + P, D].
 
     Returns:
         0-dim, in [0, 1]: 1 when all tokens of an image are parallel, 1/P when they are orthogonal.
@@ -35,7 +36,7 @@ def emb_cos_within(last: torch.Tensor) -> torch.Tensor:
     Source: The Principle of Diversity, within-layer patch diversity.
     Differs: computed as the squared norm of the mean unit token, which equals the mean over pairs.
     """
-    return mean_cosine(last).mean()
+    return mean_cosine(last, num_prefix_tokens).mean()
 
 
 @regularizer(level="embedding")
@@ -127,7 +128,7 @@ def emb_abscos_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
 
 
 @regularizer(level="embedding", coef=0.5)
-def emb_contrast_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+def emb_contrast_cross(first: torch.Tensor, last: torch.Tensor, *, num_prefix_tokens: int = 0) -> torch.Tensor:
     """Contrast across layers: each last-layer token keeps closer to its own first-layer token than to the others.
 
     Mean over images and tokens of softplus(neg_i - pos_i): pos_i is the cosine of token i in the first and the last
@@ -136,6 +137,7 @@ def emb_contrast_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     Args:
         first: [B, P, D], prefix tokens excluded, P >= 2.
         last: [B, P, D] or [layers, B, P, D], likewise.
+        num_prefix_tokens: leave out this many tokens at the front of `first` and `last`.
 
     Returns:
         0-dim, in [softplus(-2), softplus(2)]; log 2 when a token is as close to the others as to its own.
@@ -146,7 +148,7 @@ def emb_contrast_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     Source: The Principle of Diversity, cross-layer patch diversity.
     Differs: negatives are summed once per image, not pair by pair; the value is the same.
     """
-    return cosine_contrast(first, last).mean()
+    return cosine_contrast(first, last, num_prefix_tokens).mean()
 
 
 @regularizer(level="embedding")

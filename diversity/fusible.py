@@ -12,9 +12,17 @@ EPS = 1e-8
 """The shortest length by which `similarity.unit` divides. A shorter item is divided by it, as by a constant."""
 
 
-def inverse_length(items: torch.Tensor) -> torch.Tensor:
-    """1 / max(|x|, 1e-8) over the last axis: [..., D] -> [..., 1]."""
-    return torch.linalg.vector_norm(items, dim=-1, keepdim=True).clamp_min(EPS).reciprocal()
+def inverse_length(items: torch.Tensor, num_prefix: int = 0) -> torch.Tensor:
+    """1 / max(|x|, 1e-8) over the last axis: [..., items, D] -> [..., items, 1]; 0 for the first `num_prefix` items.
+
+    A vision transformer's own passes cover its prefix tokens too. With zeros in place of a slice, these passes match
+    them and fuse with them.
+    """
+    inverse = torch.linalg.vector_norm(items, dim=-1, keepdim=True).clamp_min(EPS).reciprocal()
+    if num_prefix == 0:
+        return inverse
+    is_kept = torch.arange(items.shape[-2], device=items.device) >= num_prefix
+    return torch.where(is_kept.unsqueeze(-1), inverse, 0)
 
 
 class MeanMapCosine(torch.autograd.Function):
@@ -45,15 +53,19 @@ class MeanMapCosine(torch.autograd.Function):
 
 
 class CosineContrast(torch.autograd.Function):
-    """`similarity.contrast` of the unit vectors of both items: two of [..., items, D] -> [..., items]."""
+    """`similarity.contrast` of the unit vectors of both items: two of [..., items, D] -> [..., items].
+
+    The first `num_prefix` items are left out: what is returned for them has no meaning and no gradient.
+    """
 
     @staticmethod
-    def forward(ctx, first, last):
-        first_inverse, last_inverse = inverse_length(first), inverse_length(last)
+    def forward(ctx, first, last, num_prefix):
+        first_inverse, last_inverse = inverse_length(first, num_prefix), inverse_length(last, num_prefix)
         total = (last * last_inverse).sum(dim=-2, keepdim=True)
         positive = (first * last).sum(dim=-1, keepdim=True) * first_inverse * last_inverse
         to_all = (first * total).sum(dim=-1, keepdim=True) * first_inverse
-        difference = (to_all - positive) / (first.shape[-2] - 1) - positive
+        ctx.num_others = first.shape[-2] - num_prefix - 1
+        difference = (to_all - positive) / ctx.num_others - positive
         ctx.save_for_backward(first, last, first_inverse, last_inverse, total, positive, to_all, difference)
         return F.softplus(difference).squeeze(-1)
 
@@ -62,7 +74,7 @@ class CosineContrast(torch.autograd.Function):
     def backward(ctx, grad):
         first, last, first_inverse, last_inverse, total, positive, to_all, difference = ctx.saved_tensors
         slope = grad.unsqueeze(-1) * difference.sigmoid()
-        to_all_grad = slope / (first.shape[-2] - 1)
+        to_all_grad = slope / ctx.num_others
         positive_grad = -slope - to_all_grad
         total_grad = (to_all_grad * first_inverse * first).sum(dim=-2, keepdim=True)
         towards_total = (total_grad * last).sum(dim=-1, keepdim=True) * last_inverse
@@ -74,7 +86,7 @@ class CosineContrast(torch.autograd.Function):
         both = positive_grad * first_inverse * last_inverse
         first_grad = both * last + to_all_grad * first_inverse * total - first_along * first
         last_grad = both * first + total_grad * last_inverse - last_along * last
-        return first_grad.sum_to_size(first.shape), last_grad.sum_to_size(last.shape)
+        return first_grad.sum_to_size(first.shape), last_grad.sum_to_size(last.shape), None
 
 
 class MixedCrossEntropy(torch.autograd.Function):

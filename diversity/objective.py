@@ -114,7 +114,12 @@ class DiversityObjective(nn.Module):
             taps["grad"] = _token_gradient(classification, output.tokens)
         for name, term in self.terms.items():
             fixed = {"probes": probes[name]} if probes and name in probes else {}
-            raw[name] = term(**{tap: taps.get(tap) for tap in term.reads}, **self.options[name], **fixed)
+            settings = self.options[name] | fixed
+            source = taps
+            if term.skips_prefix and output.with_prefix:
+                source = output.with_prefix
+                settings["num_prefix_tokens"] = output.num_prefix_tokens
+            raw[name] = term(**{tap: source.get(tap) for tap in term.reads}, **settings)
             weighted[name] = self.coefs[name] * raw[name]
         loss = classification + sum(weighted[name] for name in self.terms)
         shares = [part / loss for part in weighted.values()]

@@ -28,6 +28,7 @@ class Regularizer:
         options: {name: default} of its settings, which are flags too: `cond_orth_steps` is `--cond-orth-steps`.
         doc: its docstring.
         coef: coefficient in the paper's training runs; 0 where the paper's runs leave the term off.
+        skips_prefix: whether it takes `num_prefix_tokens`, and then `first` and `last` with their prefix tokens.
         function: the decorated function.
     """
 
@@ -37,6 +38,7 @@ class Regularizer:
     options: dict[str, object]
     doc: str
     coef: float
+    skips_prefix: bool
     function: Callable[..., torch.Tensor]
 
     def __call__(self, **taps) -> torch.Tensor:
@@ -64,8 +66,8 @@ REGULARIZERS: dict[str, Regularizer] = {}
 def regularizer(level: str, coef: float = 0.0):
     """Enter the decorated function into `REGULARIZERS` under its own name.
 
-    The function's positional parameters are the taps it reads; keyword-only parameters are options with a default, and
-    `probes`, the random start vectors it draws when given none.
+    The function's positional parameters are the taps it reads; keyword-only parameters are options with a default,
+    `probes`, the random start vectors it draws when given none, and `num_prefix_tokens`, see `Regularizer`.
 
     Args:
         level: one of `LEVELS`.
@@ -74,11 +76,14 @@ def regularizer(level: str, coef: float = 0.0):
     assert level in LEVELS, f"unknown level {level!r}"
 
     def enter(function: Callable[..., torch.Tensor]) -> Regularizer:
-        parameters = inspect.signature(function).parameters.values()
-        reads = tuple(p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
-        options = {p.name: p.default for p in parameters if p.name not in (*reads, "probes")}
+        parameters = inspect.signature(function).parameters
+        reads = tuple(name for name, p in parameters.items() if p.kind is not inspect.Parameter.KEYWORD_ONLY)
+        no_options = (*reads, "probes", "num_prefix_tokens")
+        options = {name: p.default for name, p in parameters.items() if name not in no_options}
+        skips_prefix = "num_prefix_tokens" in parameters
         assert function.__name__ not in REGULARIZERS, f"{function.__name__} is entered twice"
-        term = Regularizer(function.__name__, level, reads, options, inspect.getdoc(function), coef, function)
+        doc = inspect.getdoc(function)
+        term = Regularizer(function.__name__, level, reads, options, doc, coef, skips_prefix, function)
         REGULARIZERS[term.name] = term
         return term
 

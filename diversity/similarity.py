@@ -17,26 +17,31 @@ def unit(items: torch.Tensor) -> torch.Tensor:
     return F.normalize(items, dim=-1, eps=fusible.EPS)
 
 
-def mean_unit(items: torch.Tensor) -> torch.Tensor:
-    """Mean of the unit items, [..., items, D] -> [..., D], without a normalised copy of them."""
-    inverse = fusible.inverse_length(items)
+def mean_unit(items: torch.Tensor, num_prefix: int = 0) -> torch.Tensor:
+    """Mean of the unit items, [..., items, D] -> [..., D], without a normalised copy of them.
+
+    The first `num_prefix` items are left out.
+    """
     if torch.compiler.is_compiling():  # a product would need the items in memory; a sum compiles into what makes them
-        return (inverse * items).sum(dim=-2) / items.shape[-2]
-    return (inverse.mT @ items).squeeze(-2) / items.shape[-2]
+        inverse = fusible.inverse_length(items, num_prefix)
+        return (inverse * items).sum(dim=-2) / (items.shape[-2] - num_prefix)
+    items = items[..., num_prefix:, :]
+    return (fusible.inverse_length(items).mT @ items).squeeze(-2) / items.shape[-2]
 
 
-def mean_cosine(items: torch.Tensor) -> torch.Tensor:
+def mean_cosine(items: torch.Tensor, num_prefix: int = 0) -> torch.Tensor:
     """Signed cosine averaged over all ordered pairs of items, an item with itself included.
 
     Equal to the squared norm of the mean unit item, so the pairs are never formed.
 
     Args:
         items: [..., items, D].
+        num_prefix: number of items at the front to leave out.
 
     Returns:
         [...], in [0, 1]: 1 for parallel items, 1/items for orthogonal ones.
     """
-    return mean_unit(items).square().sum(dim=-1)
+    return mean_unit(items, num_prefix).square().sum(dim=-1)
 
 
 def mean_map_cosine(maps: torch.Tensor) -> torch.Tensor:
@@ -106,12 +111,12 @@ def contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     return F.softplus(negative - positive)
 
 
-def cosine_contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """`contrast` of the unit items of both."""
+def cosine_contrast(first: torch.Tensor, last: torch.Tensor, num_prefix: int = 0) -> torch.Tensor:
+    """`contrast` of the unit items of both, without the first `num_prefix` items."""
     if torch.compiler.is_compiling():
-        _require_pairs(first.shape[-2])
-        return fusible.CosineContrast.apply(first, last)
-    return contrast(unit(first), unit(last))
+        _require_pairs(first.shape[-2] - num_prefix)
+        return fusible.CosineContrast.apply(first, last, num_prefix)[..., num_prefix:]
+    return contrast(unit(first[..., num_prefix:, :]), unit(last[..., num_prefix:, :]))
 
 
 def orthogonality_gap(items: torch.Tensor) -> torch.Tensor:

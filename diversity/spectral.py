@@ -106,7 +106,11 @@ class _GramProduct(torch.autograd.Function):
     def backward(ctx, grad):
         items, x, inner = ctx.saved_tensors
         grad_inner = grad @ items
-        grad_items = torch.cat((grad, x), dim=-2).mT @ torch.cat((inner, grad_inner), dim=-2)
+        left, right = torch.cat((grad, x), dim=-2), torch.cat((inner, grad_inner), dim=-2)
+        if torch.compiler.is_compiling():  # a sum of four matrices fuses with the other gradients of X
+            grad_items = (left.unsqueeze(-1) * right.unsqueeze(-2)).sum(dim=-3)
+        else:
+            grad_items = left.mT @ right
         return grad_items, grad_inner @ items.mT if ctx.needs_input_grad[1] else None
 
 

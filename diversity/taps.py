@@ -31,6 +31,8 @@ class TapOutput(NamedTuple):
         attention: [B, H, N, N], softmax maps of the first block before dropout, prefix tokens included; with several
             `attn_layers` [layers, B, H, N, N], the maps of those blocks. A Swin's windows count as images.
         attention_first, attention_last: [B, H, N, N], the maps of the first and of the last block.
+        with_prefix: {"first", "last": [B, N, D]}, both with their `num_prefix_tokens` prefix tokens in front: compiled,
+            for terms that skip them; see `Regularizer.skips_prefix`.
         weights: [M, Dout, Din], the matrices of `weight_groups` in all blocks of the model, in the order of the blocks;
             a tuple of such stacks where shapes differ.
     """
@@ -46,6 +48,8 @@ class TapOutput(NamedTuple):
     attention_last: torch.Tensor | None = None
     weights: torch.Tensor | tuple[torch.Tensor, ...] | None = None
     token_logits: torch.Tensor | None = None
+    with_prefix: dict[str, torch.Tensor] | None = None
+    num_prefix_tokens: int | None = None
 
 
 class TappedViT(nn.Module):
@@ -117,6 +121,9 @@ class TappedViT(nn.Module):
         try:
             logits = self.model(samples)
             taken = {tap: self._tap(tap) for tap in self.reads}
+            if compiling and self.backbone:
+                taken["with_prefix"] = {tap: self._with_prefix(tap) for tap in ("first", "last") if tap in taken}
+                taken["num_prefix_tokens"] = self.backbone.num_prefix_tokens
             if self.patch_logits:
                 normed = self._take("norm", "final")
                 if compiling and not self.backbone.head_drops:
@@ -200,10 +207,13 @@ class TappedViT(nn.Module):
         if tap == "weights":
             stacks = self.backbone.weight_stacks(self.weight_groups)
             return stacks[0] if len(stacks) == 1 else stacks
-        tensors = [self._take(*source) for source in self._sources[tap]]
         if tap in ("first", "last"):
-            tensors = [self.backbone.patch_tokens(tensor) for tensor in tensors]
-        return tensors[0] if len(tensors) == 1 else torch.stack(tensors)
+            return self._with_prefix(tap)[..., self.backbone.num_prefix_tokens :, :]
+        return _stacked([self._take(*source) for source in self._sources[tap]])
+
+    def _with_prefix(self, tap: str) -> torch.Tensor:
+        """The tokens of "first" or "last", prefix tokens included: [B, N, D] or [layers, B, N, D]."""
+        return _stacked([self._take(*source).flatten(1, -2) for source in self._sources[tap]])
 
     def _take(self, *source) -> torch.Tensor:
         """What a hook kept."""
@@ -267,3 +277,8 @@ class TappedViT(nn.Module):
         if hasattr(attn, "fused_attn"):  # Swin V2 has no fused form
             self._unfused.append((attn, attn.fused_attn))
             attn.fused_attn = False
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A single tensor as it is, several with a leading axis."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors)

@@ -49,18 +49,41 @@ INPUTS = {
     ],
     "attn_cos_within": [{"attention": maps(0, 2, 3, 5, 5)}, {"attention": maps(0, 4, 2, 3, 5, 5)}],
     "attn_offdiag_cos_within": [{"attention": maps(0, 2, 3, 5, 5)}],
+    "weight_mha_cond_orth": [{"weights": normals(0, 4, 6, 5)}, {"weights": normals(0, 4, 5, 30)}],
 }
 
 
 @pytest.mark.parametrize("name, taps", [(name, taps) for name, cases in INPUTS.items() for taps in cases])
 def test_terms_agree(name, taps, compiling):
+    probes = {"probes": normals(5, 2, 4, taps["weights"].shape[1], 1)} if "weights" in taps else {}
+
     def term(*tensors):
-        return REGULARIZERS[name](**dict(zip(taps, tensors, strict=True)))
+        return REGULARIZERS[name](**dict(zip(taps, tensors, strict=True)), **probes)
 
     expected = value_and_gradients(term, taps.values())
     compiling()
     found = value_and_gradients(term, taps.values())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", [name for name, term in REGULARIZERS.items() if term.skips_prefix])
+def test_terms_skip_prefix_tokens(name, compiled, compiling):
+    """As if they were not there: in the value, in the patches' gradients, and without a gradient of their own."""
+    reads = REGULARIZERS[name].reads
+    everything = [tokens(seed, 2, 7, 6) for seed, _ in enumerate(reads)]
+
+    def term(*tensors, **options):
+        return REGULARIZERS[name](**dict(zip(reads, tensors, strict=True)), **options)
+
+    value, *expected = value_and_gradients(term, [one[:, 2:] for one in everything])
+    if compiled:
+        compiling()
+    found, *gradients = value_and_gradients(lambda *tensors: term(*tensors, num_prefix_tokens=2), everything)
+    torch.testing.assert_close(found, value, rtol=1e-9, atol=0)
+    for gradient, of_patches in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient[:, 2:], of_patches, rtol=1e-9, atol=1e-13)
+        assert not gradient[:, :2].any()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
