@@ -22,20 +22,17 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-import arguments
-import checkpoint
-import figures
-import redundancy_figures
-import weights
-from augmentation import build_transform
 from datasets import build_data
 from diversity import TapError, TappedViT, measurable, measure_redundancy
 from diversity.backbones import Backbone
-from images import loader_errors
-from models import build_model
-from parsing import Parser, device, hyphens, whole
-from run_folders import REPORT, without_seed
-from tables import comparison
+from models import build_model, weights
+from pipeline.images import loader_errors
+from pipeline.transforms import build_transform
+from reports import figures, redundancy_figures
+from reports.run_folders import REPORT, without_seed
+from reports.tables import comparison
+from training import arguments, checkpoint
+from training.parsing import Parser, device, hyphens, whole
 from utils import World, joined_world, one_line_errors, quiet_warnings, run_command, write_json
 
 
@@ -229,7 +226,7 @@ def data(subject: Subject) -> str:
 
 
 def report_of(subject: Subject, model: nn.Module, batches: Iterable[torch.Tensor], ema: bool) -> dict:
-    """`measure_redundancy`, with what it was measured on; kept in the run folder too, for tabulate.py.
+    """`measure_redundancy`, with what it was measured on; kept in the run folder too, for table.py.
 
     Raises:
         SystemExit: there are no images, or the model's numbers are not finite.

@@ -27,21 +27,13 @@ if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:
 
 from pathlib import Path
 
-import arguments
 from benchmarks import cuda_bytes, gpu, loader, steps
 from diversity import REGULARIZERS
 from diversity.objective import MIXING
-from parsing import count, positive
-from utils import (
-    cpu_count,
-    environment_lines,
-    init_world,
-    keep_freed_memory,
-    quiet_warnings,
-    run_command,
-    set_backends,
-    write_json,
-)
+from training import arguments
+from training.log import environment_lines
+from training.parsing import count, positive
+from utils import cpu_count, init_world, keep_freed_memory, quiet_warnings, run_command, set_backends, write_json
 
 WHATS = {
     "step": steps.compare_steps,

@@ -18,15 +18,14 @@ from torch.utils.data import (
     default_collate,
 )
 
-from augmentation import build_transform
-from batch_augmentation import Normalize
-from images import ReadableImages
-from interruption import ignore_in_worker
-from prefetch import Prefetcher
-from randomness import reseed
-from samplers import ResumableBatches, SeededRepeatAugSampler
-from sources import build_source, count_classes
-from utils import BadImageError, World, cpu_count
+from pipeline.batch_augmentation import Normalize
+from pipeline.images import ReadableImages
+from pipeline.prefetch import Prefetcher
+from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
+from pipeline.sources import build_source, count_classes
+from pipeline.transforms import build_transform
+from training.stopping import ignore_in_worker
+from utils import BadImageError, World, cpu_count, reseed
 
 
 @dataclass

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from batch_augmentation import BatchAugmentation, Draws
-from checkpoint import TrainState
 from diversity import DiversityObjective, TappedViT
-from guard import FiniteGuard, GuardedUpdate
-from randomness import reseed
-from utils import Meters, RunLog, World
+from pipeline.batch_augmentation import BatchAugmentation, Draws
+from training.checkpoint import TrainState
+from training.guard import FiniteGuard, GuardedUpdate
+from training.log import Meters, RunLog
+from utils import World, reseed
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:

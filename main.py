@@ -13,12 +13,13 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import unwrap_model
 from torch import nn
 
-import arguments
-import checkpoint
-import checkpoint_files
-import figures
-import redundancy_figures
-from builders import (
+from datasets import Data, build_data
+from diversity import TapError, measurable, measure_redundancy
+from engine import autocast_dtype, evaluate, train_one_epoch
+from pipeline.images import loader_errors
+from reports import figures, redundancy_figures
+from training import arguments, checkpoint, checkpoint_files
+from training.build import (
     build_augmentation,
     build_objective,
     build_optimizer,
@@ -27,19 +28,14 @@ from builders import (
     build_weights,
     fast_parts,
 )
-from datasets import Data, build_data
-from diversity import TapError, measurable, measure_redundancy
-from engine import autocast_dtype, evaluate, train_one_epoch
-from guard import FiniteGuard
-from images import loader_errors
-from interruption import StopSignals, locked
-from randomness import make_deterministic
+from training.guard import FiniteGuard
+from training.log import RunLog, environment_lines
+from training.stopping import StopSignals, locked
 from utils import (
-    RunLog,
     World,
-    environment_lines,
     joined_world,
     keep_freed_memory,
+    make_deterministic,
     one_line_errors,
     quiet_warnings,
     run_command,

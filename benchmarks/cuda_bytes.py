@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from batch_augmentation import Draws
-from builders import build_augmentation, build_initial, build_objective, build_tapped
 from engine import TrainingLoss
-from tables import markdown_table
+from pipeline.batch_augmentation import Draws
+from reports.tables import markdown_table
+from training.build import build_augmentation, build_initial, build_objective, build_tapped
 from utils import World
 
 from .fake_cuda import CUDA, backward, fake_cuda, grad

@@ -1,6 +1,6 @@
 """The GPU report as Markdown, as far as it is known."""
 
-from tables import markdown_table
+from reports.tables import markdown_table
 
 from .loader import ALL, AS_IS
 from .steps import DIVERSIFIED

@@ -18,10 +18,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import main
-from augmentation import build_transform
 from datasets import Data, build_data
-from images import Sample
-from tables import markdown_table
+from pipeline.images import Sample
+from pipeline.transforms import build_transform
+from reports.tables import markdown_table
 from utils import World, init_world, keep_freed_memory
 
 from .measure import interleave

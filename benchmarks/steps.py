@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection
 import torch
 from tqdm import tqdm
 
-import arguments
-from builders import build_initial, build_mixup, build_objective, build_tapped
 from diversity import REGULARIZERS, DiversityObjective, TapOutput, TappedViT
 from diversity.objective import MIXING
 from engine import autocast, autocast_dtype
-from tables import markdown_table
+from reports.tables import markdown_table
+from training import arguments
+from training.build import build_initial, build_mixup, build_objective, build_tapped
 from utils import World
 
 from . import training_steps

@@ -9,7 +9,9 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 
-from builders import (
+from diversity import PRESETS, DiversityObjective, PatchMixup
+from engine import autocast, autocast_dtype, train_one_epoch
+from training.build import (
     build_augmentation,
     build_initial,
     build_objective,
@@ -18,11 +20,10 @@ from builders import (
     build_training_loss,
     compiles,
 )
-from checkpoint import TrainState
-from diversity import PRESETS, DiversityObjective, PatchMixup
-from engine import autocast, autocast_dtype, train_one_epoch
-from guard import FiniteGuard
-from utils import EpochTotals, RunLog, World
+from training.checkpoint import TrainState
+from training.guard import FiniteGuard
+from training.log import EpochTotals, RunLog
+from utils import World
 
 from . import textbook_step
 

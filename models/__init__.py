@@ -5,7 +5,7 @@ import difflib
 import timm
 from torch import nn
 
-from weights import refusal
+from models.weights import refusal
 
 from . import diverse_deit
 

@@ -16,8 +16,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import figures  # noqa: E402  (sets the style)
-from figures import COLOURS, plt  # noqa: E402
+from reports import figures  # noqa: E402  (sets the style)
+from reports.figures import COLOURS, plt  # noqa: E402
 
 EMBEDDING, ATTENTION, WEIGHT = COLOURS[0], "#B34700", "#00734F"  # darker than the curves': they colour text, too
 

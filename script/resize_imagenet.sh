@@ -4,7 +4,7 @@
 #   script/resize_imagenet.sh SRC DST [SIDE]
 #
 # Images of SRC/train with a short side above SIDE (256 by default) are resized to it; all else in the folders of SRC is
-# copied as it is. The same command again goes on where an interrupted one stopped. See script/resize_imagenet.py, also
+# copied as it is. The same command again goes on where an interrupted one stopped. See pipeline/resize.py, also
 # for what it changes in training.
 set -euo pipefail
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
@@ -15,4 +15,4 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=python3
 [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # it has a process for every core
-exec "$python" "$root/script/resize_imagenet.py" "$@"
+exec "$python" "$root/pipeline/resize.py" "$@"

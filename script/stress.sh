@@ -4,9 +4,9 @@
 #
 #   script/stress.sh [KILLS] [SEED]
 #
-# 200 kills and seed 0 by default. See script/stress.py.
+# 200 kills and seed 0 by default. See tests/stress.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 script/setup.sh
 export OMP_NUM_THREADS=1  # a life is forked, and a fork takes no thread along
-exec .venv/bin/python script/stress.py --kills "${1:-200}" --seed "${2:-0}"
+exec .venv/bin/python tests/stress.py --kills "${1:-200}" --seed "${2:-0}"

@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import checkpoint
-import checkpoint_files
 import main
-from batch_augmentation import BatchAugmentation
+from pipeline.batch_augmentation import BatchAugmentation
+from training import checkpoint, checkpoint_files
 
 
 class Fed:

@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from batch_augmentation import BatchAugmentation
 from diversity import PRESETS, DiversityObjective, PatchMixup, TappedViT
 from engine import TrainingLoss
+from pipeline.batch_augmentation import BatchAugmentation
 from utils import World, joined_world
 
 STEPS = 3  # DistributedDataParallel forms its buckets after the first

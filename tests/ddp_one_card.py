@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from arguments import parse_args
-from batch_augmentation import Draws
 from benchmarks.training_steps import NUM_CLASSES
-from builders import build_augmentation, build_initial, build_objective, build_tapped, build_training_loss
-from randomness import reseed, seed_everything
-from utils import World
+from pipeline.batch_augmentation import Draws
+from training.arguments import parse_args
+from training.build import build_augmentation, build_initial, build_objective, build_tapped, build_training_loss
+from utils import World, reseed, seed_everything
 
 STEPS = 2  # DistributedDataParallel exchanges the gradients of its first step differently
 

@@ -12,9 +12,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from arguments import parse_args
 from benchmarks.training_steps import NUM_CLASSES, random_batch
-from builders import (
+from engine import train_one_epoch
+from training.arguments import parse_args
+from training.build import (
     build_augmentation,
     build_initial,
     build_objective,
@@ -22,10 +23,10 @@ from builders import (
     build_tapped,
     build_training_loss,
 )
-from checkpoint import TrainState
-from engine import train_one_epoch
-from guard import FiniteGuard
-from utils import RunLog, joined_world
+from training.checkpoint import TrainState
+from training.guard import FiniteGuard
+from training.log import RunLog
+from utils import joined_world
 
 STEPS = 4
 

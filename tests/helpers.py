@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import arguments
 import main
 from models import build_model
+from training import arguments
 from utils import World
 
 torch.set_num_threads(1)  # small tensors, and threads that spin make a busy machine many times slower

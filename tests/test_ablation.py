@@ -15,8 +15,8 @@ import pytest
 import yaml
 from helpers import REPOSITORY, TINY
 
-import arguments
 from diversity import PRESETS, REGULARIZERS
+from training import arguments
 
 SCRIPTS = {"ablate_deit_small.sh": ["/data"], "ablate_cifar.sh": ["/data"], "ablate_digits.sh": []}
 """{script: its arguments before OUT}"""

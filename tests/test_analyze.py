@@ -17,15 +17,13 @@ from test_bad_input import CONVNET
 from test_end_to_end import log_of
 
 import analyze
-import checkpoint
-import figures
-import redundancy_figures
-import tables
-from augmentation import build_transform
 from datasets import build_data
 from diversity import MEASURES, measure_redundancy
 from models import build_model
-from sources import Digits
+from pipeline.sources import Digits
+from pipeline.transforms import build_transform
+from reports import figures, redundancy_figures, tables
+from training import checkpoint
 
 PLAIN_VIT = (*BRIEF, "--patch-size", "8", "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3")
 SWIN = (

@@ -17,14 +17,13 @@ from test_engine import images, make_state, small_vit, train, weights
 from test_resume import content, points
 from timm.utils import ModelEmaV3
 
-import checkpoint_files
 from benchmarks import training_steps
 from benchmarks.measure import host_syncs
-from builders import build_optimizer
 from diversity import REGULARIZERS, MixedTarget, PatchMixup, TappedViT
-from interruption import RESUMABLE
-from randomness import reseed
-from utils import World
+from training import checkpoint_files
+from training.build import build_optimizer
+from training.stopping import RESUMABLE
+from utils import World, reseed
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

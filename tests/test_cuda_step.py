@@ -10,11 +10,13 @@ import torch
 from helpers import parse
 from timm.utils import ModelEmaV3
 
-import checkpoint_files
 import engine
-from batch_augmentation import BatchAugmentation, Draws, Normalize
 from benchmarks.fake_cuda import CUDA, fake_cuda
-from builders import (
+from diversity import REGULARIZERS
+from pipeline.batch_augmentation import BatchAugmentation, Draws, Normalize
+from pipeline.prefetch import Prefetcher
+from training import checkpoint_files
+from training.build import (
     build_augmentation,
     build_initial,
     build_model,
@@ -24,12 +26,11 @@ from builders import (
     build_training_loss,
     enable_grad_checkpointing,
 )
-from checkpoint import TrainState
-from diversity import REGULARIZERS
-from guard import FiniteGuard, GuardedUpdate
-from losses import DistillationLoss
-from prefetch import Prefetcher
-from utils import RunLog, World
+from training.checkpoint import TrainState
+from training.distillation import DistillationLoss
+from training.guard import FiniteGuard, GuardedUpdate
+from training.log import RunLog
+from utils import World
 
 WORLD = World(0, 1, 0, 1, CUDA)
 CLASSES, STEPS = 10, 3
@@ -210,7 +211,7 @@ def test_a_large_upload_from_pageable_memory_is_found(batch):
     def send(tensor, device):
         return tensor.to(device, non_blocking=True)
 
-    with mock.patch("batch_augmentation.to_device", send):
+    with mock.patch("pipeline.batch_augmentation.to_device", send):
         found = findings_of("pageable upload", "step", "--mixup-mode", "elem", "--reprob", "0", batch=batch)
     assert bool(found) == (batch == 2048)
 
@@ -219,7 +220,7 @@ def test_a_blocking_upload_is_found():
     def send(tensor, device):
         return tensor.to(device)
 
-    with mock.patch("batch_augmentation.to_device", send):
+    with mock.patch("pipeline.batch_augmentation.to_device", send):
         assert findings_of("wait", "step")
 
 

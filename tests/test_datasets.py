@@ -19,12 +19,11 @@ from torch.utils.data import DistributedSampler
 from torchvision.transforms import RandomHorizontalFlip
 
 import datasets
-from augmentation import FastCrop, build_transform
 from datasets import build_data
-from randomness import reseed
-from samplers import SeededRepeatAugSampler
-from sources import Digits
-from utils import BadImageError, World
+from pipeline.samplers import SeededRepeatAugSampler
+from pipeline.sources import Digits
+from pipeline.transforms import FastCrop, build_transform
+from utils import BadImageError, World, reseed
 
 PLAIN = ("--aa", "none", "--color-jitter", 0, "--hflip", 0, "--reprob", 0, "--no-repeated-aug")
 

@@ -10,13 +10,14 @@ from helpers import parse
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, TensorDataset
 
-import checkpoint
-from batch_augmentation import BatchAugmentation
-from builders import build_optimizer
 from diversity import DiversityObjective, PatchMixup, TappedViT
 from engine import TrainingLoss, autocast_dtype, evaluate, train_one_epoch
-from guard import FiniteGuard, GuardedUpdate
-from utils import RunLog, World
+from pipeline.batch_augmentation import BatchAugmentation
+from training import checkpoint
+from training.build import build_optimizer
+from training.guard import FiniteGuard, GuardedUpdate
+from training.log import RunLog
+from utils import World
 
 CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 ALL_TERMS = {"mixing": 1, "emb_cos_within": 0.5, "emb_contrast_cross": 0.5, "attn_cos_within": 0.1}

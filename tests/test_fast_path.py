@@ -13,9 +13,11 @@ from test_engine import images, make_state, small_vit
 from timm.utils import ModelEmaV3
 from torch._dynamo.backends.common import aot_autograd
 
-import builders
-from batch_augmentation import BatchAugmentation
-from builders import (
+from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
+from engine import TrainingLoss, train_one_epoch
+from pipeline.batch_augmentation import BatchAugmentation
+from training import build
+from training.build import (
     PatchProduct,
     build_initial,
     build_training_loss,
@@ -24,10 +26,9 @@ from builders import (
     enable_grad_checkpointing,
     keep_residual_in_bfloat16,
 )
-from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
-from engine import TrainingLoss, train_one_epoch
-from guard import FiniteGuard
-from utils import RunLog, World
+from training.guard import FiniteGuard
+from training.log import RunLog
+from utils import World
 
 ON_GPU = World(0, 1, 0, 1, torch.device("cuda:0"))
 ALL_TERMS = {"mixing": 1.0} | dict.fromkeys(REGULARIZERS, 0.01)
@@ -119,7 +120,7 @@ def test_a_step_that_does_not_compile_runs_in_eager_mode_unless_it_was_asked_for
                 fault(training_loss)
 
             monkeypatch.setattr(TrainingLoss, "__init__", faulty)
-            monkeypatch.setattr(builders, "compiles", lambda *_: True)  # as on a GPU
+            monkeypatch.setattr(build, "compiles", lambda *_: True)  # as on a GPU
         training_loss = build_training_loss(args, world(), tapped, objective)
         monkeypatch.undo()
         if flag == "--compile":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from randomness import reseed, seed_of
+from utils import reseed, seed_of
 
 
 def draw():

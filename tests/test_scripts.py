@@ -10,9 +10,9 @@ import sys
 import pytest
 from helpers import REPOSITORY, TINY, make_image_folder
 
-import arguments
 import benchmark
 import diversity
+from training import arguments
 
 README = (REPOSITORY / "README.md").read_text()
 LAUNCHERS = {

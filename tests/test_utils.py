@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from helpers import REPOSITORY, TINY, run_main
 
-from randomness import seed_everything
-from utils import Meters, cpu_count, init_world, one_line_errors
+from training.log import Meters
+from utils import cpu_count, init_world, one_line_errors, seed_everything
 
 FREED = """
 import sys, torch

@@ -1,0 +1,1 @@
+"""How images become batches: sources, reading, transforms, samplers, prefetching, batch augmentation."""

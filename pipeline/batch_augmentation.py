@@ -1,0 +1,161 @@
+"""What happens to a batch on its device: bytes are normalised, boxes erased, images mixed.
+
+What is random about it is drawn on the host, from the batch's number, into two small tensors; the rest is tensor
+operations that compile into one kernel with the model's first cast.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import nn
+
+from diversity import MixedTarget, PatchMixup
+from diversity.mixing import in_box
+from utils import reseed, to_device
+
+
+class Normalize(nn.Module):
+    """Bytes [B, 3, H, W] -> float32, less ImageNet's mean, over its standard deviation; floats are left as they are."""
+
+    def __init__(self):
+        super().__init__()
+        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.mean) / self.std if images.dtype == torch.uint8 else images
+
+
+class BatchErasing:
+    """timm's RandomErasing (Zhong et al. 2017) for a whole batch of normalised images.
+
+    Boxes are drawn as timm draws them, image by image; pixels are written at once.
+
+    Args:
+        probability: of an image to be erased at all.
+        mode: what a box is filled with: "const", zeros; "rand", one normal colour a box; "pixel", normal noise.
+        max_count: most boxes of an image, which then share the area.
+        min_area, max_area: of a box, as shares of the image's.
+        min_aspect: lowest ratio of height to width; the highest is its inverse.
+    """
+
+    def __init__(
+        self,
+        probability: float,
+        mode: str = "pixel",
+        max_count: int = 1,
+        min_area: float = 0.02,
+        max_area: float = 1 / 3,
+        min_aspect: float = 0.3,
+    ):
+        assert mode in ("const", "rand", "pixel"), f"unknown mode {mode!r}"
+        self.probability, self.mode, self.max_count = probability, mode, max_count
+        self.areas, self.log_aspects = (min_area, max_area), (math.log(min_aspect), -math.log(min_aspect))
+
+    def draw(self, batch: int, image_size: tuple[int, int]) -> torch.Tensor:
+        """Boxes (yl, yh, xl, xh) in pixels, [B, max_count, 4] int32 on the CPU, from numpy's global generator.
+
+        A box that is not there is empty: of an image that is not erased, or one of ten tries that all fell out too
+        large.
+        """
+        shape = (batch, self.max_count)
+        count = np.random.randint(1, self.max_count + 1, size=(batch, 1))
+        is_drawn = (np.random.rand(batch, 1) < self.probability) & (np.arange(self.max_count) < count)
+        area = np.random.uniform(*self.areas, size=(10, *shape)) * np.prod(image_size) / count
+        aspect = np.exp(np.random.uniform(*self.log_aspects, size=(10, *shape)))
+        sides = np.rint(np.sqrt((area * aspect, area / aspect))).astype(int)
+        image_sides = np.array(image_size)[:, None, None]
+        fits = (sides < image_sides[:, None]).all(axis=0)
+        first = fits.argmax(axis=0)
+        sides = np.take_along_axis(sides, first[None, None], axis=1)[:, 0]
+        sides = np.where(is_drawn & fits.any(axis=0), sides, 0)
+        low = np.random.randint(0, image_sides - sides + 1)
+        (yl, xl), (yh, xh) = low, low + sides
+        return torch.tensor(np.stack((yl, yh, xl, xh), axis=-1), dtype=torch.int32)
+
+    def draw_fill(self, images: torch.Tensor) -> torch.Tensor:
+        """What the boxes of images [B, 3, H, W] hold: [B, max_count, 3, H, W], some of which may be 1."""
+        batch, channels, height, width = images.shape
+        device = images.device
+        if self.mode == "pixel":  # drawn in the order in which bytes lie, and no finer than the model's input will be
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
+            noise = torch.randn(batch, 1, height, width, channels, dtype=dtype, device=device)
+            return noise.permute(0, 1, 4, 2, 3)
+        if self.mode == "rand":
+            return torch.randn(batch, self.max_count, channels, 1, 1, device=device)
+        return torch.zeros(batch, 1, 1, 1, 1, device=device)
+
+    def erase(self, samples: torch.Tensor, boxes: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+        """Samples [B, 3, H, W] with boxes [B, max_count, 4] filled; a later box lies over an earlier one."""
+        fills = fill.expand(-1, self.max_count, -1, -1, -1)
+        for box, content in zip(boxes.unbind(1), fills.unbind(1), strict=True):
+            samples = torch.where(in_box(box, tuple(samples.shape[-2:])), content, samples)
+        return samples
+
+
+class Draws(NamedTuple):
+    """What was drawn for a batch.
+
+    Attributes:
+        mixing: of `PatchMixup.draw`.
+        boxes: of `BatchErasing.draw`; None = nothing is erased.
+    """
+
+    mixing: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+
+
+class BatchAugmentation(nn.Module):
+    """Normalises, erases and mixes a batch where it is.
+
+    Args:
+        mixup: None = labels stay plain.
+        erasing: None = nothing is erased.
+        memory_format: of the samples.
+    """
+
+    def __init__(
+        self,
+        mixup: PatchMixup | None = None,
+        erasing: BatchErasing | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ):
+        super().__init__()
+        self.normalize = Normalize()
+        self.mixup = mixup or PatchMixup(0, 0)
+        self.erasing = erasing
+        self.memory_format = memory_format
+
+    def draw(self, images: torch.Tensor, seed: int, rank: int, epoch: int, batch: int) -> Draws:
+        """The draws for a batch of images [B, 3, H, W], on their device; they follow from the numbers alone.
+
+        All ranks mix alike and erase differently. The host does not wait for the device.
+        """
+        count, image_size = len(images), tuple(images.shape[-2:])
+        reseed("mixing", seed, epoch, batch)
+        mixing, boxes = self.mixup.draw(count, image_size), None
+        if self.erasing is not None:
+            reseed("erasing", seed, rank, epoch, batch)
+            boxes = self.erasing.draw(count, image_size)
+        return Draws(*(None if drawn is None else to_device(drawn, images.device) for drawn in (mixing, boxes)))
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, MixedTarget]:
+        """Images [B, 3, H, W] and their labels [B] -> mixed samples in floating point, and their labels."""
+        fill = None if draws.boxes is None else self.erasing.draw_fill(images)
+        samples, partners = self._normalized(images, draws.boxes, fill), None
+        if torch.compiler.is_compiling() and images.dtype == torch.uint8:
+            # Made again from their bytes, so that one kernel reads bytes and writes the mixed samples.
+            flipped = (None if tensor is None else tensor.flip(0) for tensor in (images, draws.boxes, fill))
+            partners = self._normalized(*flipped)
+        samples = self.mixup.mix(samples, draws.mixing, partners)
+        if self.memory_format is not torch.preserve_format:  # else a compiled convolution has them written twice
+            samples = samples.contiguous(memory_format=self.memory_format)
+        return samples, self.mixup.target(samples, labels, draws.mixing)
+
+    def _normalized(self, images, boxes, fill):
+        samples = self.normalize(images)
+        return samples if boxes is None else self.erasing.erase(samples, boxes, fill)

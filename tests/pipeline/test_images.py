@@ -1,0 +1,724 @@
+"""Images of every mode, images that cannot be read and what stands in for them, and loaders that fail."""
+
+import errno
+import gc
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+import warnings
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+import torchvision
+from helpers import make_image_folder, parse, photo
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline import images as images_module
+from pipeline.images import ReadableImages, Sample, loader_errors
+from pipeline.sources import Digits
+from pipeline.transforms import build_transform
+from utils import BadImageError
+
+# Modes
+
+RGB = np.asarray(photo(0))[:30]
+"""[30, 40, 3]: not square."""
+GREY = RGB[..., 0]
+ALPHA = RGB[..., 1]
+LEVELS = np.array([[0, 128, 129, 257, 1000, 32768, 65534, 65535]], dtype=np.uint16)
+LEVELS_IN_8_BITS = np.array([[0, 0, 1, 1, 4, 128, 255, 255]])
+
+
+def three(grey):
+    return np.stack([grey] * 3, axis=-1)
+
+
+def save_rgba(path):
+    Image.fromarray(np.dstack([RGB, ALPHA])).save(path)
+    return RGB
+
+
+def save_grey(path):
+    Image.fromarray(GREY).save(path)
+    return three(GREY)
+
+
+def save_grey_with_alpha(path):
+    Image.fromarray(np.dstack([GREY, ALPHA])).save(path)
+    return three(GREY)
+
+
+def save_one_bit(path):
+    Image.fromarray(GREY > 128).save(path)
+    return three((GREY > 128) * 255)
+
+
+def save_palette(path, **options):
+    image = Image.fromarray(RGB).quantize(16)
+    image.save(path, **options)
+    return np.array(image.getpalette()).reshape(-1, 3)[np.asarray(image)]
+
+
+def save_palette_with_a_clear_colour(path):
+    return save_palette(path, transparency=3)
+
+
+def save_palette_with_alpha(path):
+    return save_palette(path, transparency=bytes(range(0, 256, 16)))
+
+
+def save_rgb_with_a_clear_colour(path):
+    Image.fromarray(RGB).save(path, transparency=tuple(map(int, RGB[0, 0])))
+    return RGB
+
+
+def save_cmyk(path):
+    cmyk = np.dstack([RGB, ALPHA])
+    Image.fromarray(cmyk, mode="CMYK").save(path)
+    inverse = 255.0 - cmyk
+    return inverse[..., :3] * inverse[..., 3:] / 255
+
+
+def save_animation(path):
+    frames = [Image.fromarray(array).quantize(16) for array in (RGB, 255 - RGB)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    return np.asarray(frames[0].convert("RGB"))
+
+
+def save_animated_png(path):
+    Image.fromarray(RGB).save(path, save_all=True, append_images=[Image.fromarray(255 - RGB)])
+    return RGB
+
+
+def save_rotated(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me by 90 degrees"
+    Image.fromarray(RGB).save(path, exif=exif)
+    return RGB
+
+
+def save_pages(path):
+    Image.fromarray(RGB).save(path, save_all=True, append_images=[Image.fromarray(255 - RGB)])
+    return RGB
+
+
+def save_8_bits_in_16(path):
+    Image.fromarray(GREY.astype(np.uint16) * 257).save(path)
+    return three(GREY)
+
+
+def save_16_bits(path):
+    Image.fromarray(LEVELS).save(path)
+    return three(LEVELS_IN_8_BITS)
+
+
+def save_16_bits_big_endian(path):
+    image = Image.frombytes("I;16B", LEVELS.shape[::-1], LEVELS.astype(">u2").tobytes())
+    image.save(path)
+    return three(LEVELS_IN_8_BITS)
+
+
+def save_16_bits_in_32(path):
+    Image.fromarray(LEVELS.astype(np.int32)).save(path)
+    return three(LEVELS_IN_8_BITS)
+
+
+def save_float(path, white):
+    Image.fromarray((GREY / 255 * white).astype(np.float32)).save(path)
+    return three(np.rint(GREY / 255 * 255))
+
+
+READABLE = {
+    "rgb.png": lambda path: Image.fromarray(RGB).save(path) or RGB,
+    "rgba.png": save_rgba,
+    "rgba.webp": lambda path: Image.fromarray(np.dstack([RGB, ALPHA])).save(path, lossless=True, exact=True) or RGB,
+    "grey.png": save_grey,
+    "grey-alpha.png": save_grey_with_alpha,
+    "one-bit.png": save_one_bit,
+    "palette.png": save_palette,
+    "palette-clear.png": save_palette_with_a_clear_colour,
+    "palette-clear.gif": save_palette_with_a_clear_colour,
+    "palette-alpha.png": save_palette_with_alpha,
+    "rgb-clear.png": save_rgb_with_a_clear_colour,
+    "cmyk.tif": save_cmyk,
+    "animation.gif": save_animation,
+    "animation.png": save_animated_png,
+    "rotated.png": save_rotated,
+    "pages.tif": save_pages,
+    "8-in-16.png": save_8_bits_in_16,
+    "8-in-16.pgm": save_8_bits_in_16,
+    "16.png": save_16_bits,
+    "16.pgm": save_16_bits,
+    "16.tif": save_16_bits,
+    "16-big-endian.tif": save_16_bits_big_endian,
+    "32.tif": save_16_bits_in_32,
+    "float-1.tif": lambda path: save_float(path, 1),
+    "float-255.tif": lambda path: save_float(path, 255),
+    "float-65535.tif": lambda path: save_float(path, 65535),
+}
+
+
+def folder_with(root, name, write):
+    """A torchvision folder of one class; `write` makes its only image."""
+    (root / "class").mkdir()
+    path = root / "class" / name
+    path.write_bytes(b"")
+    source = torchvision.datasets.ImageFolder(root, is_valid_file=os.path.isfile)
+    return source, write(path)
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_every_mode_becomes_rgb(tmp_path, name):
+    source, expected = folder_with(tmp_path, name, READABLE[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image, label = ReadableImages(source, np.asarray, max_bad=0)[0]
+    assert label == 0
+    assert (image.dtype, image.shape) == (np.uint8, expected.shape)
+    assert np.abs(image - expected.astype(float)).max() <= (1 if name == "cmyk.tif" else 0)
+
+
+@pytest.mark.parametrize("name", ["rgb.png", "palette.png", "rotated.jpg", "cmyk.jpg", "grey.jpg", "rgba.png"])
+def test_common_images_are_read_as_torchvision_and_timm_do(tmp_path, name):
+    """A JPEG too: what DeiT trained on."""
+    save = {"rotated.jpg": save_rotated, "grey.jpg": save_grey}.get(name) or READABLE.get(name)
+    save = save or (lambda path: Image.fromarray(np.dstack([RGB, ALPHA]), mode="CMYK").save(path))
+    source, _ = folder_with(tmp_path, name, save)
+    image, _ = ReadableImages(source, np.asarray, max_bad=0)[0]
+    assert np.array_equal(image, np.asarray(source[0][0]))
+    assert np.array_equal(image, np.asarray(timm.data.ImageDataset(str(tmp_path))[0][0]))
+
+
+def test_images_of_a_source_that_decodes_them_itself():
+    class Source(Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return Image.fromarray(LEVELS), 5
+
+    image, label = ReadableImages(Source(), np.asarray, max_bad=0)[0]
+    assert (label, image.tolist()) == (5, three(LEVELS_IN_8_BITS).tolist())
+
+
+# Images that cannot be read
+
+
+def half(path, image=None, **options):
+    (image or photo(0)).save(path, **options)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def wrong_checksum(path):
+    photo(0).save(path)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(b"IDAT") + 50] ^= 255
+    path.write_bytes(whole)
+
+
+def refused(path):
+    photo(0).save(path)
+    path.chmod(0)
+
+
+UNREADABLE = {
+    "half.png": half,
+    "half.jpg": half,
+    "half.gif": half,
+    "half.bmp": half,
+    "half.webp": half,
+    "half.tif": half,
+    "half-packed.tif": lambda path: half(path, compression="tiff_lzw"),
+    "half-16.png": lambda path: half(path, Image.fromarray(GREY.astype(np.uint16) * 257)),
+    "zero.jpg": lambda path: path.write_bytes(b""),
+    "text.jpg": lambda path: path.write_bytes(b"this is no picture"),
+    "noise.png": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256))),
+    "checksum.png": wrong_checksum,
+    "vanished.png": lambda path: path.unlink(),
+    "refused.png": refused,
+    "beyond-16.tif": lambda path: Image.fromarray(np.array([[70000]], dtype=np.int32)).save(path),
+    "negative.tif": lambda path: Image.fromarray(np.array([[-1.0]], dtype=np.float32)).save(path),
+    "nan.tif": lambda path: Image.fromarray(np.array([[np.nan]], dtype=np.float32)).save(path),
+}
+
+
+@pytest.fixture
+def permissions(monkeypatch):
+    """Let files that nobody may read be refused to root too."""
+
+    def refusing(path, mode):
+        if not Path(path).stat().st_mode & 0o400:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(images_module, "open", refusing, raising=False)
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_images(tmp_path, name, permissions):
+    source, _ = folder_with(tmp_path, name, UNREADABLE[name])
+    images = ReadableImages(source, np.asarray, max_bad=0)
+    for _ in range(2):  # not taken for replaced, the second time
+        with pytest.raises(BadImageError, match=rf"^unreadable image .*{name}: .+ \(number 1; 0 may be replaced\)$"):
+            images[0]
+    assert images.num_bad == 0
+
+
+@pytest.mark.parametrize(("limit", "readable"), [(None, True), (1600, True), (1599, False), (801, False), (700, False)])
+def test_a_decompression_bomb_is_not_decoded(tmp_path, monkeypatch, limit, readable):
+    """PIL refuses more than twice its limit, and only warns below that."""
+    source, _ = folder_with(tmp_path, "bomb.png", photo(0).save)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    images = ReadableImages(source, np.asarray, max_bad=0)
+    if readable:
+        assert np.array_equal(images[0][0], np.asarray(photo(0)))
+    else:
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", pytest.fail)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            pytest.raises(BadImageError, match="decompression bomb"),
+        ):
+            images[0]
+
+
+def test_whatever_a_decoder_raises_is_a_bad_image(tmp_path, monkeypatch):
+    source, _ = folder_with(tmp_path, "rgb.png", photo(0).save)
+    images = ReadableImages(source, np.asarray, max_bad=0)
+    for error in (MemoryError(), SyntaxError("broken\nfile"), RecursionError("deep"), ZeroDivisionError()):
+
+        def broken(*_, error=error):
+            raise error
+
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", broken)
+        with pytest.raises(BadImageError, match=" ".join(str(error).split()) or type(error).__name__) as raised:
+            images[0]
+        assert "\n" not in str(raised.value)
+
+
+def test_too_many_open_files_are_not_the_fault_of_an_image(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    source, _ = folder_with(tmp_path, "rgb.png", photo(0).save)
+    images = ReadableImages(source, np.asarray, max_bad=1)
+    monkeypatch.setattr(images_module, "open", full, raising=False)
+    with pytest.raises(SystemExit, match="ulimit -n"), loader_errors():
+        images[0]
+    assert images.num_bad == 0
+
+
+def test_a_bug_in_a_transform_is_not_taken_for_a_bad_image():
+    def broken(image):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        ReadableImages(Digits(is_training=False), broken, max_bad=100)[0]
+
+
+def test_an_index_past_the_end_is_a_bug():
+    source = Digits(is_training=False)
+    assert len(list(ReadableImages(source, np.asarray, max_bad=0))) == len(source)
+    with pytest.raises(IndexError):
+        ReadableImages(source, np.asarray, max_bad=0)[len(source)]
+
+
+def test_timm_skips_no_unreadable_image_in_silence(tmp_path, capsys):
+    make_image_folder(tmp_path, n=4)
+    path = tmp_path / "train" / "cat" / "x.jpg"
+    path.write_bytes(b"this is no picture")
+    source = timm.data.ImageDataset(str(tmp_path / "train"))
+    images = ReadableImages(source, np.asarray, max_bad=1)
+    for index in range(len(images)):
+        images[index]
+    assert images.num_bad == 1
+    assert path.name in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs a list of open files")
+@pytest.mark.parametrize(("kind", "num_bad"), [(torchvision.datasets.ImageFolder, 15), (timm.data.ImageDataset, 7)])
+def test_no_file_stays_open(tmp_path, kind, num_bad, permissions):
+    """timm's reader lists fewer kinds, and opens what this user may open."""
+    (tmp_path / "class").mkdir()
+    for name, write in (UNREADABLE | READABLE).items():
+        if name != "vanished.png":
+            write(tmp_path / "class" / name)
+    images = ReadableImages(kind(str(tmp_path)), np.asarray, max_bad=0)
+    errors, counts = [], []
+    gc.disable()
+    try:
+        for _ in range(3):
+            for index in range(len(images)):
+                try:
+                    images[index]
+                except BadImageError as error:
+                    errors.append(error)  # and with it the frames it came through
+            counts.append(len(os.listdir("/proc/self/fd")))
+    finally:
+        gc.enable()
+    assert len(errors) in (3 * num_bad, 3 * num_bad + 3)
+    assert counts[0] == counts[1] == counts[2]
+
+
+# Replacements, and what the pixels of a sample follow from
+
+
+def draws(image):
+    """Of each generator a number, and the image's first pixel."""
+    return torch.tensor([random.random(), np.random.rand(), torch.rand(()), *np.asarray(image)[0, 0] / 255])
+
+
+def damaged_folder(root):
+    """8 images of two classes with 5 that cannot be read in the first: in the middle, and at the end."""
+    make_image_folder(root, n=4, splits=("train",))
+    bad = [root / "train" / "cat" / name for name in ("1a.png", "1b.jpg", "x.png", "y.png")]
+    for path, name in zip(bad, ("half.png", "zero.jpg", "text.jpg", "checksum.png"), strict=True):
+        UNREADABLE[name](path)
+    bad.append(root / "train" / "dog" / "z.png")
+    bad[-1].write_bytes(b"")
+    return torchvision.datasets.ImageFolder(root / "train"), [str(path) for path in bad]
+
+
+SAMPLES = [Sample(index, epoch, repeat) for epoch in range(2) for index in range(13) for repeat in range(2)]
+BAD = [2, 3, 6, 7, 12]
+STANDS_FOR = {2: 4, 3: 4, 6: 8, 7: 8, 12: 0}
+
+
+def read_samples(images, samples, num_workers=0):
+    loader = DataLoader(images, sampler=samples, batch_size=2, num_workers=num_workers)
+    pixels, labels = zip(*loader, strict=True)
+    return torch.cat(pixels), torch.cat(labels).tolist()
+
+
+def test_a_replacement_is_the_next_image_with_its_label(tmp_path):
+    source, _ = damaged_folder(tmp_path)
+    images = ReadableImages(source, np.asarray, max_bad=5)
+    for index in (*range(13), *range(13)):
+        good = STANDS_FOR.get(index, index)
+        image, label = images[index]
+        assert np.array_equal(image, np.asarray(source[good][0]))
+        assert label == source[good][1]
+    assert images.bad_indices() == BAD
+
+
+def test_a_replacement_is_augmented_as_the_sample_it_stands_for(tmp_path):
+    source, _ = damaged_folder(tmp_path)
+    bad, _ = ReadableImages(source, draws, max_bad=5, seed=3)[Sample(2, 4, 1)]
+    own, _ = ReadableImages(source, draws, max_bad=5, seed=3)[Sample(4, 4, 1)]
+    assert torch.equal(bad[3:], own[3:])
+    assert not (bad[:3] == own[:3]).any()
+    torchvision.datasets.folder.default_loader(source.samples[4][0]).save(source.samples[2][0])  # mended
+    assert torch.equal(ReadableImages(source, draws, max_bad=5, seed=3)[Sample(2, 4, 1)][0], bad)
+
+
+def test_samples_differ_in_seed_epoch_index_and_repeat():
+    source = Digits(is_training=False)
+    samples = [Sample(i, e, r) for i in range(3) for e in range(3) for r in range(3)]
+    rows = [ReadableImages(source, draws, 0, seed)[sample][0][:3] for seed in (0, 1) for sample in samples]
+    for column in torch.stack(rows).T:
+        assert len(column.unique()) == len(rows)
+
+
+def test_a_plain_index_seeds_nothing():
+    images = ReadableImages(Digits(is_training=False), draws, max_bad=0)
+    assert not torch.equal(images[0][0], images[0][0])
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = draws(photo(0))[:3]
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    assert torch.equal(images[0][0][:3], expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pixels_follow_from_the_sample_alone(tmp_path, capfd, num_workers):
+    """Any number of workers, any place where a run was cut, marks of a checkpoint or none."""
+    source, bad = damaged_folder(tmp_path)
+    transform = build_transform(parse("--input-size", 64), is_training=True)
+
+    def fresh():
+        return ReadableImages(source, transform, max_bad=5, seed=1)
+
+    expected = [fresh()[sample] for sample in SAMPLES]
+    capfd.readouterr()
+    images = fresh()
+    pixels, labels = read_samples(images, SAMPLES, num_workers)
+    assert torch.equal(pixels, torch.stack([image for image, _ in expected]))
+    assert labels == [label for _, label in expected]
+    assert images.bad_indices() == BAD
+    assert len({image.numpy().tobytes() for image in pixels}) == len(SAMPLES)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(bad)
+    for path in bad:
+        [line] = [line for line in lines if path in line]
+        assert line.startswith("unreadable image") and line.endswith("; replaced by the next one")
+
+    again = fresh()
+    again.mark_bad(images.bad_indices())
+    for path in bad:
+        photo(99).save(path, "png")  # would be readable
+    rest, labels = read_samples(again, SAMPLES[20:], num_workers)
+    assert torch.equal(rest, pixels[20:])
+    assert labels == [label for _, label in expected[20:]]
+    assert again.bad_indices() == BAD
+    assert capfd.readouterr().err == ""
+
+
+class Counting(Digits):
+    """Which image is read when, and which are still held then."""
+
+    def __init__(self):
+        super().__init__(is_training=False)
+        self.reads, self.held, self.most_held = [], [], 0
+
+    def __getitem__(self, index):
+        self.reads.append(index)
+        return super().__getitem__(index)
+
+    def watch(self, image):
+        """A transform."""
+        if not any(other() is image for other in self.held):
+            self.held.append(weakref.ref(image))
+        self.most_held = max(self.most_held, sum(other() is not None for other in self.held))
+        return draws(image)
+
+
+@pytest.mark.parametrize("decode_once", [True, False])
+def test_copies_of_an_image_are_decoded_once_and_then_let_go(decode_once):
+    source = Counting()
+    images = ReadableImages(source, source.watch, 0, decode_once=decode_once)
+    samples = [Sample(7, 0, 1), Sample(7, 0, 2), *(Sample(3, 0, repeat) for repeat in range(3)), Sample(7, 1, 0)]
+    items = images.__getitems__(samples)
+    assert source.reads == ([7, 3, 7] if decode_once else [7, 7, 3, 3, 3, 7])
+    assert source.most_held == 1
+    assert len({image.numpy().tobytes() for image, _ in items}) == len(samples)
+    for (image, label), sample in zip(items, samples, strict=True):
+        assert torch.equal(image, images[sample][0]) and label == images[sample][1]
+
+
+def test_copies_of_an_unreadable_image_are_one_replacement_augmented_as_each(tmp_path, capsys):
+    source, _ = damaged_folder(tmp_path)
+    samples = [Sample(index, 2, repeat) for index in (2, 4, 12) for repeat in range(3)]
+    items = ReadableImages(source, draws, max_bad=5).__getitems__(samples)
+    assert capsys.readouterr().err.count("unreadable image") == 3  # 2, 3 which comes next, and 12
+    each = ReadableImages(source, draws, max_bad=5)
+    for (image, label), sample in zip(items, samples, strict=True):
+        assert torch.equal(image, each[sample][0]) and label == each[sample][1]
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-inc0", "augmix-m5-w4-d2", "original", "v0", "3a", "none"]
+)
+@pytest.mark.parametrize("size", [32, 40])
+def test_no_transform_alters_the_image_that_copies_share(policy, size):
+    """At 32 px torchvision's resize hands on the image itself where it has that size."""
+    transform = build_transform(parse("--input-size", size, "--aa", policy, "--scale", 1, 1), is_training=True)
+    for seed in range(60):
+        image = photo(seed, size)
+        before = image.tobytes()
+        for _ in range(3):
+            transform(image)
+        assert image.tobytes() == before and (image.size, image.mode) == ((size, size), "RGB")
+
+
+def test_marks_count_and_are_checked(tmp_path, capsys):
+    source, _ = damaged_folder(tmp_path)
+    images = ReadableImages(source, np.asarray, max_bad=3)
+    images.mark_bad([])
+    assert images.bad_indices() == []
+    images.mark_bad([12, 2, 2])
+    assert images.bad_indices() == [2, 12]
+    images[3]
+    assert (images.num_bad, capsys.readouterr().err.count("unreadable")) == (3, 1)
+    with pytest.raises(BadImageError, match="number 4; 3 may be replaced"):
+        images[6]
+    for wrong in (-1, 13):
+        with pytest.raises(ValueError, match=rf"image {wrong} was unreadable, but the data set has 13 images"):
+            images.mark_bad([wrong])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("max_bad", [4, 5])
+def test_the_budget_counts_over_workers(tmp_path, capfd, num_workers, max_bad):
+    source, _ = damaged_folder(tmp_path)
+    images = ReadableImages(source, draws, max_bad)
+    if max_bad == 5:
+        read_samples(images, SAMPLES, num_workers)
+    else:
+        with pytest.raises(BadImageError, match=r"\(number 5; 4 may be replaced\)"):
+            read_samples(images, SAMPLES, num_workers)
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == len(set(lines)) == images.num_bad == max_bad
+
+
+class SlowToCount(ReadableImages):
+    @property
+    def num_bad(self):
+        time.sleep(0.3)
+        return super().num_bad
+
+
+def test_workers_that_meet_an_image_at_the_same_time_say_it_once(tmp_path, capfd):
+    source, _ = damaged_folder(tmp_path)
+    images = SlowToCount(source, draws, max_bad=1)
+    read_samples(images, [Sample(12, 0, repeat) for repeat in range(4)], num_workers=2)
+    assert images.num_bad == capfd.readouterr().err.count("unreadable") == 1
+
+
+def test_a_set_without_a_readable_image(tmp_path):
+    source, _ = folder_with(tmp_path, "zero.png", lambda path: None)
+    with pytest.raises(BadImageError, match="none of the 1 images can be read"):
+        ReadableImages(source, np.asarray, max_bad=1)[0]
+
+
+# Loaders that fail
+
+
+@pytest.fixture
+def old_loaders_are_gone():
+    """The end of an earlier test's loader, in the middle of this test, would swallow the news of a worker's death."""
+    gc.collect()
+
+
+class Failing(Dataset):
+    """Its item 5 fails; the others are the process that reads them."""
+
+    def __init__(self, fail):
+        self.fail = fail
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        if index == 5:
+            self.fail()
+        return os.getpid()
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def break_pipes_and_die():
+    """As when the system is slow: it closes a dying process's files before it tells the parent."""
+    time.sleep(0.1)  # the batch before waits in the queue
+    os.closerange(2, 1000)
+    time.sleep(0.7)
+    kill()
+
+
+def leave():
+    os._exit(3)
+
+
+def hang():
+    time.sleep(1000)
+
+
+def fill_shared_memory():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7_8_0>: No space left on device (28)")
+
+
+def open_too_many():
+    raise OSError(errno.EMFILE, "Too many open files", "a.png")
+
+
+def be_wrong():
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("fail", "timeout", "line"),
+    [
+        (kill, 0, r"a loader worker was killed.*fewer --num-workers.*killed by signal: Killed"),
+        (kill, 30, r"a loader worker was killed.*fewer --num-workers.*killed by signal: Killed"),
+        (leave, 0, r"a loader worker died.*exited unexpectedly"),
+        (hang, 0.5, r"gave no batch in time.*raise --loader-timeout.*timed out after 0.5 seconds"),
+        (open_too_many, 0, r"too many open files.*ulimit -n"),
+        (fill_shared_memory, 0, r"shared memory.*--shm-size.*No space left"),
+    ],
+)
+def test_a_loader_that_fails_ends_in_one_line(fail, timeout, line, old_loaders_are_gone):
+    loader = DataLoader(Failing(fail), batch_size=2, num_workers=2, timeout=timeout)
+    with pytest.raises(SystemExit) as stop, loader_errors():
+        for _ in loader:
+            time.sleep(0.01)
+    message = stop.value.code
+    assert re.match(rf"error: .*{line}", message)
+    assert "; start again with --resume auto (" in message and "\n" not in message
+
+
+def test_a_worker_killed_while_the_main_process_computes(old_loaders_are_gone):
+    """Its death interrupts whatever runs."""
+    loader = DataLoader(Failing(int), batch_size=2, num_workers=1)
+    with pytest.raises(SystemExit, match="error: a loader worker was killed"), loader_errors():
+        batches = iter(loader)
+        os.kill(int(next(batches)[0]), signal.SIGKILL)
+        time.sleep(10)
+
+
+def test_a_pipe_that_breaks_before_its_worker_is_known_dead(old_loaders_are_gone):
+    loader = DataLoader(Failing(break_pipes_and_die), batch_size=2, num_workers=1)
+    with pytest.raises(SystemExit, match=r"a loader worker was killed.*killed by signal: Killed"), loader_errors():
+        for _ in loader:
+            time.sleep(0.3)
+
+
+def test_a_pipe_that_breaks_and_no_death_is_told():
+    here, there = multiprocessing.Pipe()
+    there.close()
+    with (
+        pytest.raises(SystemExit, match=r"error: a loader worker died.*; do this \(EOFError\)"),
+        loader_errors("do this"),
+    ):
+        here.recv()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bug_in_a_data_set_keeps_its_traceback(num_workers):
+    with pytest.raises(ValueError, match="a bug"), loader_errors():
+        list(DataLoader(Failing(be_wrong), batch_size=2, num_workers=num_workers))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: out of resource: shared memory"),
+        RuntimeError(""),
+        OSError(errno.ENOSPC, "No space left on device", "checkpoint.pth"),
+        ConnectionResetError("of another kind"),
+        EOFError(),
+        BadImageError("unreadable image a.png: DataLoader worker (pid 5) Bus error"),
+        KeyboardInterrupt(),
+    ],
+)
+def test_other_errors_pass(error):
+    with pytest.raises(type(error)) as raised, loader_errors():
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            "DataLoader worker (pid 5) is killed by signal: Bus error. It is possible that ...",
+            "shared memory .* ran out",
+        ),
+        ("unable to write to file </torch_18692_1954506624>", "shared memory .* ran out"),
+        ("Too many open files. Communication with the workers is no longer possible.", "too many open files"),
+        ("received 0 items of ancdata", "too many open files"),
+        ("Pin memory thread exited unexpectedly", "a loader worker died"),
+        ("DataLoader worker (pid(s) 5, 6) exited unexpectedly", "a loader worker died"),
+        ("DataLoader worker (pid 5) is killed by signal: Segmentation fault. ", "a loader worker died"),
+    ],
+)
+def test_what_torch_says_otherwise(message, line):
+    with pytest.raises(SystemExit, match=rf"^error: {line}"), loader_errors():
+        raise RuntimeError(message)

@@ -1,0 +1,178 @@
+"""What a prefetcher sends to the device becomes the pixels of the float path."""
+
+import gc
+import os
+import signal
+import time
+
+import pytest
+import torch
+from helpers import make_image_folder, parse, world
+from test_datasets import write_webdataset
+from test_resume import EVERYTHING, content, cut_run
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import datasets
+from datasets import build_data
+from pipeline.batch_augmentation import Normalize
+from pipeline.images import loader_errors
+from pipeline.prefetch import Prefetcher
+from pipeline.transforms import build_transform
+from utils import World
+
+CPU = torch.device("cpu")
+
+
+def build(*words, rank=0, size=1, **kwargs):
+    return build_data(parse("--batch-size", 6, "--prefetcher", *words), world(rank, size), **kwargs)
+
+
+def folder_words(tmp_path):
+    """90 steps of 6 samples, and 70 images to evaluate in batches of 9."""
+    return "--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=35), "--input-size", 48
+
+
+def normalised(batches):
+    """Batches of bytes as the model sees them."""
+    return ((Normalize()(images), labels) for images, labels in batches)
+
+
+def assert_same(batches, others, **tolerance):
+    for (images, labels), (other_images, other_labels) in zip(batches, others, strict=True):
+        assert images.dtype == other_images.dtype == torch.float32
+        torch.testing.assert_close(images, other_images, **tolerance or {"rtol": 0, "atol": 0})
+        assert torch.equal(labels, other_labels)
+
+
+# The float path
+
+
+def test_every_byte_is_normalised_as_by_the_float_path():
+    images = torch.arange(256, dtype=torch.uint8).expand(2, 3, 4, 256)
+    expected = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(images / 255)
+    [(sent, labels)] = Prefetcher([(images.permute(0, 2, 3, 1), torch.tensor([4, 5]))], CPU)
+    assert torch.equal(sent, images) and labels.tolist() == [4, 5]
+    torch.testing.assert_close(Normalize()(sent), expected, rtol=0, atol=1e-6)
+    assert torch.equal(Normalize()(expected), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("size", [32, 48])
+def test_training_batches_are_those_of_the_float_path(size, num_workers, tmp_path):
+    words = (*folder_words(tmp_path), "--input-size", size, "--reprob", 0, "--num-workers", num_workers)
+    ours, theirs = build(*words), build(*words, "--no-prefetcher")
+    assert next(iter(ours.train))[0].dtype == torch.uint8  # what travels
+    assert ours.num_steps == theirs.num_steps == 11
+    for step in (0, 7):
+        assert_same(normalised(ours.batches(1, step)), theirs.batches(1, step), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluation_is_that_of_the_float_path(ranks, tmp_path):
+    """Twice, since raw and averaged weights are evaluated; the last batch is short."""
+    words = folder_words(tmp_path)
+    ours, theirs = (build(*words, flag, rank=ranks - 1, size=ranks) for flag in ("--prefetcher", "--no-prefetcher"))
+    assert isinstance(ours.val, Prefetcher) and isinstance(theirs.val, DataLoader)
+    for _ in range(2):
+        assert_same(ours.val, theirs.val, rtol=0, atol=1e-6)
+    assert len([*ours.val][-1][0]) in (7, 8)
+    assert ours.val_is_shared == theirs.val_is_shared == (ranks == 2)
+    assert ours.common_val_batches(world(0, ranks)) == theirs.common_val_batches(world(0, ranks))
+    before = torch.get_rng_state()
+    for count in (3, 20, 100):
+        torch.testing.assert_close(ours.first_val_images(count), theirs.first_val_images(count), rtol=0, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_streams_are_those_of_the_float_path(num_workers, tmp_path):
+    words = (*write_webdataset(tmp_path, train=(20, 20), validation=(3, 2)), "--num-classes", 3, "--reprob", 0)
+    words = (*words, "--batch-size", 4, "--num-workers", num_workers)
+    ours, theirs = build(*words), build(*words, "--no-prefetcher")
+    for epoch, step in ((0, 0), (1, 0), (1, 3)):
+        assert_same(normalised(ours.batches(epoch, step)), theirs.batches(epoch, step), rtol=0, atol=1e-6)
+    assert len([*ours.batches(1, 3)]) == ours.num_steps - 3
+    assert_same(ours.val, theirs.val, rtol=0, atol=1e-6)
+    for count in (1, 4, 9):
+        torch.testing.assert_close(ours.first_val_images(count), theirs.first_val_images(count), rtol=0, atol=1e-6)
+
+
+def test_a_transform_that_is_given_is_kept(tmp_path):
+    """As analyze.py gives that of published weights, which may normalise otherwise."""
+    words = folder_words(tmp_path)
+    own = build_transform(parse(*words), is_training=False)
+    own.transforms[-1] = transforms.Normalize([0.5] * 3, [0.5] * 3)
+    data = build(*words, val_transform=own)
+    assert isinstance(data.val, DataLoader)
+    samples, _ = next(iter(data.val))
+    assert torch.equal(samples[0], own(data.val.dataset.source[0][0]))
+    assert torch.equal(data.first_val_images(9), samples)
+
+
+@pytest.mark.parametrize(
+    ("device", "flag", "prefetches"),
+    [("cuda", (), True), ("cpu", (), False), ("cuda", ("--no-prefetcher",), False), ("cpu", ("--prefetcher",), True)],
+)
+def test_a_gpu_prefetches_unless_told_not_to(device, flag, prefetches, monkeypatch):
+    made = []
+    monkeypatch.setattr(datasets, "Normalize", torch.nn.Identity)  # which has nothing to move to a GPU
+    monkeypatch.setattr(datasets, "Prefetcher", lambda loader, device, *_: made.append((loader.pin_memory, device)))
+    build_data(parse(*flag), World(0, 1, 0, 1, torch.device(device)))
+    assert made == [(device == "cuda", torch.device(device))] * 2 * prefetches
+
+
+def test_a_run_that_was_cut_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    flags = (*EVERYTHING, "--epochs", "2", "--prefetcher")
+    fed = cut_run(monkeypatch, tmp_path / "whole", flags=flags)
+    assert cut_run(monkeypatch, tmp_path / "cut", (0, 7), (1, 3), flags=flags, then=("--num-workers", "2")) == fed
+    assert content(tmp_path / "cut") == content(tmp_path / "whole")
+
+
+# What goes wrong passes through
+
+
+def test_unreadable_images_are_replaced_and_counted(tmp_path, capfd):
+    words = (*folder_words(tmp_path), "--reprob", 0)
+    for name in ("17.png", "3.png"):
+        (tmp_path / "train" / "cat" / name).write_bytes(b"no image")  # numbers 9 and 23 by name
+    ours, theirs = build(*words), build(*words, "--no-prefetcher")
+    for epoch in range(3):
+        assert_same(normalised(ours.batches(epoch, 0)), theirs.batches(epoch, 0), rtol=0, atol=1e-6)
+    assert ours.bad_images(world()) == theirs.bad_images(world()) == [9, 23]
+    assert capfd.readouterr().err.count("replaced by the next one") == 2 * 2
+
+
+class Failing(Dataset):
+    """Small images, of which number 5 fails."""
+
+    def __init__(self, fail):
+        self.fail = fail
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        if index == 5:
+            self.fail()
+        return torch.zeros(4, 4, 3, dtype=torch.uint8), index
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang():
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize(
+    ("fail", "line"), [(kill, "a loader worker was killed"), (hang, "gave no batch in time.*--loader-timeout")]
+)
+def test_a_loader_that_fails_ends_in_one_line(fail, line):
+    gc.collect()  # the end of an earlier test's loader would swallow the news of a worker's death
+    loader = Prefetcher(DataLoader(Failing(fail), batch_size=2, num_workers=1, timeout=2), CPU)
+    with pytest.raises(SystemExit, match=f"^error: .*{line}"), loader_errors():
+        for _ in loader:
+            time.sleep(0.01)

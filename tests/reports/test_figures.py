@@ -1,0 +1,330 @@
+"""The figures: what is drawn, read back from the axes."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from diversity import MEASURES
+from reports import figures, redundancy_figures
+from reports.redundancy_figures import attention_heads, redundancy_depth, variance, weight_depth, weight_spectra
+
+MATRICES = ["q", "k", "v", "proj", "fc1", "fc2"]
+SWIN = [0, 2, 4, 10]
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """No figure outlives its test."""
+    yield
+    plt.close("all")
+
+
+def make_report(seed, stages=(0,), depth=4, width=6):
+    """Numbers of the form that `measure_redundancy` returns; a stage is twice as wide as the one before."""
+    generator = np.random.default_rng(seed)
+    widths = [width * 2 ** (sum(block >= first for first in stages) - 1) for block in range(depth)]
+    return {
+        "stages": list(stages),
+        "embedding": {measure: list(generator.random(depth + 1)) for measure in MEASURES["embedding"]},
+        "attention": {measure: list(generator.random(depth)) for measure in MEASURES["attention"]},
+        "weight": {m: {measure: list(generator.random(depth) + 1) for measure in MEASURES["weight"]} for m in MATRICES},
+        "variance": [list(generator.dirichlet(np.ones(width))) for width in [widths[0], *widths]],
+        "spectra": {m: [sorted(generator.random(n) + 0.1, reverse=True) for n in widths] for m in MATRICES},
+    }
+
+
+def curves_of(axis):
+    """{label: (x, y)} of an axis' curves."""
+    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
+    return {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in lines}
+
+
+def band_of(collection):
+    """{x: (lowest, highest)} of a band."""
+    points = np.concatenate([path.vertices for path in collection.get_paths()])
+    return {x: (points[points[:, 0] == x, 1].min(), points[points[:, 0] == x, 1].max()) for x in set(points[:, 0])}
+
+
+def borders_of(axis):
+    """x of the vertical lines over the whole height."""
+    return [line.get_xdata()[0] for line in axis.lines if list(line.get_ydata()) == [0, 1]]
+
+
+def depth_panels(figure):
+    """{(level, measure): axis} of `redundancy_depth`, by place."""
+    axes = np.array(figure.axes).reshape(2, 5)
+    tables = {"embedding": redundancy_figures.EMBEDDING, "attention": redundancy_figures.ATTENTION}
+    return {
+        (level, measure): axis
+        for row, (level, table) in zip(axes, tables.items(), strict=True)
+        for axis, measure in zip(row, table, strict=False)
+    }
+
+
+def weight_panels(figure):
+    """{(measure, matrix): axis} of `weight_depth`, by place."""
+    axes = np.array(figure.axes).reshape(4, 6)
+    return {
+        (measure, matrix): axis
+        for row, measure in zip(axes, redundancy_figures.WEIGHT, strict=True)
+        for axis, matrix in zip(row, MATRICES, strict=True)
+    }
+
+
+# --- redundancy
+
+
+def test_every_measure_has_a_panel():
+    drawn = (redundancy_figures.EMBEDDING, redundancy_figures.ATTENTION, redundancy_figures.WEIGHT)
+    for level, table in zip(("embedding", "attention", "weight"), drawn, strict=True):
+        assert set(table) == set(MEASURES[level])
+
+
+def test_depth_curves_are_means_over_runs_with_their_range():
+    cells = {"plain": [make_report(0)], "all": [make_report(1), make_report(2), make_report(3)]}
+    for (level, measure), axis in depth_panels(redundancy_depth(cells)).items():
+        drawn = curves_of(axis)
+        assert list(drawn) == ["plain", "all (mean and range of 3 runs)"]
+        runs = np.array([report[level][measure] for report in cells["all"]])
+        x, y = drawn["all (mean and range of 3 runs)"]
+        assert list(x) == list(range(5 if level == "embedding" else 4))
+        np.testing.assert_allclose(y, runs.mean(axis=0))
+        np.testing.assert_allclose(drawn["plain"][1], cells["plain"][0][level][measure])
+        (band,) = axis.collections  # none for a single run
+        bounds = band_of(band)
+        np.testing.assert_allclose([bounds[i] for i in x], np.stack([runs.min(axis=0), runs.max(axis=0)], axis=1))
+        assert axis.get_title() and axis.get_ylabel()
+        assert axis.get_xlabel().split()[0] == ("layer" if level == "embedding" else "block")
+
+
+def test_a_missing_value_breaks_the_curve_and_an_empty_panel_says_so():
+    reports = [make_report(seed) for seed in range(2)]
+    for report in reports:
+        report["attention"]["previous_cosine"][0] = None
+        report["attention"]["head_cosine"] = [None] * 4
+    reports[1]["embedding"]["token_cosine"][2] = None
+    panels = depth_panels(redundancy_depth({"all": reports}))
+    label = "all (mean and range of 2 runs)"
+    assert list(np.isnan(curves_of(panels["attention", "previous_cosine"])[label][1])) == [True, False, False, False]
+    assert (
+        list(np.isnan(curves_of(panels["embedding", "token_cosine"])[label][1])) == [False] * 2 + [True] + [False] * 2
+    )
+    said = {place: [text.get_text() for text in axis.texts] for place, axis in panels.items()}
+    assert said.pop(("attention", "head_cosine")) == ["nothing to compare"]
+    assert not any(said.values())
+
+
+@pytest.mark.parametrize(("stages", "note"), [(SWIN, "grey lines: stages"), ([0], "")])
+def test_stages_are_parted_by_lines(stages, note):
+    cells = {"plain": [make_report(0, stages, depth=12)]}
+    depth, weights = redundancy_depth(cells), weight_depth(cells)
+    for (level, _), axis in depth_panels(depth).items():
+        between = [first + 0.5 if level == "embedding" else first - 0.5 for first in stages[1:]]
+        assert borders_of(axis) == between
+    assert all(borders_of(axis) == [first - 0.5 for first in stages[1:]] for axis in weights.axes)
+    assert depth.axes[-1].get_legend().get_title().get_text() == note
+    assert weights.legends[0].get_title().get_text() == note
+
+
+def test_weights_are_drawn_for_each_matrix():
+    cells = {"plain": [make_report(0), make_report(1)], "all": [make_report(2)]}
+    figure = weight_depth(cells)
+    for (measure, matrix), axis in weight_panels(figure).items():
+        x, y = curves_of(axis)["plain (mean and range of 2 runs)"]
+        runs = np.array([report["weight"][matrix][measure] for report in cells["plain"]])
+        logarithmic = measure == "condition_number"
+        np.testing.assert_allclose(y, np.sqrt(runs.prod(axis=0)) if logarithmic else runs.mean(axis=0))
+        assert list(x) == [0, 1, 2, 3] and axis.get_yscale() == ("log" if logarithmic else "linear")
+        assert (axis.get_title() == matrix) is (measure == "effective_rank")
+        assert bool(axis.get_ylabel()) is (matrix == "q")
+        left = figure.axes[list(redundancy_figures.WEIGHT).index(measure) * 6]
+        assert axis.get_ylim() == left.get_ylim()
+    assert "degrees" in figure.axes[18].get_ylabel() and figure.axes[18].get_xlabel() == "block"
+
+
+def test_a_matrix_that_the_model_lacks_has_no_column():
+    report = make_report(0)
+    for key in ("weight", "spectra"):
+        report[key] = {"proj": report[key]["proj"]}
+    assert len(weight_depth({"plain": [report]}).axes) == 4
+    assert len(weight_spectra({"plain": [report]}).axes) == 1
+
+
+def relative_spectra(reports, matrix, first_block=0):
+    """[blocks of all runs, width] singular values over the largest of their block."""
+    rows = [values for report in reports for values in report["spectra"][matrix][first_block:]]
+    return np.array([np.array(values) / values[0] for values in rows])
+
+
+def test_spectra_are_geometric_means_over_blocks_and_runs():
+    reports = [make_report(0), make_report(1)]
+    figure = weight_spectra({"plain": reports})
+    assert [axis.get_title() for axis in figure.axes] == MATRICES  # a single row
+    for axis, matrix in zip(figure.axes, MATRICES, strict=True):
+        rows = relative_spectra(reports, matrix)
+        ((x, y),) = curves_of(axis).values()
+        assert list(x) == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose(y, rows.prod(axis=0) ** (1 / 8))
+        bounds = band_of(axis.collections[0])
+        np.testing.assert_allclose([bounds[i] for i in x], np.stack([rows.min(axis=0), rows.max(axis=0)], axis=1))
+
+
+def test_a_second_row_compares_spectra_with_the_first_cell():
+    cells = {"plain": [make_report(0)], "all": [make_report(1)], "half": [make_report(2), make_report(3)]}
+    figure = weight_spectra(cells)
+    assert len(figure.axes) == 12 and "plain" in figure.axes[6].get_ylabel()
+    for above, below in zip(figure.axes[:6], figure.axes[6:], strict=True):
+        spectra = [y for _, y in curves_of(above).values()]
+        ratios = [line.get_ydata() for line in below.lines]
+        assert list(ratios[0]) == [1] * 6
+        np.testing.assert_allclose(ratios, np.array(spectra) / spectra[0])
+        assert [line.get_color() for line in below.lines] == [line.get_color() for line in above.lines]
+
+
+@pytest.mark.parametrize(("smallest", "scale"), [(1, "linear"), (0.11, "linear"), (0.09, "log")])
+def test_ratios_of_spectra_far_from_one_are_drawn_on_a_log_axis(smallest, scale):
+    ours, theirs = make_report(0), make_report(0)
+    theirs["spectra"]["q"] = [[*values[:-1], values[-1] * smallest] for values in ours["spectra"]["q"]]
+    figure = weight_spectra({"plain": [ours], "all": [theirs]})
+    assert figure.axes[6].get_yscale() == scale and f"{scale} scale" in figure.axes[6].get_ylabel()
+
+
+def test_spectra_of_a_swin_are_those_of_the_last_stage():
+    reports = [make_report(0, SWIN, depth=12), make_report(1, SWIN, depth=12)]
+    figure = weight_spectra({"plain": reports})
+    assert "last stage" in figure.get_suptitle()
+    assert "stage" not in weight_spectra({"plain": [make_report(0)]}).get_suptitle()
+    ((_, y),) = curves_of(figure.axes[3]).values()
+    np.testing.assert_allclose(y, relative_spectra(reports, "proj", 10).prod(axis=0) ** (1 / 4))
+    assert len(y) == 6 * 8
+
+
+def test_variance_adds_up_shares_in_the_first_middle_and_last_layer():
+    reports = [make_report(0, SWIN, depth=12), make_report(1, SWIN, depth=12)]
+    figure = variance({"plain": reports})
+    titles = ["layer 0, input of block 0", "layer 6, output of block 5", "layer 12, output of block 11"]
+    assert [axis.get_title() for axis in figure.axes] == titles
+    for axis, layer in zip(figure.axes, (0, 6, 12), strict=True):
+        shares = 100 * np.mean([np.cumsum(report["variance"][layer]) for report in reports], axis=0)
+        x, y = curves_of(axis)["plain (mean and range of 2 runs)"]
+        np.testing.assert_allclose(y, shares)
+        assert list(x) == list(range(1, len(shares) + 1)) and len(axis.collections) == 1
+        assert [text.get_text() for text in axis.texts] == ["90 %"]
+        assert [90, 90] in [list(line.get_ydata()) for line in axis.lines]
+    assert "percent" in figure.axes[0].get_ylabel()
+
+
+@pytest.mark.parametrize("draw", [redundancy_depth, weight_depth, weight_spectra, variance])
+def test_a_legend_lies_within_the_figure(draw):
+    names = [f"_a cell with quite a long name, such as --emb_contrast_cross_coef 0.{i}" for i in range(7)]
+    figure = draw({name: [make_report(2 * i), make_report(2 * i + 1)] for i, name in enumerate(names)})
+    figure.canvas.draw()
+    legend = figure.legends[0] if figure.legends else figure.axes[-1].get_legend()
+    assert [" ".join(text.get_text().split()) for text in legend.texts] == [
+        f"{name} (mean and range of 2 runs)" for name in names
+    ]
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+
+
+# --- attention maps
+
+
+def make_maps(heads, tokens):
+    maps = np.random.default_rng(0).random((heads, tokens, tokens))
+    return maps / maps.sum(axis=-1, keepdims=True)
+
+
+def panels_of(figure):
+    """{title: (picture, axis)} of what is shown, with the title's number where it occurs more than once."""
+    shown = [axis for axis in figure.axes if axis.images and axis.get_title()]
+    titles = [axis.get_title() for axis in shown]
+    numbered = [f"{title} {titles[:i].count(title)}" if titles.count(title) > 1 else title for i, title in
+                enumerate(titles)]  # fmt: skip
+    return {title: (np.asarray(axis.images[0].get_array()), axis) for title, axis in zip(numbered, shown, strict=True)}
+
+
+def colour_bars(figure):
+    return [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
+
+
+def test_heads_are_shown_with_what_the_first_token_sees():
+    maps, picture = make_maps(3, 14), np.random.default_rng(1).random((32, 32, 3))
+    figure = attention_heads(maps, picture, ["class token", "distillation token"], (3, 4), "block 5")
+    panels = panels_of(figure)
+    assert list(panels) == ["image", *(f"head {i}" for i in range(3)), *(f"seen by class token {i}" for i in range(3))]
+    np.testing.assert_array_equal(panels["image"][0], picture)
+    for head in range(3):
+        np.testing.assert_array_equal(panels[f"head {head}"][0], maps[head])
+        np.testing.assert_array_equal(panels[f"seen by class token {head}"][0], maps[head, 0, 2:].reshape(3, 4))
+    first = panels["head 0"][1]
+    assert "0: class token" in first.get_ylabel() and first.get_xlabel() == "token looked at"
+    assert 0 in first.get_xticks() and 0 in first.get_yticks()
+    assert figure.get_suptitle() == "block 5"
+
+
+def test_the_colours_of_a_row_are_of_one_scale_and_follow_the_square_root():
+    maps = make_maps(3, 13)
+    maps[1] *= 0.5
+    panels = panels_of(figure := attention_heads(maps, None, ["class token"], (3, 4), ""))
+    for kind, greatest in (("head", maps.max()), ("seen by class token", maps[:, 0, 1:].max())):
+        norms = [panels[f"{kind} {head}"][1].images[0].norm for head in range(3)]
+        assert [(norm.vmin, norm.vmax) for norm in norms] == [(0, greatest)] * 3
+        assert norms[0](greatest / 4) == pytest.approx(0.5)
+    bars = colour_bars(figure)
+    assert len(bars) == 2 and all("square root" in bar.get_ylabel() for bar in bars)
+
+
+def test_heads_wrap_at_six_a_line():
+    figure = attention_heads(make_maps(16, 5), np.zeros((8, 8, 3)), ["class token"], (2, 2), "")
+    panels = panels_of(figure)
+    figure.canvas.draw()
+    places = [panels[f"head {head}"][1].get_subplotspec() for head in range(16)]
+    assert [(spec.rowspan.start, spec.colspan.start) for spec in places] == [
+        (2 * (head // 6), 1 + head % 6) for head in range(16)
+    ]
+    below = [panels[f"seen by class token {head}"][1].get_subplotspec() for head in range(16)]
+    assert [spec.rowspan.start for spec in below] == [spec.rowspan.start + 1 for spec in places]
+    assert len(colour_bars(figure)) == 6
+
+
+def test_registers_are_called_registers():
+    figure = attention_heads(make_maps(2, 8), None, [f"register {i}" for i in range(4)], (2, 2), "")
+    panels = panels_of(figure)
+    assert list(panels) == ["head 0", "head 1", "seen by register 0 0", "seen by register 0 1"]
+    assert "0: register 0" in panels["head 0"][1].get_ylabel()
+    assert not any("class" in text.get_text() for text in figure.findobj(plt.Text))
+
+
+@pytest.mark.parametrize(("prefix_tokens", "grid"), [([], (2, 2)), ([], None), (["class token"], None)])
+def test_nothing_is_put_on_a_grid_without_a_prefix_token_or_a_grid(prefix_tokens, grid):
+    panels = panels_of(attention_heads(make_maps(1, 4 + len(prefix_tokens)), None, prefix_tokens, grid, ""))
+    assert list(panels) == ["head 0"]
+    assert (":" in panels["head 0"][1].get_ylabel()) is bool(prefix_tokens)
+
+
+# --- training curves
+
+
+@pytest.mark.parametrize(("lowest", "scale"), [(0.5, "log"), (-0.5, "symlog")])
+def test_curves_of_a_run(lowest, scale, tmp_path, monkeypatch):
+    records = [
+        {"epoch": epoch, "train_loss": 2.0 - epoch, "test_loss": 3.0, "test_acc1": 10.0 * epoch, "train_mine": value}
+        for epoch, value in enumerate([1.0, lowest])
+    ]
+    (tmp_path / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setattr(figures.plt, "close", lambda figure: None)
+    assert figures.curves(tmp_path, ["mine"]).stat().st_size > 5000
+    loss, accuracy, terms = plt.gcf().axes
+    drawn = [{label: list(y) for label, (_, y) in curves_of(axis).items()} for axis in (loss, accuracy, terms)]
+    assert drawn == [{"train, all terms": [2, 1], "test, raw": [3, 3]}, {"raw": [0, 10]}, {"mine": [1, lowest]}]
+    assert terms.get_yscale() == scale and accuracy.get_ylabel() == "percent"
+
+
+def test_more_curves_than_colours_differ_in_style():
+    looks = list(itertools.islice(figures.looks(), 4 * len(figures.COLOURS)))
+    assert len({(look["color"], look["linestyle"]) for look in looks}) == len(looks)
+    assert [look["color"] for look in looks[: len(figures.COLOURS)]] == list(figures.COLOURS)

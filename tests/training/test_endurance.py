@@ -1,0 +1,69 @@
+"""Ten thousand steps of a small run: what it holds stays what it was."""
+
+import gc
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import world
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+
+from diversity import PRESETS, DiversityObjective, PatchMixup, TappedViT
+from engine import TrainingLoss, train_one_epoch
+from pipeline.batch_augmentation import BatchAugmentation
+from training import checkpoint
+from training.guard import FiniteGuard
+from training.log import RunLog
+from training.stopping import StopSignals
+
+STEPS = 10_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
+    """With all five terms, the average, TensorBoard, and a save every 250 steps."""
+    gc.collect()  # files of earlier tests' loaders are not to be closed meanwhile
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "deit_tiny_patch16_224", img_size=16, patch_size=8, depth=1, embed_dim=8, num_heads=2, num_classes=3
+    )
+    preset = PRESETS["released"]
+    objective = DiversityObjective(preset.coefs, smoothing=0.1)
+    tapped = TappedViT(model, objective.reads, objective.patch_logits)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = checkpoint.TrainState(model, ModelEmaV3(model, decay=0.9), optimizer, scheduler, scaler)
+    log = RunLog(tmp_path, world(), tensorboard=True)
+    saver = checkpoint.Saver(state, lambda: {"args": {}}, tmp_path, log, world(), StopSignals(), steps=250)
+    batch = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
+    held = {}
+
+    def after_step():
+        saver.after_step()
+        if state.step in (STEPS // 5, STEPS - 1):
+            saver.writer.wait()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            files = len(os.listdir("/proc/self/fd"))
+            held[state.step] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files, threading.active_count()
+
+    stats = train_one_epoch(
+        TrainingLoss(tapped, objective, BatchAugmentation(PatchMixup(grid=tapped.grid))),
+        [batch] * STEPS,
+        state,
+        FiniteGuard(0, world()),
+        log,
+        world(),
+        after_step=after_step,
+        log_interval=50,
+    )
+    saver.close()
+    log.close()
+    (memory, *counts), (memory_after, *counts_after) = held.values()
+    assert state.step == STEPS and stats["skipped_steps"] == 0
+    assert all(after <= before for after, before in zip(counts_after, counts, strict=True)), (counts, counts_after)
+    assert memory_after - memory < 8, (memory, memory_after)  # MiB

@@ -1,0 +1,261 @@
+"""A run that was cut anywhere and continued ends as one that was not: weights, average, optimizer, pixels, log."""
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from signal import SIGTERM
+
+import pytest
+import torch
+from cutting import Fed, send
+from helpers import REPOSITORY, TINY, run_main
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_end_to_end import log_of
+
+from training import checkpoint
+from training.stopping import RESUMABLE
+
+EVERYTHING = (
+    *(*TINY, "--preset", "released", "--epochs", "3", "--batch-size", "32", "--accum-steps", "2", "--aug-repeats", "3"),
+    *(
+        "--drop-path",
+        "0.2",
+        "--drop",
+        "0.1",
+        "--reprob",
+        "0.5",
+        "--warmup-epochs",
+        "1",
+        "--lr",
+        "4e-3",
+        "--unscale-lr",
+        "--model-ema-decay",
+        "0.9",
+    ),
+    *("--log-interval", "3", "--save-every-minutes", "0", "--tensorboard"),
+)
+STEPS = 1437 // 256 * 256 // 64  # of an epoch of 1,437 digits, which repeated augmentation rounds down
+TIMES = ("images_per_s", "data_wait")
+
+
+def content(folder):
+    """What a run has left that must not depend on how often it was cut."""
+    whole = torch.load(folder / checkpoint.LAST, weights_only=True)
+    kept = {key: whole[key] for key in ("model", "model_ema", "optimizer", "lr_scheduler", "best", "epoch", "step")}
+    best = [torch.load(folder / name, weights_only=True)["model"] for name in checkpoint.BEST.values()]
+    return digest([kept, *best])
+
+
+def digest(tree):
+    state = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, dict):
+            for key in value:
+                add(str(key))
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        elif torch.is_tensor(value):
+            state.update(value.contiguous().numpy().tobytes())
+        else:
+            state.update(repr(value).encode())
+
+    add(tree)
+    return state.hexdigest()
+
+
+def records(folder):
+    """log.txt without times."""
+    return [{k: v for k, v in r.items() if not k.endswith(TIMES)} for r in log_of(folder)]
+
+
+def points(folder):
+    """TensorBoard's points without times."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if not tag.endswith(TIMES)
+    }
+
+
+def stop_at(moment, *now):
+    if now == moment:
+        send("self", SIGTERM)
+
+
+def cut_run(monkeypatch, folder, *cuts, flags=EVERYTHING, then=()):
+    """The run of `flags`, stopped by SIGTERM after each (epoch, step) of `cuts` and continued; what it was fed."""
+    fed = {}
+    for i, cut in enumerate((*cuts, None)):
+        with monkeypatch.context() as patch:
+            watch = Fed(patch.setattr, partial(stop_at, ("step", *(cut or ()))))
+            end = pytest.raises(SystemExit) if cut else contextlib.nullcontext()
+            with end as stopped:
+                run_main(*flags, *(then if i else ()), "--output-dir", folder, "--resume", "auto")
+            if cut:
+                assert stopped.value.code == RESUMABLE
+                assert watch.last == cut
+            assert not fed.keys() & watch.digests.keys()
+            fed |= watch.digests
+    return fed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was not cut: its folder and what it was fed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        fed = cut_run(patch, folder)
+    return folder, fed
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        [(0, 1)],
+        [(0, STEPS // 2), (2, STEPS // 2)],
+        [(0, STEPS), (1, 1)],
+        [(1, STEPS - 1), (1, STEPS), (2, STEPS)],
+    ],
+)
+def test_a_run_that_was_cut_is_the_run_that_was_not(cuts, whole, tmp_path, monkeypatch):
+    folder, fed = whole
+    assert cut_run(monkeypatch, tmp_path / "run", *cuts) == fed
+    assert len(fed) == 3 * STEPS * 2
+    assert content(tmp_path / "run") == content(folder)
+    assert records(tmp_path / "run") == records(folder)
+    assert points(tmp_path / "run") == points(folder)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (tmp_path / "run", folder)]
+    assert [s.pop("training_seconds") >= 0 for s in summaries] and summaries[0] == summaries[1]
+
+
+def test_the_number_of_workers_changes_nothing(whole, tmp_path, monkeypatch):
+    folder, fed = whole
+    assert cut_run(monkeypatch, tmp_path / "run", (1, 5), then=("--num-workers", "2")) == fed
+    assert content(tmp_path / "run") == content(folder)
+    assert records(tmp_path / "run") == records(folder)
+
+
+def test_another_seed_feeds_other_pixels_in_another_order(whole, tmp_path, monkeypatch):
+    _, fed = whole
+    other = cut_run(monkeypatch, tmp_path / "run", flags=(*EVERYTHING, "--seed", "1", "--epochs", "1"))
+    assert all(fed[key] != value for key, value in other.items())
+
+
+# --- two ranks
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+SHORT = (*EVERYTHING, "--epochs", "2", "--drop", "0", "--opt", "sgd", "--lr", "0.05")
+CUTTING = "tests/cutting.py"
+
+
+def ranks(count, folder, out, *flags, when="never", rank=0, target="self", name="TERM", launch=TORCHRUN):
+    """The run of `SHORT` until it ends or is stopped: {"epoch step": sorted sample indices of all ranks}."""
+    out.mkdir(exist_ok=True)
+    words = (CUTTING, out, when, rank, target, name, *SHORT, *flags, "--output-dir", folder, "--resume", "auto")
+    # in a session of its own, since a signal may go to all processes of it
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, (*(launch if count == 2 else ()), *words))]
+    options = {
+        "cwd": REPOSITORY,
+        "env": environment,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, **options) as process:
+        try:
+            _, errors = process.communicate(timeout=240)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # torchrun ends its ranks, which have sessions of their own
+    if name == "KILL" and launch == TORCHRUN:
+        assert process.returncode == 1 and "error: processes could not exchange data" in errors, errors
+    elif (out / "sent").exists() and launch == TORCHRUN:
+        assert process.returncode == (1 if count == 2 else RESUMABLE), errors
+        assert time.time() - float((out / "sent").read_text()) < 30
+        assert checkpoint.find_newest(folder) == folder / checkpoint.LAST
+        assert errors.count("received: saving at the next step") == (count if target == "parent" else 1)
+    else:
+        assert process.returncode == 0, errors
+    steps = {}
+    for file in out.glob("*.json"):
+        for key, indices in json.loads(file.read_text()).items():
+            steps[key] = sorted([*steps.get(key, []), *indices])
+    return steps
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return folder / "run", ranks(2, folder / "run", folder / "fed", "--batch-size", "16")
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"when": "step:0:7", "rank": 1, "name": "USR1"},
+        {"when": "step:0:20", "target": "parent"},
+        {"when": "validation:0", "target": "group", "name": "INT"},
+        {"when": "validation:0", "rank": 1},
+        {"when": "save:2", "target": "parent", "name": "INT"},
+    ],
+    ids=lambda cut: " ".join(map(str, cut.values())),
+)
+def test_two_ranks_stopped_by_a_signal_go_on_as_if_they_were_not(cut, on_two, tmp_path):
+    folder, fed = on_two
+    flags = ("--batch-size", "16", "--save-every-steps", "6", "--num-workers", "1")
+    first = ranks(2, tmp_path / "run", tmp_path / "first", *flags, **cut)
+    rest = ranks(2, tmp_path / "run", tmp_path / "rest", *flags)
+    assert first | rest == fed and not first.keys() & rest.keys()
+    assert content(tmp_path / "run") == content(folder)
+    assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
+
+
+@pytest.mark.parametrize(("when", "name", "at"), [("step:1:3", "INT", (0, 3)), ("validation:1", "USR1", (0, STEPS))])
+def test_one_process_stopped_by_a_signal_has_saved(when, name, at, tmp_path):
+    ranks(1, tmp_path / "run", tmp_path / "fed", "--batch-size", "32", when=when, name=name)
+    saved = torch.load(tmp_path / "run" / checkpoint.LAST, weights_only=True)
+    assert (saved["epoch"], saved["step"]) == at
+
+
+def test_a_killed_rank_is_started_again_and_ends_with_the_same_weights(on_two, tmp_path):
+    folder, _ = on_two
+    flags = ("--batch-size", "16", "--save-every-steps", "5")
+    restarting = (*TORCHRUN, "--max-restarts", "1")
+    ranks(2, tmp_path / "run", tmp_path / "fed", *flags, when="step:1:8", rank=1, name="KILL", launch=restarting)
+    assert (tmp_path / "fed" / "sent").exists()
+    assert content(tmp_path / "run") == content(folder)
+    assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
+
+
+def test_a_killed_rank_without_restarts_ends_the_others_with_one_line(tmp_path):
+    ranks(2, tmp_path / "run", tmp_path / "fed", "--batch-size", "16", when="step:0:3", rank=1, name="KILL")
+
+
+def test_two_ranks_then_one_then_two_see_the_same_global_batches(on_two, tmp_path):
+    folder, fed = on_two
+    parts = [
+        ranks(2, tmp_path / "run", tmp_path / "a", "--batch-size", "16", when="step:0:4"),
+        ranks(1, tmp_path / "run", tmp_path / "b", "--batch-size", "32", when="step:1:3"),
+        ranks(2, tmp_path / "run", tmp_path / "c", "--batch-size", "8", "--accum-steps", "4"),
+    ]
+    assert parts[0] | parts[1] | parts[2] == fed
+    assert sum(map(len, parts)) == len(fed) == 2 * STEPS
+    ours, theirs = (torch.load(run / checkpoint.LAST, weights_only=True) for run in (tmp_path / "run", folder))
+    assert (ours["lr_scheduler"], ours["epoch"], ours["step"]) == (theirs["lr_scheduler"], 1, 0)
+    assert [r["train_lr"] for r in records(tmp_path / "run")] == [r["train_lr"] for r in records(folder)]
+
+
+def test_another_global_batch_within_an_epoch_is_refused(tmp_path):
+    ranks(1, tmp_path / "run", tmp_path / "a", "--batch-size", "32", when="step:0:2")
+    with pytest.raises(SystemExit, match="64 images per optimizer step, not 32"):
+        run_main(*SHORT, "--batch-size", "16", "--output-dir", tmp_path / "run", "--resume", "auto")

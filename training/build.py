@@ -1,0 +1,272 @@
+"""The parts of a run as the flags describe them: weights, objective, taps, compiled step, mixing, optimizer."""
+
+import sys
+from argparse import Namespace
+from functools import partial
+
+import timm.optim
+import torch
+import torch._functorch.config
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets import Data
+from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
+from engine import TrainingLoss
+from models import build_model
+from models.weights import load_weights
+from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
+from training import arguments, checkpoint
+from training.distillation import DistillationLoss
+from training.parsing import flag_of
+from utils import World, seed_everything
+
+FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefined if the first step is skipped
+
+
+def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:
+    """The model as the flags start it, its average, the checkpoint to continue from, and what there is to say."""
+    model = build_initial(args, data.num_classes)
+    notes = load_weights(model, args.finetune, "--finetune") if args.finetune and not args.resume else []
+    resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
+    if args.grad_checkpointing:
+        enable_grad_checkpointing(model, args.model)
+    model.to(world.device)
+    model_ema = None
+    if args.model_ema and (not args.eval or "model_ema" in resumed):
+        model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    return model, model_ema, resumed, notes
+
+
+def build_initial(args: Namespace, num_classes: int) -> nn.Module:
+    """The model of the flags with its initial weights: the same, and so the same average of them, on every rank."""
+    seed_everything(args.seed)
+    model = build_model(
+        args.model, num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
+    )
+    if args.patch_product:
+        embed_patches_by_product(model, args.model)
+    if args.residual_dtype == "bfloat16":
+        keep_residual_in_bfloat16(model, args.model)
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def enable_grad_checkpointing(model: nn.Module, name: str):
+    """Have the blocks compute their activations again in the backward pass.
+
+    Raises:
+        SystemExit: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError):
+        raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
+
+
+class PatchProduct(nn.Conv2d):
+    """A convolution of patches that do not overlap, [B, C, H, W] -> [B, D, rows, columns], as one matrix product."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = self.kernel_size
+        if torch.is_autocast_enabled(images.device.type):  # before patches are copied together, not after
+            images = images.to(torch.get_autocast_dtype(images.device.type))
+        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # [B, C, rows, height, columns, width]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def embed_patches_by_product(model: nn.Module, name: str):
+    """Have the patch embedding compute as a `PatchProduct`; its parameters and their names stay.
+
+    Raises:
+        SystemExit: the model has no convolution of patches that do not overlap.
+    """
+    proj = getattr(getattr(model, "patch_embed", None), "proj", None)
+    plain = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    if (
+        type(proj) is not nn.Conv2d
+        or proj.kernel_size != proj.stride
+        or any(getattr(proj, setting) != value for setting, value in plain.items())
+    ):
+        raise SystemExit(f"error: --model {name} has no plain patch embedding for --patch-product")
+    proj.__class__ = PatchProduct
+
+
+def keep_residual_in_bfloat16(model: nn.Module, name: str):
+    """Have the blocks hand each other tokens in bfloat16 where autocast computes in it, in place of float32.
+
+    Raises:
+        SystemExit: the model has no blocks in a row.
+    """
+    if not hasattr(model, "blocks"):
+        raise SystemExit(f"error: --model {name} has no `blocks` for --residual-dtype bfloat16")
+    for block in model.blocks:  # LayerScale's float32 weights would make them float32 again
+        block.register_forward_pre_hook(_to_bfloat16)
+
+
+def _to_bfloat16(block: nn.Module, inputs: tuple):
+    device_type = inputs[0].device.type
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
+        return inputs[0].bfloat16(), *inputs[1:]
+    return None
+
+
+def build_objective(args: Namespace, world: World, model: nn.Module, num_classes: int) -> DiversityObjective:
+    """The loss that the flags describe, with its teacher if there is one."""
+    distillation = None
+    if args.distillation_type != "none":
+        teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
+        load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
+        teacher.to(world.device)
+        distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    if hasattr(model, "set_distilled_training"):
+        model.set_distilled_training(distillation is not None)
+    return DiversityObjective(
+        arguments.coefficients(args),
+        args.smoothing,
+        distillation,
+        mixing_balance=args.mixing_balance,
+        **arguments.term_options(args),
+    )
+
+
+def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjective) -> TappedViT:
+    """The model with the hooks that the objective needs.
+
+    Raises:
+        SystemExit: the model lacks what a term needs.
+    """
+    try:
+        return TappedViT(
+            model,
+            objective.reads,
+            objective.patch_logits,
+            emb_layers=args.emb_layers,
+            attn_layers=args.attn_layers,
+            weight_groups=args.weight_groups,
+        )
+    except TapError as error:
+        terms = objective.coefs if error.argument == "model" else objective.readers(error.tap)
+        flags = [flag_of(f"{name}_coef") for name in terms]
+        if error.argument not in (None, "model"):
+            flags.insert(0, f"{flag_of(error.argument)} {getattr(args, error.argument)}")
+        raise SystemExit(f"error: --model {args.model} does not serve {', '.join(flags)}: {error}") from None
+
+
+def build_training_loss(
+    args: Namespace,
+    world: World,
+    tapped: TappedViT,
+    objective: DiversityObjective,
+    augment: BatchAugmentation | None = None,
+) -> TrainingLoss | DistributedDataParallel:
+    """Augmentation, model and objective as one module: compiled as one graph, and wrapped for several processes.
+
+    Args:
+        augment: None = images and labels are taken as they are.
+
+    Raises:
+        SystemExit: --compile, and a term that reads a gradient.
+    """
+    training_loss = TrainingLoss(tapped, objective, augment).to(world.device)
+    if args.compile and objective.differentiating:
+        flag = flag_of(f"{objective.differentiating[0]}_coef")
+        raise SystemExit(f"error: --compile cannot differentiate twice, as {flag} does; leave one of them out")
+    if compiles(args, world, objective):
+        # The hooks of the taps need not run again when a checkpointed block does.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = args.grad_checkpointing
+        torch._functorch.config.force_non_lazy_backward_lowering = True  # so that its errors come in the forward pass
+        # Random numbers as without compiling, so that both train alike.
+        on_error = partial(_on_compile_error, world, is_asked_for=bool(args.compile))
+        training_loss.compile_step(on_error, options={"fallback_random": True})
+    if world.size == 1:
+        return training_loss
+    ddp = DistributedDataParallel(
+        training_loss,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        static_graph=has_static_graph(args),
+    )
+    ddp.broadcast_buffers = any(True for _ in tapped.model.buffers())  # not for a teacher's, which stay as they are
+    return ddp
+
+
+def _on_compile_error(world: World, reason: str, is_asked_for: bool):
+    if is_asked_for:
+        raise SystemExit(f"error: --compile: the training step cannot be compiled: {reason}")
+    line = f"warning: the training step of rank {world.rank} cannot be compiled and runs in eager mode: {reason}"
+    print(line, file=sys.stderr, flush=True)
+
+
+def compiles(args: Namespace, world: World, objective: DiversityObjective) -> bool:
+    """Whether model and objective are compiled: by default on a GPU, unless a term reads a gradient.
+
+    Compiled (torch 2.14), that term's own gradient comes out wrong, without an error.
+    """
+    if args.compile is None:
+        return world.device.type == "cuda" and not objective.differentiating
+    return args.compile
+
+
+def has_static_graph(args: Namespace) -> bool:
+    """Whether DistributedDataParallel may take every backward pass to be like the first."""
+    return args.static_graph and args.accum_steps == 1  # else some passes stay local
+
+
+def fast_parts(args: Namespace, world: World, objective: DiversityObjective, data: Data) -> list[str]:
+    """What is on of the fast path, for the log."""
+    parts = {
+        "compiled": compiles(args, world, objective),
+        "fused attention": args.fused_attn,
+        "fused optimizer": args.fused_opt and can_fuse(args.opt),
+        "prefetcher": data.prefetcher is not None,
+        "static graph": world.size > 1 and has_static_graph(args),
+    }
+    return [name for name, is_on in parts.items() if is_on]
+
+
+def build_augmentation(args: Namespace, grid: tuple[int, int] | None, of_bytes: bool) -> BatchAugmentation:
+    """What is done to a batch on its device.
+
+    Args:
+        grid: of the patches that need labels; None where none do.
+        of_bytes: whether images come as bytes, and so are erased here.
+    """
+    erasing = BatchErasing(args.reprob, args.remode, args.recount) if of_bytes and args.reprob else None
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    # A product reads patches, which are copied together anyway.
+    return BatchAugmentation(build_mixup(args, grid), erasing, torch.preserve_format if args.patch_product else layout)
+
+
+def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:
+    """Mixup and CutMix as the flags describe them, with labels for the patches of a grid."""
+    return PatchMixup(
+        args.mixup,
+        args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        grid=grid,
+    )
+
+
+def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer, without weight decay on biases, norms and what the model exempts; fused where it can be."""
+    options = optimizer_kwargs(args) | {"lr": lr}
+    if args.fused_opt and can_fuse(args.opt):
+        options |= {"fused": True}
+    try:
+        return create_optimizer_v2(model, **options)
+    except (TypeError, ValueError, IndexError, AssertionError) as error:
+        raise SystemExit(
+            f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
+        ) from None
+
+
+def can_fuse(opt: str) -> bool:
+    """Whether one of timm's optimizers has a fused form, which can also skip a step itself."""
+    name = opt.lower()
+    return not name.startswith("lookahead_") and timm.optim.get_optimizer_info(name).opt_class in FUSED
