@@ -17,7 +17,6 @@ from datasets import Data, build_data
 from diversity import TapError, measurable, measure_redundancy
 from engine import autocast_dtype, evaluate, train_one_epoch
 from pipeline.images import loader_errors
-from reports import figures, redundancy_figures
 from training import arguments, checkpoint, checkpoint_files
 from training.build import (
     build_augmentation,
@@ -274,6 +273,8 @@ def watched_images(args: Namespace, model: nn.Module, data: Data, world: World) 
 
 def redundancy_record(model: nn.Module, samples: torch.Tensor, log: RunLog, step: int, epoch: int) -> dict[str, float]:
     """Means over the layers of what analyze.py measures, for the epoch's record; `log` gets a figure of the layers."""
+    from reports import redundancy_figures  # here, as matplotlib takes a second to import
+
     try:
         report = measure_redundancy(model, [samples])
     except ValueError as error:
@@ -289,6 +290,8 @@ def finish(output_dir: Path | None, log: RunLog, terms: list[str], epochs: int, 
     log.print(f"training time {datetime.timedelta(seconds=seconds)}")
     log.print(accuracy_line(stats))
     if output_dir:
+        from reports import figures  # here, as matplotlib takes a second to import
+
         figures.curves(output_dir, terms)
         accuracies = {f"test_{name}": value for name, value in stats.items()}
         write_json({"epochs": epochs, "training_seconds": seconds, **accuracies}, output_dir / SUMMARY)

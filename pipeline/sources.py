@@ -12,8 +12,6 @@ import numpy as np
 import timm.data
 import torchvision
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 
 from models.weights import refusal
@@ -99,6 +97,9 @@ class Digits(Dataset):
     classes = tuple("0123456789")
 
     def __init__(self, is_training: bool):
+        from sklearn.datasets import load_digits  # here, as scikit-learn takes a second to import
+        from sklearn.model_selection import train_test_split
+
         scans, labels = load_digits(return_X_y=True)
         parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
         chosen = parts[0 if is_training else 1]

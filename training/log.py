@@ -13,7 +13,6 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils import World
@@ -116,7 +115,11 @@ class RunLog:
             self._drop_from(epoch)
         if self.path and [*output_dir.glob(f"events.out.tfevents.{int(time.time())}.*")]:
             time.sleep(1)  # TensorBoard reads event files in the order of their names, which hold the second
-        self.writer = SummaryWriter(output_dir, purge_step=step) if self.path and tensorboard else None
+        self.writer = None
+        if self.path and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # here, as the import takes a second
+
+            self.writer = SummaryWriter(output_dir, purge_step=step)
 
     def _drop_from(self, epoch: int):
         """Leave the whole lines of earlier epochs in log.txt."""

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import yaml
+from helpers import run_process
 
 from diversity import PRESETS, REGULARIZERS, regularizer
 from training.arguments import build_parser, coefficients, parse_args, term_options, without_effect
@@ -65,6 +66,14 @@ def test_underscores_in_values_stay():
 @pytest.mark.parametrize("action", {id(action): action for action, _ in FLAGS}.values(), ids=lambda action: action.dest)
 def test_every_flag_explains_itself(action):
     assert action.help.strip()
+
+
+def test_help_does_not_import_what_only_a_run_needs():
+    process = run_process("-X", "importtime", "main.py", "--help")
+    assert process.returncode == 0 and "--emb-cos-within-coef" in process.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in process.stderr.splitlines()}
+    assert "timm" in imported
+    assert not imported & {"sklearn", "scipy", "pandas", "matplotlib", "tensorboard"}
 
 
 def test_every_term_has_a_flag():
