@@ -26,8 +26,8 @@ from datasets import build_data
 from diversity import TapError, TappedViT, measurable, measure_redundancy
 from diversity.backbones import Backbone
 from models import build_model, weights
-from pipeline.images import loader_errors
 from pipeline.transforms import build_transform
+from pipeline.workers import loader_errors
 from reports import figures, redundancy_figures
 from reports.run_folders import REPORT, without_seed
 from reports.tables import comparison

@@ -24,7 +24,7 @@ from pipeline.prefetch import Prefetcher
 from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
 from pipeline.sources import build_source, count_classes
 from pipeline.transforms import build_transform
-from training.stopping import ignore_in_worker
+from pipeline.workers import ignore_in_worker
 from utils import BadImageError, World, cpu_count, reseed
 
 

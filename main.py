@@ -16,7 +16,7 @@ from torch import nn
 from datasets import Data, build_data
 from diversity import TapError, measurable, measure_redundancy
 from engine import autocast_dtype, evaluate, train_one_epoch
-from pipeline.images import loader_errors
+from pipeline.workers import loader_errors
 from training import arguments, checkpoint, checkpoint_files
 from training.build import (
     build_augmentation,

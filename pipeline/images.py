@@ -1,14 +1,9 @@
-"""Reading images: what can be read becomes RGB, what cannot is replaced, and a loader that fails ends in one line."""
+"""Reading images: what can be read becomes RGB, what cannot is counted and replaced by the next image."""
 
-import contextlib
-import errno
 import itertools
 import multiprocessing
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -18,9 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pipeline.sources import image_name
+from pipeline.workers import TOO_MANY_FILES
 from utils import BadImageError, reseed
-
-TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class Sample(NamedTuple):
@@ -179,84 +173,3 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
     if white is None:
         raise ValueError(f"its grey values {low}..{high} lie outside 0..65535")
     return np.rint(grey.astype(np.float64) * (255 / white)).astype(np.uint8)
-
-
-DEAD_WORKER = "a loader worker died; unless a line above says why, memory may have run out: use fewer --num-workers"
-LOADER_FAILURES = (
-    (
-        "the loader gave no batch in time; unless a line above says why, the storage hangs, or is slow: "
-        "raise --loader-timeout",
-        ("DataLoader timed out",),
-    ),
-    (
-        "shared memory (/dev/shm) ran out; use fewer --num-workers, or give more of it (docker run --shm-size=16g)",
-        ("Bus error", "</torch_", "No space left on device"),
-    ),
-    (
-        "too many open files; use fewer --num-workers, or raise the limit with ulimit -n",
-        ("Too many open files", "items of ancdata"),
-    ),
-    (
-        "a loader worker was killed, as the system does where memory runs out; use fewer --num-workers, or more memory",
-        ("by signal: Killed",),
-    ),
-    (DEAD_WORKER, ("DataLoader worker (pid", "Pin memory thread exited")),
-)
-"""What happened and what to do, by parts of the messages of torch's loader; the first that fits counts."""
-
-
-@contextlib.contextmanager
-def loader_errors(then: str = "start again with --resume auto"):
-    """Turn the failures of a `DataLoader` itself, not of its data set, into the line that a command ends with.
-
-    Enclose the whole loop over the batches: a worker's death interrupts the main process wherever it is.
-
-    Args:
-        then: what to do after the cause is away.
-    """
-    try:
-        yield
-    except BadImageError:
-        raise
-    except (RuntimeError, OSError, EOFError) as error:
-        known = _death_behind(error)
-        line = _last_line(known)
-        failure = _loader_failure(known, line)
-        if failure is None:
-            raise
-        raise SystemExit(f"error: {failure}; {then} ({line})") from None
-
-
-def _is_in_pipe(error: Exception) -> bool:
-    """Whether it was raised in talking to a worker."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).parent.name == "multiprocessing"
-
-
-def _death_behind(error: Exception) -> Exception:
-    """The death of a worker, which the system tells a little after its pipes break, or else `error`."""
-    try:
-        if _is_in_pipe(error):
-            time.sleep(2)
-    except RuntimeError as death:
-        return death
-    return error
-
-
-def _loader_failure(error: Exception, line: str) -> str | None:
-    is_in_pipe = _is_in_pipe(error)
-    from_worker = "in DataLoader worker process" in str(error)
-    too_many_files = getattr(error, "errno", None) in TOO_MANY_FILES
-    if not (is_in_pipe or from_worker or too_many_files or isinstance(error, RuntimeError)):
-        return None
-    for failure, parts in LOADER_FAILURES:
-        if any(part in line for part in parts):
-            return failure
-    return DEAD_WORKER if is_in_pipe else None
-
-
-def _last_line(error: Exception) -> str:
-    """The last line of the message, after the traceback that an error from a worker has in there."""
-    if isinstance(error.__cause__, RuntimeError):
-        error = error.__cause__  # which signal it was that killed a worker
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,24 +56,6 @@ class StopSignals:
                 os.write(2, line.encode())
         elif now - self._first > SAME_STOP_SECONDS:
             os._exit(128 + number)
-
-
-def ignore_in_worker(worker_id: int):
-    """`worker_init_fn` of a DataLoader: a stop that reaches the whole process group leaves its workers at work.
-
-    They end when the loader tells them, when their parent has died, and by a SIGTERM that their parent sends, with
-    which multiprocessing ends those that are left at exit, and for whose effect it then waits.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_parent(parent: int):
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
 
 
 class Agreement:

@@ -22,9 +22,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline import images as images_module
-from pipeline.images import ReadableImages, Sample, loader_errors
+from pipeline.images import ReadableImages, Sample
 from pipeline.sources import Digits
 from pipeline.transforms import build_transform
+from pipeline.workers import loader_errors
 from utils import BadImageError
 
 # Modes

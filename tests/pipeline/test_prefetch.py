@@ -17,9 +17,9 @@ from torchvision import transforms
 import datasets
 from datasets import build_data
 from pipeline.batch_augmentation import Normalize
-from pipeline.images import loader_errors
 from pipeline.prefetch import Prefetcher
 from pipeline.transforms import build_transform
+from pipeline.workers import loader_errors
 from utils import World
 
 CPU = torch.device("cpu")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline.workers import ignore_in_worker
 from training import stopping
-from training.stopping import Agreement, StopSignals, ignore_in_worker, locked
+from training.stopping import Agreement, StopSignals, locked
 from utils import World, joined_world
 
 FORK = multiprocessing.get_context("fork")
