@@ -1,9 +1,11 @@
 """What several test files share: a tiny run, image folders, one process's World."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,6 +40,20 @@ TINY = (
 def run_main(*words):
     """`python main.py *words` in this process."""
     main.command_line([str(word) for word in words])
+
+
+@contextlib.contextmanager
+def few_digits(count=128):
+    """Within, `--data-set DIGITS` is the first `count` of its 1,797 scans, in this process and those it forks.
+
+    The fixture of this name does it for a test; this is for fixtures that serve a module.
+    """
+    import sklearn.datasets
+
+    scans, labels = sklearn.datasets.load_digits(return_X_y=True)
+    few = scans[:count], labels[:count]
+    with mock.patch("sklearn.datasets.load_digits", lambda return_X_y: few):
+        yield
 
 
 def run_process(*words, timeout=240, environment=None) -> subprocess.CompletedProcess:
