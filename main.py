@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import yaml
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import unwrap_model
 from torch import nn
@@ -17,7 +16,7 @@ from datasets import Data, build_data
 from diversity import TapError, measurable, measure_redundancy
 from engine import autocast_dtype, evaluate, train_one_epoch
 from pipeline.workers import loader_errors
-from training import arguments, checkpoint, checkpoint_files
+from training import arguments, checkpoint, run_folder
 from training.build import (
     build_augmentation,
     build_objective,
@@ -29,7 +28,7 @@ from training.build import (
 )
 from training.guard import FiniteGuard
 from training.log import RunLog, environment_lines
-from training.stopping import StopSignals, locked
+from training.stopping import StopSignals
 from utils import (
     World,
     joined_world,
@@ -39,10 +38,8 @@ from utils import (
     quiet_warnings,
     run_command,
     set_backends,
-    write_json,
 )
 
-SUMMARY = "summary.json"
 WATCHED_IMAGES = 64  # whose redundancy is measured while training
 
 
@@ -54,8 +51,9 @@ def main(args: Namespace, world: World):
     if args.deterministic:
         make_deterministic()
     with contextlib.ExitStack() as stack, loader_errors():
+        output_dir = None
         if not args.eval:
-            hold_folder(stack, args, world)
+            output_dir = stack.enter_context(run_folder.lock_run_folder(args.output_dir, world, args.resume))
         finds_its_own = args.resume == "auto"
         if finds_its_own:
             newest = checkpoint.find_newest(Path(args.output_dir)) if world.is_main else None
@@ -63,7 +61,7 @@ def main(args: Namespace, world: World):
         if args.eval:
             evaluate_only(args, world)
         else:
-            train(args, world, stack, finds_its_own)
+            train(args, world, stack, finds_its_own, output_dir)
 
 
 def evaluate_only(args: Namespace, world: World):
@@ -77,12 +75,13 @@ def evaluate_only(args: Namespace, world: World):
         print("\n".join([*environment_lines(world, args.seed), *notes, accuracy_line(stats)]))
 
 
-def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_own: bool):
+def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_own: bool, output_dir: Path | None):
     """Train, from the start or from `--resume`, and evaluate each epoch.
 
     Args:
-        stack: what holds the run folder; it ends with the run.
+        stack: closed at the end of the run.
         finds_its_own: whether `--resume auto` chose the checkpoint, if there was any.
+        output_dir: the locked run folder on the main process; None on the others and without one.
     """
     amp_dtype = autocast_dtype(args.amp, world.device)
     data = build_data(args, world)
@@ -105,7 +104,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
         state.restore(resumed, args.resume, global_batch, world.device)
         data.mark_bad_images(resumed.get("bad_images", []))
         resumed = None  # its tensors are copied by now
-        if state.epoch >= num_epochs and not awaits_summary(args):
+        if state.epoch >= num_epochs and not run_folder.needs_summary(args.output_dir, args.resume):
             if finds_its_own:
                 if world.is_main:
                     print(f"{args.output_dir} has finished its {num_epochs} epochs")
@@ -115,8 +114,8 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
             )
 
     tables = "\n".join(filter(None, [args.preset and f"preset {args.preset}", objective.table(), tapped.table()]))
-    output_dir = prepare_output_dir(args, world, tables, finds_its_own)
-    hold_folder(stack, args, world)
+    flags = {name: value for name, value in vars(args).items() if name not in arguments.NOT_REPEATED}
+    run_folder.write_description(output_dir, flags, tables, world)
     told_again = state.epoch * data.num_steps + min(
         state.step, data.num_steps - 1
     )  # with an epoch's last step, its end
@@ -188,23 +187,6 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     finish(output_dir, log, list(objective.coefs), num_epochs, round(state.seconds), test_stats)
 
 
-def hold_folder(stack: contextlib.ExitStack, args: Namespace, world: World):
-    """Lock the run folder, once it is there, against other runs, and clear it of what a killed one left half written.
-
-    Raises:
-        SystemExit: on all processes, if another run holds it.
-    """
-    folder, error = Path(args.output_dir), None
-    if world.is_main and args.output_dir and folder.is_dir():
-        try:
-            stack.enter_context(locked(folder))
-            checkpoint_files.sweep(folder)
-        except SystemExit as refusal:
-            error = refusal.code
-    if error := world.from_main(error):
-        raise SystemExit(error)
-
-
 def evaluate_both(
     model, model_ema, data, args, world, amp_dtype, after_batch: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
@@ -216,44 +198,6 @@ def evaluate_both(
     if stats["images"] != data.num_val:
         raise SystemExit(f"error: {data.num_val - stats['images']} of {data.num_val} validation images are unreadable")
     return stats
-
-
-def prepare_output_dir(args: Namespace, world: World, tables: str, finds_its_own: bool) -> Path | None:
-    """The run folder, made by the main process; None on the others or without one.
-
-    It holds the flags as args.yaml and `tables`, the terms and what they read, as objective.txt; a summary.json of an
-    earlier end is gone until this run has ended.
-
-    Raises:
-        SystemExit: on all processes, if it cannot be written, or holds another run that is not being resumed.
-    """
-    if not args.output_dir:
-        return None
-    output_dir, error = Path(args.output_dir), None
-    continues = args.resume and Path(args.resume).resolve().parent == output_dir.resolve()
-    if world.is_main and not (continues or finds_its_own) and (output_dir / "log.txt").exists():
-        error = (
-            f"error: --output-dir {output_dir} already holds a run; continue it with "
-            f"--resume {output_dir / checkpoint.LAST}, or choose another folder"
-        )
-    elif world.is_main:
-        flags = {name: value for name, value in vars(args).items() if name not in arguments.NOT_REPEATED}
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / "args.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
-            (output_dir / "objective.txt").write_text(f"{tables}\n")
-            (output_dir / SUMMARY).unlink(missing_ok=True)
-        except OSError as failure:
-            error = f"error: --output-dir {output_dir} cannot be written: {failure.strerror}"
-    if error := world.from_main(error):
-        raise SystemExit(error)
-    return output_dir if world.is_main else None
-
-
-def awaits_summary(args: Namespace) -> bool:
-    """Whether the run of `--resume` was cut off between its last checkpoint and its end."""
-    folder = Path(args.resume).parent
-    return Path(args.output_dir).resolve() == folder.resolve() and not (folder / SUMMARY).exists()
 
 
 def watched_images(args: Namespace, model: nn.Module, data: Data, world: World) -> torch.Tensor | None:
@@ -293,8 +237,7 @@ def finish(output_dir: Path | None, log: RunLog, terms: list[str], epochs: int, 
         from reports import figures  # here, as matplotlib takes a second to import
 
         figures.curves(output_dir, terms)
-        accuracies = {f"test_{name}": value for name, value in stats.items()}
-        write_json({"epochs": epochs, "training_seconds": seconds, **accuracies}, output_dir / SUMMARY)
+        run_folder.write_summary(output_dir, epochs, seconds, stats)
         log.print(f"run folder: {output_dir}")
     log.close()
 

@@ -21,15 +21,18 @@ import re
 import struct
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from timm.layers import set_fused_attn
 from torch.distributed.rendezvous import rendezvous
+
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
 class BadImageError(RuntimeError):
@@ -162,11 +165,34 @@ def joined_world(device: str, dist_url: str):
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def atomic_write(path: Path, before_rename: Callable[[], None] = lambda: None) -> Iterator[BinaryIO]:
+    """Open a file whose content replaces that of `path` in one step, when the `with` block ends without an error.
+
+    The content is written to `<name>.tmp` in the same folder and flushed to disk. Then that file is renamed. So `path`
+    never holds a part of the content, whenever the process or the machine stops. After an error `path` is unchanged.
+
+    Args:
+        before_rename: called when the content is on disk.
+    """
+    temporary = path.with_name(f"{path.name}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        before_rename()
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def write_json(value: dict, path: Path):
-    """Write a JSON file that is whole whenever it is there."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value) + "\n")
-    temporary.replace(path)
+    """Write a JSON file in one step."""
+    with atomic_write(path) as file:
+        file.write(f"{json.dumps(value)}\n".encode())
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -50,7 +50,7 @@ import torch  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 import main  # noqa: E402
-from training import checkpoint, checkpoint_files  # noqa: E402
+from training import checkpoint, checkpoint_files, run_folder  # noqa: E402
 from training.stopping import RESUMABLE  # noqa: E402
 
 SAVE_EVERY = 3  # optimizer steps, 45 of which are an epoch: saves fall on its last one, too
@@ -395,7 +395,7 @@ class Stress:
             self._violation(f"{where}: {lost} steps lost, {idle} of them while no save was being written")
         if code == RESUMABLE and lost:
             self._violation(f"{where}: {lost} steps lost in an orderly stop")
-        if code == -signal.SIGTERM and self.progress.first and not (folder / main.SUMMARY).exists():
+        if code == -signal.SIGTERM and self.progress.first and not (folder / run_folder.SUMMARY).exists():
             self._violation(f"{where}: SIGTERM ended a life that should have saved")
         if late := self.lives.lingering(0):
             self._violation(f"{late} lives have left a loader worker for longer than {WORKERS_LEAVE} s")

@@ -16,7 +16,8 @@ from typing import BinaryIO
 
 import torch
 
-TEMPORARY = ".tmp"
+from utils import TEMPORARY
+
 DAMAGED = ".damaged"
 CHUNK = 2**20  # bytes read at a time
 END = b"PK\x05\x06"  # starts a zip file's last record: 22 bytes, the last two the length of the comment that follows
@@ -105,14 +106,6 @@ def candidates(path: Path) -> list[Path]:
     found = {int(match[1]): file for file in path.parent.glob("*") if (match := numbered.fullmatch(file.name))}
     found[0] = path
     return [found[number] for number in sorted(found) if found[number].is_file()]
-
-
-def sweep(folder: Path) -> list[Path]:
-    """Remove the `*.tmp` files that a run which was stopped left in its folder, and return them."""
-    stale = sorted(path for path in Path(folder).glob(f"*{TEMPORARY}") if path.is_file())
-    for path in stale:
-        path.unlink()
-    return stale
 
 
 def set_aside(path: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from utils import World
+from utils import World, atomic_write
 
 
 class Meters:
@@ -126,9 +126,8 @@ class RunLog:
         lines = self.path.read_text().splitlines()
         kept = [line for line in lines if (record := _parsed(line)) is not None and record["epoch"] < epoch]
         if kept != lines or not self.path.read_bytes().endswith(b"\n"):
-            temporary = self.path.with_name(f"{self.path.name}.tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(self.path)
+            with atomic_write(self.path) as file:
+                file.write("".join(f"{line}\n" for line in kept).encode())
 
     def print(self, text: str):
         if self.is_main:

@@ -1,16 +1,10 @@
-"""How a run is stopped so that it can go on: signals noted, ranks that decide alike, a folder with one writer."""
+"""How a run is stopped so that it can continue: signals, and ranks that stop at the same step."""
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import os
 import signal
-import socket
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,8 +14,6 @@ from utils import World
 RESUMABLE = 75  # exit code, EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; start again to continue
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_STOP_SECONDS = 2.0  # terminals, torchrun and SLURM each pass one stop on, so it comes several times
-LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 class StopSignals:
@@ -100,37 +92,3 @@ class Agreement:
         work, votes = started
         work.wait()
         return tuple(bool(vote) for vote in votes.tolist())
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes, on any host, from entering `locked` for an existing folder.
-
-    The lock ends with this process, however that ends, and forked children do not have it; its file may stay behind.
-    The file must not be opened elsewhere in this process, since closing it anywhere gives the lock up.
-
-    Raises:
-        SystemExit: another process has the folder.
-        OSError: the folder cannot be written.
-    """
-    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as failure:
-            if failure.errno in (errno.EACCES, errno.EAGAIN):
-                holder = os.read(file, 1000).decode(errors="replace").strip() or "another process"
-                raise SystemExit(
-                    f"error: --output-dir {folder} is in use by {holder}; wait for its end, or choose another folder"
-                ) from None
-            if failure.errno not in NO_LOCKS:
-                raise
-            sys.stderr.write(
-                f"warning: --output-dir {folder} is on a file system without locks ({failure.strerror}); "
-                "nothing keeps a second run out of it\n"
-            )
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
-        yield
-    finally:
-        os.close(file)

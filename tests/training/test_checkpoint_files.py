@@ -18,6 +18,7 @@ import timm
 import torch
 
 from training import checkpoint_files as files
+from training.run_folder import remove_temporary_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,15 +188,6 @@ def test_candidates_are_ordered_by_number_and_by_name_alone(tmp_path):
     names = [path.name for path in files.candidates(tmp_path / "checkpoint.pth")]
     assert names == ["checkpoint.1.pth", "checkpoint.2.pth", "checkpoint.10.pth"]
     assert files.candidates(tmp_path / "none" / "checkpoint.pth") == []
-
-
-def test_sweep_removes_temporary_files_alone(tmp_path):
-    for name in ("a.pth.tmp", "b.tmp", "checkpoint.pth", "tmp", "c.tmp.damaged"):
-        (tmp_path / name).touch()
-    (tmp_path / "folder.tmp").mkdir()
-    assert files.sweep(tmp_path) == [tmp_path / "a.pth.tmp", tmp_path / "b.tmp"]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pth", "tmp", "c.tmp.damaged", "folder.tmp"}
-    assert files.sweep(tmp_path) == []
 
 
 # failures
@@ -457,10 +449,10 @@ def test_a_stop_anywhere_leaves_a_whole_file(stopped, keep, hard_links):
         assert epochs[0] in (keep, 9) and epochs == sorted(epochs, reverse=True)
         assert path.exists() or (not hard_links and keep > 1)
         outcomes.append(epochs[0])
-        files.sweep(folder)
+        remove_temporary_files(folder)
         assert [epoch_in(file) for file in files.candidates(path)] == epochs
         files.write(state_of(10), path, keep)  # the next run goes on from there, and loses nothing it could keep
-        files.sweep(folder)
+        remove_temporary_files(folder)
         kept = [epoch_in(file) for file in files.candidates(path)]
         assert kept == sorted({10, *epochs}, reverse=True)[:keep]
     assert outcomes == sorted(outcomes) and {*outcomes} == {keep, 9}

@@ -1,55 +1,21 @@
-"""Signals, agreement of ranks, the lock of a run folder, loader workers: real processes that end in bounded time."""
+"""Signals, agreement of ranks, loader workers: real processes that end in bounded time."""
 
-import errno
-import multiprocessing
 import os
 import select
 import signal
-import socket
 import time
 
 import pytest
 import torch
+from forking import exit_code, receive
 from torch.utils.data import DataLoader
 
 from pipeline.workers import ignore_in_worker
 from training import stopping
-from training.stopping import Agreement, StopSignals, locked
+from training.stopping import Agreement, StopSignals
 from utils import World, joined_world
 
-FORK = multiprocessing.get_context("fork")
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture
-def fork():
-    """Starts a function in a process of its own; returns the process and this end of its pipe."""
-    started = []
-
-    def start(function, *args):
-        here, there = FORK.Pipe()
-        process = FORK.Process(target=function, args=(there, *args))
-        process.start()
-        there.close()
-        started.append((process, here))
-        return process, here
-
-    yield start
-    for process, here in started:
-        process.kill()
-        process.join()
-        here.close()
-
-
-def told(pipe, seconds=20):
-    assert pipe.poll(seconds), "nothing was said in time"
-    return pipe.recv()
-
-
-def exit_code(process, seconds=20):
-    process.join(seconds)
-    assert not process.is_alive()
-    return process.exitcode
 
 
 # Signals
@@ -69,11 +35,11 @@ def wait_for_signals(pipe, cleanup):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_the_first_signal_is_noted_and_said(name, fork, tmp_path, capfd):
     process, pipe = fork(wait_for_signals, tmp_path / "cleanup")
-    told(pipe)
+    receive(pipe)
     os.kill(process.pid, signal.Signals[name])
     time.sleep(0.1)
     pipe.send("end")
-    assert told(pipe) == name
+    assert receive(pipe) == name
     assert exit_code(process) == 0
     line = f"{name} received: saving at the next step; a second signal leaves at once\n"
     assert capfd.readouterr().err.count(line) == 1
@@ -81,7 +47,7 @@ def test_the_first_signal_is_noted_and_said(name, fork, tmp_path, capfd):
 
 def test_the_same_stop_may_come_several_times_but_a_later_one_leaves_at_once(fork, tmp_path):
     process, pipe = fork(wait_for_signals, tmp_path / "cleanup")
-    told(pipe)
+    receive(pipe)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
         os.kill(process.pid, number)
         time.sleep(0.1)
@@ -129,10 +95,10 @@ def step_until_stopped(pipe, world, agreement):
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step(two_ranks):
     (_, first), (process, second) = two_ranks(step_until_stopped)
-    told(first), told(second)
+    receive(first), receive(second)
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGTERM)
-    (step, not_received), (same_step, received) = told(first), told(second)
+    (step, not_received), (same_step, received) = receive(first), receive(second)
     assert step == same_step > 0
     assert (not_received, received) == (None, "SIGTERM")
 
@@ -148,7 +114,7 @@ def agree(pipe, world, agreement):
 
 
 def test_each_flag_is_set_where_any_rank_sets_it_one_exchange_later(two_ranks):
-    no, results = (False, False), [told(pipe) for _, pipe in two_ranks(agree)]
+    no, results = (False, False), [receive(pipe) for _, pipe in two_ranks(agree)]
     votes = [(True, True, False), (False, False, True)]
     exchanged = [no, no, no, (True, False), (False, True), no, ()]
     assert results == [(votes, exchanged, (False, True))] * 2
@@ -164,7 +130,7 @@ def exchange_with_a_slow_rank(pipe, world, agreement):
 
 
 def test_an_exchange_does_not_wait_for_the_slowest_rank(two_ranks):
-    (seconds, flags), _ = [told(pipe) for _, pipe in two_ranks(exchange_with_a_slow_rank)]
+    (seconds, flags), _ = [receive(pipe) for _, pipe in two_ranks(exchange_with_a_slow_rank)]
     assert seconds < 0.7
     assert flags == (True,)
 
@@ -174,80 +140,6 @@ def test_a_single_process_agrees_with_itself():
     assert agreement.vote(True, False) == (True, False)
     assert agreement.exchange(False, True) == (False, True)
     assert agreement.finish() == ()
-
-
-# The lock of a run folder
-
-
-def hold(pipe, folder):
-    with locked(folder):
-        pipe.send("locked")
-        pipe.poll(60)
-
-
-def hold_with_a_child(pipe, folder):
-    with locked(folder):
-        child = FORK.Process(target=time.sleep, args=(60,))
-        child.start()
-        pipe.send(child.pid)
-        pipe.poll(60)
-
-
-def test_a_locked_folder_refuses_another_process_and_says_whose_it_is(fork, tmp_path):
-    process, pipe = fork(hold, tmp_path)
-    told(pipe)
-    with pytest.raises(SystemExit) as stop, locked(tmp_path):
-        pass
-    owner = f"process {process.pid} on host {socket.gethostname()}"
-    assert stop.value.code.startswith(f"error: --output-dir {tmp_path} is in use by {owner}; ")
-    assert "\n" not in stop.value.code
-    pipe.send("end")
-    assert exit_code(process) == 0
-    with locked(tmp_path):
-        assert (tmp_path / ".lock").read_text().startswith("process ")
-
-
-def test_a_killed_process_gives_its_lock_up(fork, tmp_path):
-    process, pipe = fork(hold, tmp_path)
-    told(pipe)
-    process.kill()
-    process.join()
-    assert (tmp_path / ".lock").exists()
-    with locked(tmp_path):
-        pass
-
-
-def test_forked_children_do_not_keep_the_lock(fork, tmp_path):
-    process, pipe = fork(hold_with_a_child, tmp_path)
-    child = told(pipe)
-    try:
-        process.kill()
-        process.join()
-        os.kill(child, 0)
-        with locked(tmp_path):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
-def test_without_locks_the_run_goes_on_with_a_warning(number, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stopping.fcntl, "lockf", lambda *_: raise_error(number))
-    with locked(tmp_path):
-        pass
-    warning = capsys.readouterr().err
-    assert warning.startswith(f"warning: --output-dir {tmp_path} ")
-    assert warning.count("\n") == 1
-
-
-def test_other_errors_of_a_lock_are_not_hidden(tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping.fcntl, "lockf", lambda *_: raise_error(errno.EIO))
-    with pytest.raises(OSError), locked(tmp_path):
-        pass
-
-
-def raise_error(number):
-    raise OSError(number, os.strerror(number))
 
 
 # Loader workers
@@ -278,12 +170,12 @@ def load(pipe, how):
 
 def test_workers_outlive_a_stop_of_the_group_and_end_with_their_loader(fork, capfd):
     process, pipe = fork(load, "finish")
-    pids = told(pipe)
+    pids = receive(pipe)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.killpg(process.pid, number)
     time.sleep(0.2)
     pipe.send("go on")
-    assert told(pipe) == pids
+    assert receive(pipe) == pids
     assert len(pids) == 2
     assert exit_code(process, seconds=8) == 0
     assert capfd.readouterr().err.count("received") == 1  # the workers have nothing to say
@@ -291,7 +183,7 @@ def test_workers_outlive_a_stop_of_the_group_and_end_with_their_loader(fork, cap
 
 def test_a_process_that_leaves_workers_behind_at_its_exit_does_not_hang(fork):
     process, pipe = fork(load, "leave")
-    told(pipe)
+    receive(pipe)
     pipe.send("leave")
     assert exit_code(process, seconds=8) == 0
 
@@ -300,7 +192,7 @@ def test_workers_end_when_their_parent_is_killed(fork):
     read_end, write_end = os.pipe()  # open in the workers too, so that its end is theirs
     process, pipe = fork(load, "finish")
     os.close(write_end)
-    told(pipe)
+    receive(pipe)
     os.killpg(process.pid, signal.SIGTERM)
     process.kill()
     try:

@@ -1,0 +1,133 @@
+"""The run folder: made and locked before anything else, and the files that describe the run and its end."""
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from utils import TEMPORARY, World, atomic_write, write_json
+
+LOCK = ".lock"
+RECORDS = "log.txt"
+SUMMARY = "summary.json"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+
+
+@contextlib.contextmanager
+def lock_run_folder(folder: str, world: World, resume: str = "") -> Iterator[Path | None]:
+    """Make the run folder, lock it against other runs, and remove the `*.tmp` files that a killed run left there.
+
+    The lock ends with the process, also when it is killed; the processes that it forks do not have the lock.
+
+    Args:
+        folder: empty for a run that keeps no files.
+        world: this process; the main one makes and locks the folder.
+        resume: "auto" or a checkpoint in this folder continue the run in it.
+
+    Yields:
+        The folder on the main process; None on the others, and without a folder.
+
+    Raises:
+        SystemExit: on all processes, if the folder cannot be written, is in use, or holds a run that is not resumed.
+    """
+    with contextlib.ExitStack() as stack:
+        path = Path(folder) if folder and world.is_main else None
+        with _same_error_everywhere(folder, world):
+            if path is not None:
+                if resume != "auto" and not is_inside(resume, folder) and (path / RECORDS).exists():
+                    raise SystemExit(
+                        f"error: --output-dir {folder} already holds a run; continue it with --resume auto, "
+                        "or choose another folder"
+                    )
+                path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(path))
+                remove_temporary_files(path)
+        yield path
+
+
+def write_description(folder: Path | None, flags: dict, objective: str, world: World):
+    """Write the flags to args.yaml and the table of terms to objective.txt, and remove summary.json of an earlier end.
+
+    Every process calls it, with the `folder` that `lock_run_folder` gave it.
+
+    Raises:
+        SystemExit: on all processes, if the folder cannot be written.
+    """
+    with _same_error_everywhere(str(folder), world):
+        if folder is not None:
+            with atomic_write(folder / "args.yaml") as file:
+                file.write(yaml.safe_dump(flags, sort_keys=False).encode())
+            with atomic_write(folder / "objective.txt") as file:
+                file.write(f"{objective}\n".encode())
+            (folder / SUMMARY).unlink(missing_ok=True)
+
+
+def write_summary(folder: Path, epochs: int, seconds: int, test_stats: dict[str, float]):
+    """Write summary.json, the last file of a run: a run that has it is finished."""
+    accuracies = {f"test_{name}": value for name, value in test_stats.items()}
+    write_json({"epochs": epochs, "training_seconds": seconds, **accuracies}, folder / SUMMARY)
+
+
+def needs_summary(folder: str, resume: str) -> bool:
+    """Whether the run that continues in `folder` from the checkpoint `resume` has no summary.json yet."""
+    return is_inside(resume, folder) and not (Path(folder) / SUMMARY).exists()
+
+
+def is_inside(checkpoint: str, folder: str) -> bool:
+    """Whether a checkpoint is a file of the run folder."""
+    return bool(checkpoint and folder) and Path(checkpoint).resolve().parent == Path(folder).resolve()
+
+
+def remove_temporary_files(folder: Path) -> list[Path]:
+    """Remove the unfinished files, `*.tmp`, of a run that was killed, and return them."""
+    stale = sorted(path for path in folder.glob(f"*{TEMPORARY}") if path.is_file())
+    for path in stale:
+        path.unlink()
+    return stale
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of an existing folder; on a file system without locks, warn and continue without one."""
+    path = folder / LOCK
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)  # a soft lock would outlive a killed run
+    try:
+        lock.acquire()
+    except Timeout:
+        owner = path.read_text(errors="replace").strip()
+        raise SystemExit(
+            f"error: --output-dir {folder} is in use by {owner or 'another process'}; wait for its end, "
+            "or choose another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        sys.stderr.write(
+            f"warning: --output-dir {folder} is on a file system without locks ({error.strerror}); "
+            "nothing keeps a second run out of it\n"
+        )
+    path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _same_error_everywhere(folder: str, world: World) -> Iterator[None]:
+    """Raise an error of the main process on all processes, as one line."""
+    line = None
+    try:
+        yield
+    except SystemExit as refusal:
+        line = refusal.code
+    except OSError as error:
+        line = f"error: --output-dir {folder} cannot be written: {error.strerror}"
+    if line := world.from_main(line):
+        raise SystemExit(line)
