@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# The ablation of the paper's terms under one recipe: every cell (which of the five terms are on) with every seed, each
-# an ordinary run folder OUT/CELL/seedK. ablate_deit_small.sh, ablate_cifar.sh and ablate_digits.sh call it.
+# Train the ablation of the paper's terms with one recipe: each configuration (which of the five terms are on) with each
+# seed. Run folders are OUT/CONFIGURATION/seedK. ablate_deit_small.sh, ablate_cifar.sh and ablate_digits.sh call this.
 #
 #   script/ablate.sh OUT PROGRAM [arguments]
 #
-# PROGRAM is main.py, as one process of one thread unless OMP_NUM_THREADS says otherwise, or a script that passes flags
-# on to it. The environment chooses:
+# PROGRAM is main.py, which runs as one process with one thread unless OMP_NUM_THREADS is set, or a script that passes
+# its flags to main.py. Environment variables:
 #
-#   CELLS="plain all"    cells of the table below; default: all twelve
+#   CONFIGS="plain all"  configurations of the table below; default: all twelve (CELLS is the earlier name)
 #   SEEDS="0 1 2"        default: 0
-#   TASK=0 TASKS=4       only the jobs 0, 4, 8, ... of all cells x seeds; a SLURM array sets both
-#   DRY_RUN=1            print the commands, one a line, and run nothing
+#   TASK=0 TASKS=4       run only jobs 0, 4, 8, ... of all configurations x seeds; a SLURM array sets both
+#   DRY_RUN=1            print the commands, one per line, and run nothing
 #
-# The same command again continues a grid: what has finished (summary.json) is skipped, what was interrupted resumes
-# (--resume auto). A run that fails does not stop the others; the last line names all that did, and the exit status is 1.
+# The same command again skips finished runs (those with a summary.json) and resumes interrupted ones (--resume auto).
+# A run that fails does not stop the others; the last line names all that failed, and the exit status is 1.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 OUT PROGRAM [arguments]" >&2
@@ -21,10 +21,10 @@ if [ $# -lt 2 ]; then
 fi
 out=$1
 shift
-trap 'exit 130' INT  # torchrun answers a signal with an ordinary failure, and the next run would start
+trap 'exit 130' INT  # after a signal torchrun fails like any failed run, and the next run would start
 trap 'exit 143' TERM
 
-grid() {  # every cell and the terms that are on in it; attention, weight and mixing are levels of a single term
+configurations() {  # each configuration with its terms; the levels attention, weight and mixing have one term each
   local mixing="--mixing_coef 1"
   local cos="--emb_cos_within_coef 0.5" contrast="--emb_contrast_cross_coef 0.5"
   local attention="--attn_cos_within_coef 1e-4"
@@ -45,33 +45,33 @@ all $mixing $cos $contrast $attention $weight
 END
 }
 
-flags_of() {  # the objective of one cell, nothing for an unknown one; train_paper.sh sets a preset, hence none
-  local cell flags
-  while read -r cell flags; do
-    [ "$cell" != "$1" ] || echo "--preset none $flags"
-  done < <(grid)
+flags_of() {  # flags of one configuration, nothing if it is unknown; --preset none because train_paper.sh sets a preset
+  local name flags
+  while read -r name flags; do
+    [ "$name" != "$1" ] || echo "--preset none $flags"
+  done < <(configurations)
 }
 
-every_cell=$(grid | cut -d ' ' -f 1 | paste -s -d ' ' -)
-CELLS=${CELLS:-$every_cell}
+known=$(configurations | cut -d ' ' -f 1 | paste -s -d ' ' -)
+CONFIGS=${CONFIGS:-${CELLS:-$known}}
 SEEDS=${SEEDS:-0}
 TASK=${TASK:-${SLURM_ARRAY_TASK_ID:-0}}
 TASKS=${TASKS:-${SLURM_ARRAY_TASK_COUNT:-1}}
-for cell in $CELLS; do
-  if [ -z "$(flags_of "$cell")" ]; then
-    echo "error: CELLS: there is no cell $cell; there are $every_cell" >&2
+for name in $CONFIGS; do
+  if [ -z "$(flags_of "$name")" ]; then
+    echo "error: CONFIGS: there is no configuration $name; there are $known" >&2
     exit 2
   fi
 done
 if ! [[ $TASK =~ ^[0-9]+$ && $TASKS =~ ^[0-9]+$ ]] || [ "$TASK" -ge "$TASKS" ]; then
-  echo "error: there is no task $TASK of $TASKS: they count from 0; for a part of an array set TASKS to its size" >&2
+  echo "error: there is no task $TASK of $TASKS: tasks count from 0; for a part of an array, set TASKS to its size" >&2
   exit 2
 fi
 for word in "$@"; do
   flag=${word%%=*}
   case ${flag//_/-} in
     --*-coef | --preset | --seed | --output-dir | --resume | --config)
-      echo "error: $flag differs from run to run of a grid; CELLS, SEEDS and OUT choose it" >&2
+      echo "error: $flag differs between the runs of an ablation; set CONFIGS, SEEDS or OUT instead" >&2
       exit 2
       ;;
   esac
@@ -92,16 +92,16 @@ quoted() {
 
 job=-1
 failed=()
-for seed in $SEEDS; do  # outermost, so that an unfinished grid is a finished one of fewer seeds
-  for cell in $CELLS; do
+for seed in $SEEDS; do  # the outer loop, so that an unfinished ablation is a finished one with fewer seeds
+  for name in $CONFIGS; do
     job=$((job + 1))
     [ $((job % TASKS)) -eq "$TASK" ] || continue
-    run=$out/$cell/seed$seed
+    run=$out/$name/seed$seed
     if [ -e "$run/summary.json" ]; then
       echo "$run: finished, skipped" >&2
       continue
     fi
-    command=("$@" $(flags_of "$cell") --seed "$seed" --resume auto --output_dir "$run")
+    command=("$@" $(flags_of "$name") --seed "$seed" --resume auto --output_dir "$run")
     if compgen -G "$run/checkpoint*.pth" >/dev/null; then
       echo "$run: interrupted, resumes" >&2
     else
@@ -113,8 +113,8 @@ for seed in $SEEDS; do  # outermost, so that an unfinished grid is a finished on
     else
       status=0
       "${command[@]}" || status=$?
-      [ "$status" -ne 75 ] || exit 75  # stopped by a signal, and saved
-      [ "$status" -eq 0 ] || failed+=("$cell/seed$seed")
+      [ "$status" -ne 75 ] || exit 75  # the run was stopped by a signal and saved
+      [ "$status" -eq 0 ] || failed+=("$name/seed$seed")
     fi
   done
 done

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The ablation of script/ablate.sh on images of 32 px, such as CIFAR-10, with a ViT of 6 blocks, 96 wide, on 8 x 8
-# patches: twelve runs of 30 epochs, with CIFAR-10 a few hours each on one CPU core. Augmentation is light: padded
-# crops, flips, and CutMix of every other batch.
+# Run the ablation of script/ablate.sh on images of 32 px, such as CIFAR-10, with a ViT of 6 blocks and width 96.
+# Patches have 4 x 4 pixels, so the grid is 8 x 8. Twelve runs of 30 epochs; CIFAR-10 takes a few hours per run on one
+# CPU core. Augmentation is light: padded crops, flips, and CutMix of every other batch.
 #
 #   script/ablate_cifar.sh DATA OUT [flags of main.py]
 #
-# DATA is a folder with train/ and test/, one folder a class; the runs are OUT/CELL/seedK. CELLS, SEEDS, TASK, TASKS and
-# DRY_RUN: see script/ablate.sh.
+# DATA is a folder with train/ and test/, one folder per class. Run folders are OUT/CONFIGURATION/seedK. For CONFIGS,
+# SEEDS, TASK, TASKS and DRY_RUN see script/ablate.sh. The averaged weights (--model-ema-decay 0.999) need several
+# thousand optimizer steps; for a shorter run, pass a lower decay.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 DATA OUT [flags of main.py]" >&2

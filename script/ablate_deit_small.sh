@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The paper's ablation on ImageNet: DeiT-Small under the recipe of script/train_paper.sh, with none of the five terms,
-# each alone, each level alone, all but one level, and all. One process per GPU, or NGPU=n of them.
+# Run the paper's ablation on ImageNet: DeiT-Small with the recipe of script/train_paper.sh, with none of the five terms,
+# each term alone, each level alone, all but one level, and all. One process per GPU; NGPU=n sets another number.
 #
 #   script/ablate_deit_small.sh DATA OUT [flags of main.py]
 #
-# DATA is a folder with train/ and val/, one folder a class; the runs are OUT/CELL/seedK. CELLS, SEEDS, TASK, TASKS and
-# DRY_RUN: see script/ablate.sh. On a cluster: script/slurm_ablate.sbatch.
+# DATA is a folder with train/ and val/, one folder per class. Run folders are OUT/CONFIGURATION/seedK. For CONFIGS,
+# SEEDS, TASK, TASKS and DRY_RUN see script/ablate.sh. On a cluster use script/slurm_ablate.sbatch.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 DATA OUT [flags of main.py]" >&2

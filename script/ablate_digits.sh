@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The ablation of script/ablate.sh on the scanned digits that ship with scikit-learn, with the recipe of
+# Run the ablation of script/ablate.sh on the scanned digits that ship with scikit-learn, with the recipe of
 # script/quickstart.sh: twelve runs of a few minutes each on a CPU.
 #
 #   script/ablate_digits.sh OUT [flags of main.py]
 #
-# The runs are OUT/CELL/seedK. CELLS, SEEDS, TASK, TASKS and DRY_RUN: see script/ablate.sh.
+# Run folders are OUT/CONFIGURATION/seedK. For CONFIGS, SEEDS, TASK, TASKS and DRY_RUN see script/ablate.sh.
 set -euo pipefail
 if [ $# -lt 1 ]; then
   echo "usage: $0 OUT [flags of main.py]" >&2

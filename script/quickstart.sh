@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Train a small diversified ViT, all five terms on, on the scanned digits that ship with scikit-learn: a few minutes on
-# two CPU cores after the install. Further arguments go to main.py.
+# Train a small ViT with all five terms on the scanned digits that ship with scikit-learn. After the installation it
+# takes a few minutes on two CPU cores. Further arguments are passed to main.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 script/setup.sh
 
 run=runs/quickstart-$(date +%Y%m%d-%H%M%S)
-export OMP_NUM_THREADS=1  # so small a model gains little from a second thread, and loses much when another program needs it
+export OMP_NUM_THREADS=1  # a second thread helps such a small model little, and slows it down on a busy machine
 .venv/bin/python main.py \
   --data-set DIGITS --input-size 48 --patch-size 12 --num-workers 1 \
   --model deit_tiny_patch16_224_diverse --model-kwargs depth=4 embed_dim=96 num_heads=4 weight_init=jax \

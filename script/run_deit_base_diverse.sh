@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# DeiT-Base with the paper's five terms.
+# Train DeiT-Base with the paper's five terms.
 # Usage: script/run_deit_base_diverse.sh DATA [flags of main.py]; see script/train_paper.sh.
 exec "$(dirname "$0")/train_paper.sh" deit_base_patch16_224_diverse "$@"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# DeiT-Small of 24 layers with the paper's five terms.
+# Train DeiT-Small with 24 layers and the paper's five terms.
 # Usage: script/run_deit_small_24layer_diverse.sh DATA [flags of main.py]; see script/train_paper.sh.
 exec "$(dirname "$0")/train_paper.sh" deit_small_layer24_patch16_224_diverse "$@"

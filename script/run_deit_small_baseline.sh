@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# Plain DeiT-Small, to compare with.
+# Train plain DeiT-Small, the baseline.
 # Usage: script/run_deit_small_baseline.sh DATA [flags of main.py]; see script/train_paper.sh.
 exec "$(dirname "$0")/train_paper.sh" deit_small_patch16_224 "$@"

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# DeiT-Tiny with the paper's five terms.
+# Train DeiT-Tiny with the paper's five terms.
 # Usage: script/run_deit_tiny_diverse.sh DATA [flags of main.py]; see script/train_paper.sh.
 exec "$(dirname "$0")/train_paper.sh" deit_tiny_patch16_224_diverse "$@"

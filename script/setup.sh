@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv and install the pinned requirements into it. A second run with the same pins changes nothing.
-# PYTHON=... chooses the interpreter (>= 3.11) that .venv is made with.
+# Create .venv and install the pinned requirements into it. If they are installed already, it changes nothing.
+# PYTHON=... selects the interpreter (>= 3.11) of .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +12,7 @@ fi
 if cat requirements.txt constraints.txt | cmp -s - .venv/installed; then
   exit 0
 fi
-echo "Installing into .venv: torch, torchvision, timm and what they need (several GB, once)"
+echo "Installing into .venv: torch, torchvision, timm and their dependencies (several GB, once)"
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 cat requirements.txt constraints.txt > .venv/installed

@@ -1,8 +1,20 @@
 #!/usr/bin/env bash
-# Lint and the whole test suite, in the environment of script/setup.sh. Arguments go to pytest.
+# Check style and run the default tests, and print the ten slowest, in the environment of script/setup.sh.
+#
+#   script/test.sh [--slow] [arguments of pytest]
+#
+# --slow also runs the tests that are marked slow, which take minutes each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 script/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
-exec .venv/bin/python -m pytest "$@"
+arguments=(--durations=10)
+for word in "$@"; do
+  if [ "$word" = --slow ]; then
+    arguments+=(-m "slow or not slow")
+  else
+    arguments+=("$word")
+  fi
+done
+exec .venv/bin/python -m pytest "${arguments[@]}"

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The paper's recipe for any of its models: 300 epochs, 128 images per GPU (the paper: 8 GPUs), learning rate
-# 5e-4 x global batch / 512. A model whose name ends in _diverse trains with the paper's five terms (--preset released).
+# Train a model with the paper's recipe: 300 epochs, 128 images per GPU (the paper: 8 GPUs), learning rate
+# 5e-4 x global batch / 512. A model whose name ends in _diverse is trained with the paper's five terms (--preset released).
 #
 #   script/train_paper.sh MODEL DATA [flags of main.py]
 #
-# DATA is a folder with train/ and val/, one folder a class. One process per GPU, or NGPU=n of them; without a GPU one
-# process on the CPU. TORCHRUN_ARGS replaces torchrun's --standalone, for several machines. The run folder is runs/MODEL
-# unless --output_dir names another; the same command again continues it from its newest whole checkpoint.
+# DATA is a folder with train/ and val/, one folder per class. The script starts one process per GPU, or NGPU=n
+# processes; without a GPU, one process on the CPU. TORCHRUN_ARGS replaces torchrun's --standalone, for several machines.
+# The run folder is runs/MODEL unless --output_dir names another. The same command again continues the run from its
+# newest complete checkpoint.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: $0 MODEL DATA [flags of main.py]" >&2

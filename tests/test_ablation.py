@@ -1,4 +1,4 @@
-"""The ablation scripts: which runs they start with which terms, what they skip and resume, and what they survive."""
+"""The ablation scripts: the runs they start, the terms of each, which runs they skip and resume, and interruptions."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ GRID = {
     **{f"without_{level}": [term for term in FIVE if term not in terms] for level, terms in LEVELS.items()},
     "all": FIVE,
 }
-STEERING = re.compile("SLURM_|(CELLS|SEEDS|TASKS?|DRY_RUN|NGPU|OMP_NUM_THREADS)$")
+STEERING = re.compile("SLURM_|(CONFIGS|CELLS|SEEDS|TASKS?|DRY_RUN|NGPU|OMP_NUM_THREADS)$")
 
 PRINT = 'for word in "$@"; do printf "%s\\n" "$word"; done'
 TRAIN = 'for run in "$@"; do :; done; mkdir -p "$run"; echo "$run" >> started; touch "$run/summary.json"'  # OUT is last
@@ -40,7 +40,7 @@ REAL = f'exec {sys.executable} "$@"'
 
 
 class Checkout(SimpleNamespace):
-    """A folder with the scripts, whose Python is a shell script of ours; the scripts run there."""
+    """A folder with the scripts, in which they run. Its Python is a shell script that a test writes."""
 
     def python(self, text):
         path = self.folder / ".venv" / "bin" / "python"
@@ -49,7 +49,7 @@ class Checkout(SimpleNamespace):
         path.chmod(0o755)
 
     def start(self, command, **variables):
-        """A process in a group of its own, without the variables that steer a grid but for the given ones."""
+        """Start a process in a new process group; of the variables that the scripts read it has only the given ones."""
         env = {name: value for name, value in os.environ.items() if not STEERING.match(name)} | variables
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         # a suite that runs in the background of a shell ignores SIGINT, and so would bash
@@ -65,7 +65,7 @@ class Checkout(SimpleNamespace):
         return SimpleNamespace(rc=process.returncode, out=out, lines=err.splitlines())
 
     def dry_run(self, script, *flags, out="out", **variables):
-        """{run folder: flags} of the commands that a script prints, each run as it is with a Python that prints."""
+        """{run folder: flags} of the commands that a script prints. Each is then run with a Python that prints."""
         self.python(PRINT)
         result = self.run(f"script/{script}", *SCRIPTS.get(script, []), *([out] if out else []), *flags,
                           DRY_RUN="1", **variables)  # fmt: skip
@@ -87,13 +87,24 @@ def end(process):
     process.wait()
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    folder = tmp_path / "check out"
+def make_checkout(parent):
+    folder = parent / "check out"
     folder.mkdir()
     (folder / "script").symlink_to(REPOSITORY / "script")
     (folder / "main.py").symlink_to(REPOSITORY / "main.py")
     return Checkout(folder=folder)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return make_checkout(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def all_runs(tmp_path_factory):
+    """{script: {run folder: flags}} of every configuration, from one dry run of each script."""
+    checkout = make_checkout(tmp_path_factory.mktemp("ablation"))
+    return {script: checkout.dry_run(script) for script in SCRIPTS}
 
 
 def differing(one, other):
@@ -101,7 +112,7 @@ def differing(one, other):
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "script").glob("*.s*")), ids=lambda path: path.name)
-def test_scripts_are_sound_shell(path):
+def test_scripts_are_valid_shell(path):
     text = path.read_text()
     assert text.startswith("#!/usr/bin/env bash\n# ")
     assert subprocess.run(["bash", "-n", path], capture_output=True).returncode == 0
@@ -109,37 +120,38 @@ def test_scripts_are_sound_shell(path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_cell_has_its_terms(script, checkout):
-    runs = checkout.dry_run(script)
-    assert list(runs) == [f"out/{cell}/seed0" for cell in GRID]
+def test_every_configuration_has_its_terms(script, all_runs):
+    runs = all_runs[script]
+    assert list(runs) == [f"out/{config}/seed0" for config in GRID]
     released = PRESETS["released"].coefs
     for args, terms in zip(runs.values(), GRID.values(), strict=True):
         expected = {name: released[name] if name in terms else 0 for name in ("mixing", *REGULARIZERS)}
         assert arguments.coefficients(args) == expected
         assert arguments.without_effect(args) == []
-        assert args.preset is None  # args.yaml of a cell names no preset that it does not train
+        assert args.preset is None  # args.yaml names no preset, since the run does not train one
     assert len({tuple(arguments.coefficients(args).items()) for args in runs.values()}) == len(GRID)
     assert not any(differing(args, runs["out/all/seed0"]) - {f"{term}_coef" for term in FIVE} - {"output_dir"}
                    for args in runs.values())  # fmt: skip
     assert runs["out/all/seed0"].seed == 0
 
 
-def test_deit_small_has_the_recipe_of_the_paper(checkout):
-    (args,) = checkout.dry_run("ablate_deit_small.sh", CELLS="all").values()
+def test_deit_small_has_the_recipe_of_the_paper(checkout, all_runs):
+    args = all_runs["ablate_deit_small.sh"]["out/all/seed0"]
+    checkout.python(PRINT)
     paper = checkout.flags_of("script/train_paper.sh deit_small_patch16_224_diverse /data")
     assert differing(args, paper) == {"preset", "output_dir", "redundancy_every"}
 
 
-def test_digits_has_the_recipe_of_the_quickstart(checkout):
-    (args,) = checkout.dry_run("ablate_digits.sh", CELLS="all").values()
+def test_digits_has_the_recipe_of_the_quickstart(all_runs):
+    args = all_runs["ablate_digits.sh"]["out/all/seed0"]
     text = (REPOSITORY / "script" / "quickstart.sh").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^\.venv/bin/python main\.py (.*)$", text, flags=re.MULTILINE)
     quickstart = arguments.parse_args(shlex.split(command.replace('"$@"', "")))
     assert differing(args, quickstart) == {"preset", "output_dir", "redundancy_every", "resume"}
 
 
-def test_cifar_has_a_recipe_for_small_images(checkout):
-    (args,) = checkout.dry_run("ablate_cifar.sh", CELLS="all").values()
+def test_cifar_has_a_recipe_for_small_images(all_runs):
+    args = all_runs["ablate_cifar.sh"]["out/all/seed0"]
     assert (args.data_set, args.data_path, args.train_split, args.val_split) == ("IMNET", "/data", "train", "test")
     assert (args.model, args.model_kwargs["embed_dim"], args.model_kwargs["depth"], args.model_kwargs["num_heads"]) == (
         "deit_tiny_patch16_224_diverse", 96, 6, 3
@@ -149,17 +161,17 @@ def test_cifar_has_a_recipe_for_small_images(checkout):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_seeds_cells_and_flags_are_the_users(script, checkout):
-    runs = checkout.dry_run(script, "--epochs", "7", "--min-lr", "0", out="my runs", CELLS="all plain", SEEDS="3 0")
-    assert list(runs) == [f"my runs/{cell}/seed{seed}" for seed in (3, 0) for cell in ("all", "plain")]
+def test_seeds_configurations_and_flags_are_the_users(script, checkout):
+    runs = checkout.dry_run(script, "--epochs", "7", "--min-lr", "0", out="my runs", CONFIGS="all plain", SEEDS="3 0")
+    assert list(runs) == [f"my runs/{config}/seed{seed}" for seed in (3, 0) for config in ("all", "plain")]
     assert [args.seed for args in runs.values()] == [3, 3, 0, 0]
     assert {(args.epochs, args.min_lr) for args in runs.values()} == {(7, 0)}
 
 
-def test_one_process_per_gpu_or_one_of_one_thread(checkout):
+def test_one_process_per_gpu_or_one_process_of_one_thread(checkout):
     def command(script, **variables):
         checkout.python('echo "threads $OMP_NUM_THREADS"\n' + PRINT)
-        line = checkout.run(f"script/{script}", *SCRIPTS[script], "out", DRY_RUN="1", CELLS="all", **variables).out
+        line = checkout.run(f"script/{script}", *SCRIPTS[script], "out", DRY_RUN="1", CONFIGS="all", **variables).out
         return checkout.run("-c", line).out.splitlines()
 
     assert command("ablate_deit_small.sh")[4] == "--nproc_per_node=2"
@@ -171,14 +183,14 @@ def test_one_process_per_gpu_or_one_of_one_thread(checkout):
         assert words[1].endswith("/main.py")
 
 
-def test_without_an_environment_of_its_own_python3_is_taken(checkout):
-    result = checkout.run("script/ablate_digits.sh", "out", DRY_RUN="1", CELLS="plain")
+def test_without_a_virtual_environment_python3_is_used(checkout):
+    result = checkout.run("script/ablate_digits.sh", "out", DRY_RUN="1", CONFIGS="plain")
     assert shlex.split(result.out)[2] == "python3"
 
 
 @pytest.mark.parametrize("names", [("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("TASK", "TASKS")])
 @pytest.mark.parametrize("tasks", [5, 30])
-def test_array_tasks_share_the_runs(names, tasks, checkout):
+def test_array_tasks_divide_the_runs(names, tasks, checkout):
     def printed(**variables):
         result = checkout.run("script/ablate_digits.sh", "out", DRY_RUN="1", SEEDS="0 1", **variables)
         assert result.rc == 0
@@ -190,8 +202,8 @@ def test_array_tasks_share_the_runs(names, tasks, checkout):
         assert printed(**dict(zip(names, (str(task), str(tasks)), strict=True))) == every[task::tasks]
 
 
-def test_own_task_numbers_win_over_slurms(checkout):
-    """To repeat tasks 3 and 7 of an array of 12 alone."""
+def test_task_numbers_of_the_user_override_slurms(checkout):
+    """To repeat only tasks 3 and 7 of an array of 12."""
     slurm = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2"}
     (run,) = checkout.dry_run("ablate_digits.sh", TASKS="12", **slurm)
     assert run == f"out/{list(GRID)[7]}/seed0"
@@ -208,7 +220,7 @@ def test_a_task_that_would_miss_runs_is_refused(task, tasks, checkout):
     assert not (checkout.folder / "started").exists()
 
 
-def test_the_sbatch_file_runs_the_imagenet_grid(checkout, tmp_path):
+def test_the_sbatch_file_runs_the_imagenet_ablation(checkout, tmp_path):
     spooled = tmp_path / "slurm_script"
     spooled.write_text((REPOSITORY / "script" / "slurm_ablate.sbatch").read_text())
     slurm = {"SLURM_SUBMIT_DIR": str(checkout.folder), "SLURM_ARRAY_TASK_ID": "13", "SLURM_ARRAY_TASK_COUNT": "24"}
@@ -230,11 +242,16 @@ def test_too_few_arguments(script, checkout):
     assert result.lines[0].startswith("usage:")
 
 
-def test_an_unknown_cell_is_named_before_anything_starts(checkout):
+def test_the_earlier_name_of_the_variable_is_understood(checkout):
+    runs = checkout.dry_run("ablate_digits.sh", CELLS="all plain")
+    assert list(runs) == ["out/all/seed0", "out/plain/seed0"]
+
+
+def test_an_unknown_configuration_is_named_before_anything_starts(checkout):
     checkout.python(TRAIN)
-    result = checkout.run("script/ablate_digits.sh", "out", CELLS="plain only")
+    result = checkout.run("script/ablate_digits.sh", "out", CONFIGS="plain only")
     assert (result.rc, len(result.lines)) == (2, 1)
-    assert "no cell only; there are plain only_mixing" in result.lines[0]
+    assert "no configuration only; there are plain only_mixing" in result.lines[0]
     assert not (checkout.folder / "started").exists()
 
 
@@ -242,7 +259,7 @@ def test_an_unknown_cell_is_named_before_anything_starts(checkout):
     "flag", ["--seed=1", "--output-dir", "--output_dir", "--emb_cos_within_coef", "--attn-so-coef=1", "--preset",
              "--config", "--resume"]
 )  # fmt: skip
-def test_flags_that_the_grid_sets_are_refused(flag, checkout):
+def test_flags_that_the_script_sets_are_refused(flag, checkout):
     checkout.python(TRAIN)
     result = checkout.run("script/ablate_digits.sh", "out", flag, "1")
     assert (result.rc, len(result.lines)) == (2, 1)
@@ -251,32 +268,32 @@ def test_flags_that_the_grid_sets_are_refused(flag, checkout):
 
 
 @pytest.mark.parametrize("dry", ["", "1"])
-def test_each_run_goes_on_where_it_was(dry, checkout):
+def test_finished_runs_are_skipped_and_interrupted_ones_resume(dry, checkout):
     """Finished: skipped. With a checkpoint, if only the one before the last: resumed. With a log alone: started."""
     names = ("finished", "interrupted", "died")
-    cells = ("plain", "only_mixing", "all")
-    folders = {name: checkout.folder / "out" / cell / "seed0" for name, cell in zip(names, cells, strict=True)}
+    configs = ("plain", "only_mixing", "all")
+    folders = {name: checkout.folder / "out" / config / "seed0" for name, config in zip(names, configs, strict=True)}
     for folder in folders.values():
         folder.mkdir(parents=True)
         (folder / "log.txt").write_text("old")
     (folders["finished"] / "summary.json").touch()
     (folders["interrupted"] / "checkpoint.1.pth").touch()
     checkout.python(PRINT)
-    result = checkout.run("script/ablate_digits.sh", "out", CELLS=" ".join(cells), DRY_RUN=dry)
+    result = checkout.run("script/ablate_digits.sh", "out", CONFIGS=" ".join(configs), DRY_RUN=dry)
     assert result.rc == 0
-    for line, told in zip(result.lines, ("finished, skipped", "interrupted, resumes", "starts"), strict=True):
-        assert line.endswith(told)
+    for line, state in zip(result.lines, ("finished, skipped", "interrupted, resumes", "starts"), strict=True):
+        assert line.endswith(state)
     if dry:
         runs = [*map(checkout.flags_of, result.out.splitlines())]
     else:
         runs = [arguments.parse_args(part.splitlines()) for part in re.split(r".*/main\.py\n", result.out)[1:]]
-    assert [(run.output_dir, run.resume) for run in runs] == [(f"out/{cell}/seed0", "auto") for cell in cells[1:]]
+    assert [(run.output_dir, run.resume) for run in runs] == [(f"out/{config}/seed0", "auto") for config in configs[1:]]
 
 
 def test_a_failed_run_is_named_and_the_others_run(checkout):
     fail = 'case "$*" in *only_mixing/seed0* | *all/seed1*) exit 7;; esac'
     checkout.python(f"{fail}\n{TRAIN}")
-    choice = {"CELLS": "plain only_mixing all", "SEEDS": "0 1"}
+    choice = {"CONFIGS": "plain only_mixing all", "SEEDS": "0 1"}
     result = checkout.run("script/ablate_digits.sh", "out", **choice)
     assert result.rc == 1
     assert result.lines[-1] == "failed: only_mixing/seed0 all/seed1"
@@ -288,25 +305,25 @@ def test_a_failed_run_is_named_and_the_others_run(checkout):
 
 
 @pytest.mark.parametrize(("name", "status"), [("INT", 130), ("TERM", 143)])
-def test_a_signal_ends_the_grid_and_not_one_run_alone(name, status, checkout):
+def test_a_signal_ends_all_runs_and_not_only_one(name, status, checkout):
     checkout.python(f"trap '' {name}; echo begun; kill -{name} 0; exit 1")  # 0: the whole group, as from a terminal
-    result = checkout.run("script/ablate_digits.sh", "out", CELLS="plain all")
+    result = checkout.run("script/ablate_digits.sh", "out", CONFIGS="plain all")
     assert (result.rc, result.out) == (status, "begun\n")
 
 
-def test_a_run_that_was_stopped_and_saved_stops_the_grid(checkout):
+def test_a_run_that_was_stopped_and_saved_stops_the_others(checkout):
     checkout.python("echo begun; exit 75")
-    result = checkout.run("script/ablate_digits.sh", "out", CELLS="plain all")
+    result = checkout.run("script/ablate_digits.sh", "out", CONFIGS="plain all")
     assert (result.rc, result.out) == (75, "begun\n")
 
 
-def test_a_killed_grid_is_continued(checkout):
-    """Real training: the second of two runs is killed after its first epoch, and the same command ends the grid."""
+def test_a_killed_ablation_is_continued(checkout):
+    """Real training: the second of two runs is killed after its first epoch, and the same command continues it."""
     checkout.python(REAL)
-    cells, epochs = ("plain", "level_embedding"), 3
+    configs, epochs = ("plain", "level_embedding"), 3
     command = ["script/ablate_digits.sh", "out", *TINY, "--epochs", str(epochs), "--aa", "none"]
-    first, killed = folders = [checkout.folder / "out" / cell / "seed0" for cell in cells]
-    process = checkout.start(command, CELLS=" ".join(cells))
+    first, killed = folders = [checkout.folder / "out" / config / "seed0" for config in configs]
+    process = checkout.start(command, CONFIGS=" ".join(configs))
     try:
         deadline = time.monotonic() + 100
         while not ((killed / "checkpoint.pth").exists() and (killed / "log.txt").exists()):
@@ -320,16 +337,16 @@ def test_a_killed_grid_is_continued(checkout):
     assert not (killed / "summary.json").exists()
 
     finished = (first / "log.txt").stat().st_mtime_ns
-    result = checkout.run(*command, CELLS=" ".join(cells))
+    result = checkout.run(*command, CONFIGS=" ".join(configs))
     assert result.rc == 0, result.lines
-    told = [line for line in result.lines if line.startswith("out/")]
-    assert told == ["out/plain/seed0: finished, skipped", "out/level_embedding/seed0: interrupted, resumes"]
+    states = [line for line in result.lines if line.startswith("out/")]
+    assert states == ["out/plain/seed0: finished, skipped", "out/level_embedding/seed0: interrupted, resumes"]
     assert (first / "log.txt").stat().st_mtime_ns == finished
-    for folder, cell in zip(folders, cells, strict=True):
+    for folder, config in zip(folders, configs, strict=True):
         assert json.loads((folder / "summary.json").read_text())["epochs"] == epochs
         records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
         assert [record["epoch"] for record in records] == list(range(epochs))
         logged = {name for name in FIVE if f"train_{name}" in records[-1]}
-        assert logged == set(GRID[cell])
+        assert logged == set(GRID[config])
         kept = yaml.safe_load((folder / "args.yaml").read_text())
-        assert {name for name in FIVE if kept[f"{name}_coef"]} == set(GRID[cell])
+        assert {name for name in FIVE if kept[f"{name}_coef"]} == set(GRID[config])

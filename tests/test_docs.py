@@ -1,0 +1,153 @@
+"""README.md and docs/: commands parse, links and file names exist, tables equal the registries, the example runs."""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY
+
+import diversity
+from training import arguments
+
+README = REPOSITORY / "README.md"
+PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
+LINKING = [*PAGES, REPOSITORY / "LOG.md"]
+TO_MAIN = re.compile(r"script/(quickstart|train_paper|run_|ablate|slurm_)")
+"""Scripts that pass further flags to main.py."""
+TERM_ROWS = diversity.markdown_table().splitlines()[2:]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands of a page: the lines of its bash blocks, and `python ...` in a sentence."""
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)).replace("\\\n", " ").splitlines()
+    commands = [*lines, *re.findall(r"`(python [\w/]+\.py[^`]*)`", text)]
+    return [command for command in commands if command.strip()]
+
+
+COMMANDS = [(name_of(page), command) for page in PAGES for command in commands_of(page.read_text())]
+
+
+@pytest.fixture(scope="module")
+def flags_of_program():
+    """The flags that a program's --help lists."""
+
+    def flags(program: str) -> set[str]:
+        module = importlib.import_module(program.removesuffix(".py"))
+        with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as ended:
+            module.main(["--help"])
+        assert ended.value.code == 0
+        return set(re.findall(r"--[\w-]+", printed.getvalue()))
+
+    return flags
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_command_parses(page, command, flags_of_program):
+    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    if words[0] == "sbatch":
+        script = next(number for number, word in enumerate(words) if word.startswith("script/"))
+        words = words[script:]
+    if words[:2] in (["pip", "install"], ["python", "-c"], ["ruff", "check"]):
+        return
+    program, *rest = words[1:] if words[0] == "python" else words
+    assert (REPOSITORY / program).is_file()
+    flags = [word.partition("=")[0].replace("_", "-") for word in rest if word.startswith("--")]
+    program = program.removeprefix("./")
+    if program == "main.py" and not {"--help", "--config"} & {*flags}:
+        arguments.parse_args(rest)
+    elif TO_MAIN.match(program) and flags:
+        arguments.parse_args(rest[rest.index(next(word for word in rest if word.startswith("--"))) :])
+    elif program in ("analyze.py", "table.py", "benchmark.py"):
+        of_main = set() if program == "table.py" else {*arguments.build_parser()._option_string_actions}
+        assert {*flags} <= flags_of_program(program) | of_main
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) >= 25
+    assert {page for page, _ in COMMANDS} >= {"README.md", "docs/reproduce.md", "docs/speed.md"}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
+def test_every_link_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_a_dead_anchor_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# What is it?\n\n```bash\n# a comment\n```\n\n## A `flag` and (more)\n")
+    assert anchors(page) == {"what-is-it", "a-flag-and-more"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_file_that_is_named_exists(page):
+    folders = "benchmarks|diversity|docs|models|pipeline|reports|script|tests|training"
+    named = re.findall(rf"`\.?/?((?:{folders})/[\w./]*|\w+\.(?:py|sh))[` ]", page.read_text())
+    for name in named:
+        assert (REPOSITORY / name).exists() or [*REPOSITORY.glob(f"*/{name}")], name
+
+
+def test_the_index_has_every_page():
+    index = (REPOSITORY / "docs" / "README.md").read_text()
+    linked = set(re.findall(r"\]\((\w[\w-]*\.md)\)", index))
+    assert linked == {path.name for path in (REPOSITORY / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_the_readme_has_at_most_150_lines():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_the_table_of_terms_is_the_registrys():
+    page = (REPOSITORY / "docs" / "terms.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `--")]
+    assert rows[0].startswith("| `--mixing_coef` |")
+    assert rows[1:] == TERM_ROWS
+
+
+def test_the_readme_lists_the_wired_terms():
+    rows = re.findall(r"^\| `--(\w+)_coef` \| \w+ \| ([\d.e-]+) \|", README.read_text(), flags=re.MULTILINE)
+    assert {name: float(coef) for name, coef in rows} == diversity.PRESETS["released"].coefs
+
+
+def test_the_presets_are_listed():
+    page = (REPOSITORY / "docs" / "presets-and-choices.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == [*diversity.PRESETS]
+
+
+def test_the_readme_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert names["loss"].isfinite()
+    assert "emb_cos_within" in names["terms"]
+    assert names["model"].head.weight.grad is not None
+
+
+def test_the_cost_model_is_arithmetic():
+    """Forward and backward, two operations for each multiply-add: DeiT-Small at 224 px, 1,000 classes."""
+    page = (REPOSITORY / "docs" / "speed.md").read_text()
+    patches, tokens, dim, heads, classes = 196, 197, 384, 6, 1000
+    mixing = 3 * 2 * patches * dim * classes / 1e9
+    assert f"| {mixing:.2f} GFLOP per image, {100 * mixing / 27.5:.1f} % |" in page
+    assert f"{heads * tokens**2:,} numbers per image" in page
