@@ -7,14 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch._dynamo.exc
 from timm.utils import accuracy, unwrap_model
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from diversity import DiversityObjective, TappedViT
-from pipeline.batch_augmentation import BatchAugmentation, Draws
 from training.checkpoint import TrainState
 from training.guard import FiniteGuard, GuardedUpdate
 from training.log import Meters, RunLog
@@ -33,68 +30,6 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 def autocast(device: torch.device, dtype: torch.dtype | None):
     """Autocast to `dtype`, or full precision when it is None."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
-
-
-class TrainingLoss(nn.Module):
-    """Augmentation on the device, model and objective as one module: a batch in, its loss out.
-
-    So they compile as one graph and DistributedDataParallel wraps them all.
-
-    Args:
-        tapped: a `TappedViT` with what `objective` reads.
-        augment: None = images are normalised and no more.
-    """
-
-    def __init__(self, tapped: TappedViT, objective: DiversityObjective, augment: BatchAugmentation | None = None):
-        super().__init__()
-        self.tapped = tapped
-        self.objective = objective
-        self.augment = augment or BatchAugmentation()
-        self.names = ("loss", *objective.names)  # of the values that `forward` returns
-        self.compiled: Callable | None = None
-        self.on_compile_error: Callable[[str], None] | None = None
-
-    def compile_step(self, on_error: Callable[[str], None] | None = None, **options):
-        """Run as one compiled graph from now on.
-
-        Args:
-            on_error: called with the reason where torch.compile fails; the step then runs in eager mode. None = raise
-                what it raises.
-            options: of torch.compile.
-        """
-        self.compiled = torch.compile(self._loss, fullgraph=True, dynamic=False, **options)
-        self.on_compile_error = on_error
-
-    def forward(self, images: torch.Tensor, labels: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a batch.
-
-        Args:
-            images: [B, 3, H, W], bytes or normalised floats.
-            labels: [B], integer classes.
-            draws: of `augment.draw`.
-
-        Returns:
-            The loss, 0-dim, and the values [n] of `names`, detached: the loss, and what the objective says of it.
-        """
-        if self.compiled is None:
-            return self._loss(images, labels, draws)
-        try:
-            return self.compiled(images, labels, draws)
-        except COMPILE_ERRORS as error:
-            if self.on_compile_error is None:
-                raise
-            cause = getattr(error, "inner_exception", error)
-            self.on_compile_error(" ".join([f"{type(cause).__name__}:", *str(cause).split("\n\n")[0].split()])[:500])
-            self.compiled = None
-        return self._loss(images, labels, draws)
-
-    def _loss(self, images, labels, draws):
-        samples, target = self.augment(images, labels, draws)
-        loss, values = self.objective.loss_and_values(self.tapped(samples), target, samples)
-        return loss, torch.cat([loss.detach()[None], values])
 
 
 def train_one_epoch(
@@ -117,7 +52,8 @@ def train_one_epoch(
     """Train the rest of an epoch, from `state.step` on.
 
     Args:
-        training_loss: a `TrainingLoss` around `state.model`, or DistributedDataParallel around one.
+        training_loss: a `DiverseLoss` around `state.model` whose mixup is a `BatchAugmentation`, or
+            DistributedDataParallel around one.
         loader: the batches of the steps that are left, `accum_steps` for each.
         state: what the steps change; its `step` counts up.
         num_steps: optimizer steps of the whole epoch; None = those done and those the loader has.
@@ -152,15 +88,15 @@ def train_one_epoch(
             update.remember_buffers()
         samples = samples.to(world.device, non_blocking=True)
         labels = labels.to(world.device, non_blocking=True)
-        draws = unwrapped.augment.draw(samples, seed, world.rank, epoch, index)
+        draws = unwrapped.mixup.draw(samples, seed, world.rank, epoch, index)
 
         reseed("step", seed, world.rank, epoch, index, device=world.device)
         gradients_stay_local = world.size > 1 and not ends_step
         with training_loss.no_sync() if gradients_stay_local else contextlib.nullcontext():
             with autocast(world.device, amp_dtype):
-                loss, batch_values = training_loss(samples, labels, draws)
+                loss, terms = training_loss(samples, labels, draws)
             loss_scaler.scale(loss / accum_steps).backward()
-        group.append(batch_values)
+        group.append(torch.stack([*terms.values()]))
         progress.images += len(samples) * world.size
         if not ends_step:
             continue

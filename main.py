@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import unwrap_model
 from torch import nn
 
 from datasets import Data, build_data
@@ -19,11 +18,10 @@ from pipeline.workers import loader_errors
 from training import arguments, checkpoint, run_folder
 from training.build import (
     build_augmentation,
-    build_objective,
+    build_diverse_loss,
     build_optimizer,
-    build_tapped,
-    build_training_loss,
     build_weights,
+    compile_and_wrap,
     fast_parts,
 )
 from training.guard import FiniteGuard
@@ -86,11 +84,10 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
     amp_dtype = autocast_dtype(args.amp, world.device)
     data = build_data(args, world)
     model, model_ema, resumed, notes = build_weights(args, world, data)
-    objective = build_objective(args, world, model, data.num_classes)
-    tapped = build_tapped(args, model, objective)
-    grid = tapped.grid if objective.patch_logits else None
-    augment = build_augmentation(args, grid, of_bytes=data.prefetcher is not None)
-    training_loss = build_training_loss(args, world, tapped, objective, augment)
+    augment = build_augmentation(args, of_bytes=data.prefetcher is not None)
+    diverse_loss = build_diverse_loss(args, world, model, data.num_classes, augment)
+    objective, tapped = diverse_loss.objective, diverse_loss.tapped
+    training_loss = compile_and_wrap(args, world, diverse_loss)
 
     global_batch = args.batch_size * world.size * args.accum_steps
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
@@ -149,7 +146,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
         minutes=args.save_every_minutes,
         keep=args.keep_checkpoints,
     )
-    if unwrap_model(training_loss).compiled:
+    if diverse_loss.compiled:
         log.print("compiling the training step: the first step takes longer, and nothing is printed meanwhile")
     test_stats = None
     while state.epoch < num_epochs:

@@ -16,10 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from engine import TrainingLoss
 from pipeline.batch_augmentation import Draws
 from reports.tables import markdown_table
-from training.build import build_augmentation, build_initial, build_objective, build_tapped
+from training.build import build_augmentation, build_diverse_loss, build_initial
 from utils import World
 
 from .fake_cuda import CUDA, backward, fake_cuda, grad
@@ -82,14 +81,13 @@ def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> di
     """
     args = args if terms is None else only(args, terms)
     model = build_initial(args, NUM_CLASSES)
-    objective = build_objective(args, World(0, 1, 0, 1, torch.device("cpu")), model, NUM_CLASSES)
     if not from_bytes:
         args = Namespace(**vars(args) | {"mixup": 0, "cutmix": 0, "cutmix_minmax": None})
     with fake_cuda():
         fake_mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-        tapped = build_tapped(args, model.to(CUDA), objective)
-        augment = build_augmentation(args, tapped.grid if objective.patch_logits else None, from_bytes)
-        training_loss = TrainingLoss(tapped, objective, augment).to(CUDA).train()
+        augment = build_augmentation(args, from_bytes)
+        world = World(0, 1, 0, 1, CUDA)
+        training_loss = build_diverse_loss(args, world, model.to(CUDA), NUM_CLASSES, augment).train()
         side, dtype = args.input_size, torch.uint8 if from_bytes else torch.float32
         images = torch.empty(args.batch_size, side, side, 3, dtype=dtype, device=CUDA).permute(0, 3, 1, 2)
         labels = torch.zeros(args.batch_size, dtype=torch.int64, device=CUDA)

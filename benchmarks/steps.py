@@ -12,7 +12,7 @@ from diversity.objective import MIXING
 from engine import autocast, autocast_dtype
 from reports.tables import markdown_table
 from training import arguments
-from training.build import build_initial, build_mixup, build_objective, build_tapped
+from training.build import build_initial, build_mixup, objective_settings, tap_settings
 from utils import World
 
 from . import training_steps
@@ -127,10 +127,9 @@ def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
         # Without mixing only the class token has a gradient, and a term on the tokens' gradients has nothing to do.
         base = [MIXING] if "tokens" in DiversityObjective({name: 1.0}).reads else []
         with_term, without = only(args, [*base, name]), only(args, base)
-        objectives = [
-            build_objective(flags, world, model, training_steps.NUM_CLASSES) for flags in (without, with_term)
-        ]
-        with build_tapped(with_term, model, objectives[1]).train() as tapped:
+        objectives = [DiversityObjective(**objective_settings(flags)) for flags in (without, with_term)]
+        reads, patch_logits = objectives[1].reads, objectives[1].patch_logits
+        with TappedViT(model, reads, patch_logits, **tap_settings(with_term)).train() as tapped:
             seconds = term_seconds(tapped, objectives, with_term, world, 5 * own.rounds)
             reads = [*tapped.reads, *(["patch_logits"] if tapped.patch_logits and not base else [])]
         seconds += sum(taps.get(tap, 0) for tap in reads)

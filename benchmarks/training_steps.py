@@ -13,11 +13,10 @@ from diversity import PRESETS, DiversityObjective, PatchMixup
 from engine import autocast, autocast_dtype, train_one_epoch
 from training.build import (
     build_augmentation,
+    build_diverse_loss,
     build_initial,
-    build_objective,
     build_optimizer,
-    build_tapped,
-    build_training_loss,
+    compile_and_wrap,
     compiles,
 )
 from training.checkpoint import TrainState
@@ -58,10 +57,8 @@ def plain(args: Namespace, world: World) -> Run:
 def diversified(args: Namespace, world: World) -> Run:
     """What main.py trains with, from the batch on the device to the average: `engine.train_one_epoch`."""
     model = build_initial(args, NUM_CLASSES).to(world.device)
-    objective = build_objective(args, world, model, NUM_CLASSES)
-    tapped = build_tapped(args, model, objective)
-    augment = build_augmentation(args, tapped.grid if objective.patch_logits else None, of_bytes=False)
-    training_loss = build_training_loss(args, world, tapped, objective, augment)
+    augment = build_augmentation(args, of_bytes=False)
+    training_loss = compile_and_wrap(args, world, build_diverse_loss(args, world, model, NUM_CLASSES, augment))
     dtype = autocast_dtype(args.amp, world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     optimizer, model_ema = build_optimizer(args, model, LEARNING_RATE), ModelEmaV3(model, decay=args.model_ema_decay)

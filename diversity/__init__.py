@@ -9,6 +9,7 @@ from . import embedding  # isort: skip
 from . import attention  # isort: skip
 from . import weight  # isort: skip
 from .backbones import WEIGHT_GROUPS, TapError
+from .loss import DiverseLoss
 from .mixing import MixedTarget, PatchMixup, patch_lam, token_cross_entropy
 from .objective import MIXING_BALANCES, DiversityObjective
 from .presets import PRESETS, Preset
@@ -24,6 +25,7 @@ __all__ = [
     "REGULARIZERS",
     "TAPS",
     "WEIGHT_GROUPS",
+    "DiverseLoss",
     "DiversityObjective",
     "MixedTarget",
     "PatchMixup",

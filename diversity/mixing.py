@@ -1,5 +1,6 @@
 """Patch-level label mixing: Mixup and CutMix that also say which label each patch carries, and the per-token loss."""
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -78,12 +79,23 @@ class PatchMixup:
         self.correct_lam = correct_lam
         self.grid = grid
 
-    def __call__(self, samples: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, MixedTarget]:
+    def with_grid(self, grid: tuple[int, int] | None) -> "PatchMixup":
+        """This object if it has a grid, otherwise a copy that has the given one."""
+        if self.grid is not None:
+            return self
+        mixup = copy.copy(self)
+        mixup.grid = grid
+        return mixup
+
+    def __call__(
+        self, samples: torch.Tensor, labels: torch.Tensor, draws: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, MixedTarget]:
         """Mix a batch.
 
         Args:
             samples: [B, 3, H, W], left as it is; B even unless both alphas are 0.
             labels: [B], integer classes.
+            draws: of `draw`, on the device of the samples; None = draw now.
 
         Returns:
             The mixed samples and their `MixedTarget`.
@@ -91,7 +103,7 @@ class PatchMixup:
         Raises:
             ValueError: an odd batch, in which the middle image has no partner.
         """
-        draws = self.draw(len(samples), samples.shape[-2:])
+        draws = self.draw(len(samples), samples.shape[-2:]) if draws is None else draws
         if draws is not None:
             draws = draws.to(samples.device)
         return self.mix(samples, draws), self.target(samples, labels, draws)

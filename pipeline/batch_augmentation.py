@@ -130,6 +130,11 @@ class BatchAugmentation(nn.Module):
         self.erasing = erasing
         self.memory_format = memory_format
 
+    def with_grid(self, grid: tuple[int, int] | None) -> "BatchAugmentation":
+        """This module, its mixup with the given grid unless it has one."""
+        self.mixup = self.mixup.with_grid(grid)
+        return self
+
     def draw(self, images: torch.Tensor, seed: int, rank: int, epoch: int, batch: int) -> Draws:
         """The draws for a batch of images [B, 3, H, W], on their device; they follow from the numbers alone.
 

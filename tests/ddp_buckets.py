@@ -12,8 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from diversity import PRESETS, DiversityObjective, PatchMixup, TappedViT
-from engine import TrainingLoss
+from diversity import PRESETS, DiverseLoss, PatchMixup
 from pipeline.batch_augmentation import BatchAugmentation
 from utils import World, joined_world
 
@@ -24,9 +23,7 @@ def gradients(world: World, compiled: bool, checkpointing: bool) -> dict:
     torch.manual_seed(0)
     model = model_of(depth=6, embed_dim=192)
     model.set_grad_checkpointing(checkpointing)
-    objective = DiversityObjective(PRESETS["released"].coefs, 0.1)
-    tapped = TappedViT(model, objective.reads, objective.patch_logits)
-    training_loss = TrainingLoss(tapped, objective, BatchAugmentation(PatchMixup(grid=(4, 4))))
+    training_loss = DiverseLoss(model, PRESETS["released"].coefs, BatchAugmentation(PatchMixup()), smoothing=0.1)
     if compiled:
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = checkpointing
         training_loss.compile_step(backend="aot_eager")
@@ -43,7 +40,7 @@ def gradients(world: World, compiled: bool, checkpointing: bool) -> dict:
     for step in range(STEPS):
         sent.clear()
         ddp.zero_grad()
-        draws = training_loss.augment.draw(samples, 0, world.rank, 0, step)
+        draws = training_loss.mixup.draw(samples, 0, world.rank, 0, step)
         torch.manual_seed(step)
         ddp(samples, labels, draws)[0].backward()
     norm = nn.utils.get_total_norm([parameter.grad.double() for parameter in ddp.parameters()])

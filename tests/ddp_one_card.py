@@ -14,7 +14,7 @@ import torch.distributed as dist
 from benchmarks.training_steps import NUM_CLASSES
 from pipeline.batch_augmentation import Draws
 from training.arguments import parse_args
-from training.build import build_augmentation, build_initial, build_objective, build_tapped, build_training_loss
+from training.build import build_augmentation, build_diverse_loss, build_initial, compile_and_wrap
 from utils import World, reseed, seed_everything
 
 STEPS = 2  # DistributedDataParallel exchanges the gradients of its first step differently
@@ -27,9 +27,8 @@ def main(rank: int, size: int, output: Path, words: list[str]):
         dist.init_process_group("gloo", init_method=f"file://{output}.meeting", rank=rank, world_size=size)
     world = World(rank, size, rank, size, torch.device(args.device))
     model = build_initial(args, NUM_CLASSES).double().to(world.device)
-    objective = build_objective(args, world, model, NUM_CLASSES)
-    tapped = build_tapped(args, model, objective)
-    training_loss = build_training_loss(args, world, tapped, objective, build_augmentation(args, tapped.grid, False))
+    loss_fn = build_diverse_loss(args, world, model, NUM_CLASSES, build_augmentation(args, of_bytes=False))
+    loss_fn = compile_and_wrap(args, world, loss_fn)
     seed_everything(1)
     samples = torch.randn(args.batch_size, 3, args.input_size, args.input_size, dtype=torch.float64)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,))
@@ -38,7 +37,7 @@ def main(rank: int, size: int, output: Path, words: list[str]):
     for _ in range(STEPS):
         model.zero_grad()
         reseed("step", 0, device=world.device)  # the same probes in every process
-        loss, _ = training_loss(samples[mine], labels[mine], Draws())
+        loss, _ = loss_fn(samples[mine], labels[mine], Draws())
         loss.backward()
     if rank == 0:
         torch.save({name: parameter.grad.cpu() for name, parameter in model.named_parameters()}, output)

@@ -17,11 +17,10 @@ from engine import train_one_epoch
 from training.arguments import parse_args
 from training.build import (
     build_augmentation,
+    build_diverse_loss,
     build_initial,
-    build_objective,
     build_optimizer,
-    build_tapped,
-    build_training_loss,
+    compile_and_wrap,
 )
 from training.checkpoint import TrainState
 from training.guard import FiniteGuard
@@ -53,9 +52,8 @@ def main(words):
             F.cross_entropy(ddp(samples), labels).backward()
 
         model = build_initial(args, NUM_CLASSES)
-        objective = build_objective(args, world, model, NUM_CLASSES)
-        tapped = build_tapped(args, model, objective)
-        ddp = build_training_loss(args, world, tapped, objective, build_augmentation(args, tapped.grid, False))
+        loss_fn = build_diverse_loss(args, world, model, NUM_CLASSES, build_augmentation(args, of_bytes=False))
+        ddp = compile_and_wrap(args, world, loss_fn)
         ours = counted(ddp)
         exchanged, all_reduce = [], dist.all_reduce
 

@@ -18,12 +18,10 @@ from pipeline.prefetch import Prefetcher
 from training import checkpoint_files
 from training.build import (
     build_augmentation,
+    build_diverse_loss,
     build_initial,
     build_model,
-    build_objective,
     build_optimizer,
-    build_tapped,
-    build_training_loss,
     enable_grad_checkpointing,
 )
 from training.checkpoint import TrainState
@@ -45,19 +43,15 @@ def run_on_fake_cuda(*words, batch=8, teacher=None):
     if args.grad_checkpointing:
         enable_grad_checkpointing(model, args.model)
     model_ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
-    objective = build_objective(args, WORLD, model, CLASSES)
-    if teacher:
-        net = build_model(args.model, CLASSES, args.input_size, args.patch_size, **args.model_kwargs)
-        objective.distillation = DistillationLoss(net, teacher, 0.5, 3.0)
+    net = build_model(args.model, CLASSES, args.input_size, args.patch_size, **args.model_kwargs) if teacher else None
     with fake_cuda() as watch:
         model.to(CUDA)
         if model_ema is not None:
             model_ema.module.to(CUDA)
-        tapped = build_tapped(args, model, objective)
         prefetches = args.prefetcher is not False
-        augment = build_augmentation(args, tapped.grid if objective.patch_logits else None, of_bytes=prefetches)
-        args.compile = False
-        training_loss = build_training_loss(args, WORLD, tapped, objective, augment)
+        training_loss = build_diverse_loss(args, WORLD, model, CLASSES, build_augmentation(args, of_bytes=prefetches))
+        if teacher:
+            training_loss.objective.distillation = DistillationLoss(net.to(CUDA), teacher, 0.5, 3.0)
         dtype = engine.autocast_dtype(args.amp, CUDA)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
         state = TrainState(model, model_ema, build_optimizer(args, model, 1e-3), None, scaler)

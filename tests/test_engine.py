@@ -10,8 +10,8 @@ from helpers import parse
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, TensorDataset
 
-from diversity import DiversityObjective, PatchMixup, TappedViT
-from engine import TrainingLoss, autocast_dtype, evaluate, train_one_epoch
+from diversity import DiverseLoss, PatchMixup
+from engine import autocast_dtype, evaluate, train_one_epoch
 from pipeline.batch_augmentation import BatchAugmentation
 from training import checkpoint
 from training.build import build_optimizer
@@ -42,12 +42,10 @@ def make_state(model, optimizer=None, ema=None, loss_scaler=None):
 
 
 def train(model, batches, coefs=ALL_TERMS, state=None, budget=0, mixup_fn=NO_MIX, smoothing=0.1, world=CPU, **options):
-    objective = DiversityObjective(coefs, smoothing)
-    tapped = TappedViT(model, objective.reads, objective.patch_logits)
+    training_loss = DiverseLoss(model, coefs, BatchAugmentation(mixup_fn), smoothing).to(world.device)
     log = RunLog(None, world, tensorboard=False)
     guard = FiniteGuard(budget, world)
-    with tapped:
-        training_loss = TrainingLoss(tapped, objective, BatchAugmentation(mixup_fn)).to(world.device)
+    with training_loss.tapped:
         return train_one_epoch(training_loss, batches, state or make_state(model), guard, log, world, **options)
 
 

@@ -13,14 +13,14 @@ from test_engine import images, make_state, small_vit
 from timm.utils import ModelEmaV3
 from torch._dynamo.backends.common import aot_autograd
 
-from diversity import PRESETS, REGULARIZERS, DiversityObjective, PatchMixup, TappedViT
-from engine import TrainingLoss, train_one_epoch
+from diversity import PRESETS, REGULARIZERS, DiverseLoss, DiversityObjective, PatchMixup
+from engine import train_one_epoch
 from pipeline.batch_augmentation import BatchAugmentation
 from training import build
 from training.build import (
     PatchProduct,
     build_initial,
-    build_training_loss,
+    compile_and_wrap,
     compiles,
     embed_patches_by_product,
     enable_grad_checkpointing,
@@ -51,10 +51,8 @@ def losses_of_both(coefs, smoothing=0.1, mixup=None, **settings):
     losses = []
     for flag in ("--no-compile", "--compile"):
         model = small_vit(depth=2, proj_drop_rate=0.1, drop_path_rate=0.1)
-        objective = DiversityObjective(coefs, smoothing, **settings)
-        tapped = TappedViT(model, objective.reads, objective.patch_logits)
-        augment = BatchAugmentation(mixup or PatchMixup(grid=(4, 4)))
-        losses.append(losses_of(build_training_loss(parse(flag), world(), tapped, objective, augment), model, 20))
+        loss_fn = DiverseLoss(model, coefs, BatchAugmentation(mixup or PatchMixup()), smoothing, **settings)
+        losses.append(losses_of(compile_and_wrap(parse(flag), world(), loss_fn), model, 20))
     return losses
 
 
@@ -109,19 +107,12 @@ def test_a_step_that_does_not_compile_runs_in_eager_mode_unless_it_was_asked_for
     for flag in ("--no-compile", "--compile", None):
         torch._dynamo.reset()
         model = small_vit()
-        objective = DiversityObjective({"emb_cos_within": 0.5}, 0.1)
-        tapped = TappedViT(model, objective.reads, objective.patch_logits)
+        training_loss = DiverseLoss(model, {"emb_cos_within": 0.5}, BatchAugmentation(), smoothing=0.1)
         args = parse(*([flag] if flag else []))
         if flag != "--no-compile":
-            init = TrainingLoss.__init__
-
-            def faulty(training_loss, *parts, init=init):
-                init(training_loss, *parts)
-                fault(training_loss)
-
-            monkeypatch.setattr(TrainingLoss, "__init__", faulty)
+            fault(training_loss)
             monkeypatch.setattr(build, "compiles", lambda *_: True)  # as on a GPU
-        training_loss = build_training_loss(args, world(), tapped, objective)
+        compile_and_wrap(args, world(), training_loss)
         monkeypatch.undo()
         if flag == "--compile":
             with pytest.raises(SystemExit, match=r"^error: --compile: the training step cannot be compiled: .*\S$"):
@@ -139,15 +130,15 @@ def test_grad_checkpointing_gives_the_gradients_of_every_term(backend):
     """Also compiled; then without the terms that read a gradient."""
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     samples, labels = images(4)
-    augment = BatchAugmentation(PatchMixup(grid=(4, 4)))
+    augment = BatchAugmentation(PatchMixup())
     draws = augment.draw(samples, seed=0, rank=0, epoch=0, batch=0)
     gradients = []
     for checkpointing in (False, True):
         model = small_vit(drop_path_rate=0.1).double()
         model.set_grad_checkpointing(checkpointing)
-        objective = DiversityObjective(ALL_TERMS | ({"emb_grad_diversity": 0} if backend else {}), 0.1)
-        with TappedViT(model, objective.reads, objective.patch_logits).train() as tapped:
-            training_loss = TrainingLoss(tapped, objective, augment)
+        coefs = ALL_TERMS | ({"emb_grad_diversity": 0} if backend else {})
+        training_loss = DiverseLoss(model, coefs, augment, smoothing=0.1).train()
+        with training_loss.tapped:
             if backend and checkpointing:
                 training_loss.compile_step(backend=backend)
             torch.manual_seed(0)

@@ -13,8 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Data
-from diversity import DiversityObjective, PatchMixup, TapError, TappedViT
-from engine import TrainingLoss
+from diversity import DiverseLoss, DiversityObjective, PatchMixup, TapError
 from models import build_model
 from models.weights import load_weights
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
@@ -113,64 +112,50 @@ def _to_bfloat16(block: nn.Module, inputs: tuple):
     return None
 
 
-def build_objective(args: Namespace, world: World, model: nn.Module, num_classes: int) -> DiversityObjective:
-    """The loss that the flags describe, with its teacher if there is one."""
-    distillation = None
-    if args.distillation_type != "none":
-        teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
-        load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
-        teacher.to(world.device)
-        distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    if hasattr(model, "set_distilled_training"):
-        model.set_distilled_training(distillation is not None)
-    return DiversityObjective(
-        arguments.coefficients(args),
-        args.smoothing,
-        distillation,
-        mixing_balance=args.mixing_balance,
-        **arguments.term_options(args),
-    )
+def build_diverse_loss(
+    args: Namespace, world: World, model: nn.Module, num_classes: int, mixup: BatchAugmentation | None = None
+) -> DiverseLoss:
+    """Augmentation, model and objective as the flags describe them, with a teacher if they name one.
 
-
-def build_tapped(args: Namespace, model: nn.Module, objective: DiversityObjective) -> TappedViT:
-    """The model with the hooks that the objective needs.
+    Args:
+        mixup: None = images and labels are taken as they are.
 
     Raises:
         SystemExit: the model lacks what a term needs.
     """
+    distillation = None
+    if args.distillation_type != "none":
+        teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
+        load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
+        distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    settings = objective_settings(args) | tap_settings(args)
     try:
-        return TappedViT(
-            model,
-            objective.reads,
-            objective.patch_logits,
-            emb_layers=args.emb_layers,
-            attn_layers=args.attn_layers,
-            weight_groups=args.weight_groups,
-        )
+        return DiverseLoss(model, mixup=mixup, distillation=distillation, **settings).to(world.device)
     except TapError as error:
-        terms = objective.coefs if error.argument == "model" else objective.readers(error.tap)
-        flags = [flag_of(f"{name}_coef") for name in terms]
+        flags = [flag_of(f"{name}_coef") for name in error.terms]
         if error.argument not in (None, "model"):
             flags.insert(0, f"{flag_of(error.argument)} {getattr(args, error.argument)}")
         raise SystemExit(f"error: --model {args.model} does not serve {', '.join(flags)}: {error}") from None
 
 
-def build_training_loss(
-    args: Namespace,
-    world: World,
-    tapped: TappedViT,
-    objective: DiversityObjective,
-    augment: BatchAugmentation | None = None,
-) -> TrainingLoss | DistributedDataParallel:
-    """Augmentation, model and objective as one module: compiled as one graph, and wrapped for several processes.
+def objective_settings(args: Namespace) -> dict[str, object]:
+    """The arguments of `DiversityObjective` that the flags set."""
+    settings = {"coefs": arguments.coefficients(args), "smoothing": args.smoothing}
+    return settings | {"mixing_balance": args.mixing_balance} | arguments.term_options(args)
 
-    Args:
-        augment: None = images and labels are taken as they are.
+
+def tap_settings(args: Namespace) -> dict[str, object]:
+    """The arguments of `TappedViT` that the flags set."""
+    return {name: getattr(args, name) for name in ("emb_layers", "attn_layers", "weight_groups")}
+
+
+def compile_and_wrap(args: Namespace, world: World, loss_fn: DiverseLoss) -> DiverseLoss | DistributedDataParallel:
+    """Compile the training step as one graph, and wrap it for several processes, as the flags say.
 
     Raises:
         SystemExit: --compile, and a term that reads a gradient.
     """
-    training_loss = TrainingLoss(tapped, objective, augment).to(world.device)
+    objective = loss_fn.objective
     if args.compile and objective.differentiating:
         flag = flag_of(f"{objective.differentiating[0]}_coef")
         raise SystemExit(f"error: --compile cannot differentiate twice, as {flag} does; leave one of them out")
@@ -180,16 +165,16 @@ def build_training_loss(
         torch._functorch.config.force_non_lazy_backward_lowering = True  # so that its errors come in the forward pass
         # Random numbers as without compiling, so that both train alike.
         on_error = partial(_on_compile_error, world, is_asked_for=bool(args.compile))
-        training_loss.compile_step(on_error, options={"fallback_random": True})
+        loss_fn.compile_step(on_error, options={"fallback_random": True})
     if world.size == 1:
-        return training_loss
+        return loss_fn
     ddp = DistributedDataParallel(
-        training_loss,
+        loss_fn,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         static_graph=has_static_graph(args),
     )
-    ddp.broadcast_buffers = any(True for _ in tapped.model.buffers())  # not for a teacher's, which stay as they are
+    ddp.broadcast_buffers = any(True for _ in loss_fn.model.buffers())  # not for a teacher's, which stay as they are
     return ddp
 
 
@@ -227,21 +212,24 @@ def fast_parts(args: Namespace, world: World, objective: DiversityObjective, dat
     return [name for name, is_on in parts.items() if is_on]
 
 
-def build_augmentation(args: Namespace, grid: tuple[int, int] | None, of_bytes: bool) -> BatchAugmentation:
+def build_augmentation(args: Namespace, of_bytes: bool) -> BatchAugmentation:
     """What is done to a batch on its device.
 
     Args:
-        grid: of the patches that need labels; None where none do.
         of_bytes: whether images come as bytes, and so are erased here.
     """
     erasing = BatchErasing(args.reprob, args.remode, args.recount) if of_bytes and args.reprob else None
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     # A product reads patches, which are copied together anyway.
-    return BatchAugmentation(build_mixup(args, grid), erasing, torch.preserve_format if args.patch_product else layout)
+    return BatchAugmentation(build_mixup(args), erasing, torch.preserve_format if args.patch_product else layout)
 
 
-def build_mixup(args: Namespace, grid: tuple[int, int] | None) -> PatchMixup:
-    """Mixup and CutMix as the flags describe them, with labels for the patches of a grid."""
+def build_mixup(args: Namespace, grid: tuple[int, int] | None = None) -> PatchMixup:
+    """Mixup and CutMix as the flags describe them.
+
+    Args:
+        grid: of the patches that need labels; None = the grid of the model, where labels are mixed for its patches.
+    """
     return PatchMixup(
         args.mixup,
         args.cutmix,

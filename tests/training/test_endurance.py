@@ -12,8 +12,8 @@ from helpers import world
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
-from diversity import PRESETS, DiversityObjective, PatchMixup, TappedViT
-from engine import TrainingLoss, train_one_epoch
+from diversity import PRESETS, DiverseLoss, PatchMixup
+from engine import train_one_epoch
 from pipeline.batch_augmentation import BatchAugmentation
 from training import checkpoint
 from training.guard import FiniteGuard
@@ -32,8 +32,6 @@ def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
         "deit_tiny_patch16_224", img_size=16, patch_size=8, depth=1, embed_dim=8, num_heads=2, num_classes=3
     )
     preset = PRESETS["released"]
-    objective = DiversityObjective(preset.coefs, smoothing=0.1)
-    tapped = TappedViT(model, objective.reads, objective.patch_logits)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler, _ = create_scheduler_v2(optimizer, num_epochs=1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -52,7 +50,7 @@ def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
             held[state.step] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files, threading.active_count()
 
     stats = train_one_epoch(
-        TrainingLoss(tapped, objective, BatchAugmentation(PatchMixup(grid=tapped.grid))),
+        DiverseLoss(model, preset.coefs, BatchAugmentation(PatchMixup()), smoothing=0.1),
         [batch] * STEPS,
         state,
         FiniteGuard(0, world()),

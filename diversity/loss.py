@@ -1,0 +1,153 @@
+"""DiverseLoss: the model, the mixing of images and labels, and the objective as one module."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch._dynamo.exc
+from torch import nn
+
+from .backbones import TapError
+from .mixing import PatchMixup
+from .objective import DiversityObjective
+from .taps import TappedViT
+
+COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+class DiverseLoss(nn.Module):
+    """A timm model that returns its training loss in train mode and plain class logits in eval mode.
+
+    In your own loop, with the images and labels of any loader:
+
+        model = timm.create_model("deit_small_patch16_224")
+        loss_fn = DiverseLoss(model, {"mixing": 1.0, "emb_cos_within": 0.5}, mixup=PatchMixup(), smoothing=0.1)
+        loss, terms = loss_fn(images, labels)
+        loss.backward()
+        logits = loss_fn.eval()(images)
+
+    Wrap this module, not the model, in DistributedDataParallel or torch.compile. Give the optimizer, the average of the
+    weights and the checkpoint `loss_fn.model`, which is the stock timm model. A model with a distillation head trains
+    it where there is a teacher, and otherwise trains the mean of its two heads.
+
+    Args:
+        model: a timm model, on its device; see `TappedViT`.
+        coefs: {name of a term, or "mixing": coefficient}, see `DiversityObjective`.
+        mixup: a `PatchMixup`, or another object with the same `draw`, `__call__` and `with_grid`. Without a grid, it
+            gets the model's patch grid where mixing is on. None = images and labels stay as they are.
+        smoothing, distillation, mixing_balance, options: see `DiversityObjective`.
+        emb_layers, attn_layers, weight_groups: see `TappedViT`.
+
+    Raises:
+        ValueError: arguments that `DiversityObjective` or `TappedViT` cannot take.
+        TapError: the model lacks what a term reads; its `terms` are the names of the terms that read it.
+        TypeError: an unknown option.
+
+    Source: the training step of The Principle of Diversity.
+    Differs: one module around timm's stock model.
+
+    Attributes:
+        tapped: the `TappedViT` around the model.
+        objective: the `DiversityObjective`.
+        mixup: the mixup, with a grid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coefs: Mapping[str, float],
+        mixup: PatchMixup | None = None,
+        smoothing: float = 0.0,
+        distillation: Callable[..., torch.Tensor] | None = None,
+        mixing_balance: str = "tokens",
+        emb_layers: str | Sequence[int] = "last",
+        attn_layers: str | Sequence[int] = "first",
+        weight_groups: str | Sequence[str] = "qkv",
+        **options,
+    ):
+        super().__init__()
+        self.objective = DiversityObjective(coefs, smoothing, distillation, mixing_balance, **options)
+        reads, patch_logits = self.objective.reads, self.objective.patch_logits
+        try:
+            self.tapped = TappedViT(model, reads, patch_logits, emb_layers, attn_layers, weight_groups)
+        except TapError as error:
+            is_unknown_model = error.argument == "model"
+            error.terms = [*self.objective.coefs] if is_unknown_model else self.objective.readers(error.tap)
+            raise
+        if hasattr(model, "set_distilled_training"):
+            model.set_distilled_training(distillation is not None)
+        mixup = PatchMixup(mixup_alpha=0, cutmix_alpha=0) if mixup is None else mixup
+        self.mixup = mixup.with_grid(self.tapped.grid) if patch_logits else mixup
+        self.compiled: Callable | None = None
+        self.on_compile_error: Callable[[str], None] | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The stock timm model."""
+        return self.tapped.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The keys of the terms that `forward` returns, in their order: "loss", then `DiversityObjective.names`."""
+        return ("loss", *self.objective.names)
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None, draws=None):
+        """The loss of a batch in train mode, class logits in eval mode.
+
+        Args:
+            images: [B, 3, H, W], as `mixup` takes them: normalised floats for a `PatchMixup`.
+            labels: [B], integer classes; not read in eval mode.
+            draws: what `mixup.draw` returned for this batch, on the device of the images; None = draw now, from numpy's
+                global generator.
+
+        Returns:
+            In train mode the 0-dim loss and {name: detached 0-dim tensor} for every name in `names`. In eval mode the
+            logits [B, C].
+
+        Raises:
+            ValueError: in train mode, labels that are not B integers, or a batch that `mixup` cannot mix.
+        """
+        if not self.training:
+            return self.tapped(images)
+        if labels is None or labels.shape != images.shape[:1] or labels.is_floating_point():
+            found = "none" if labels is None else f"{labels.dtype} of shape {[*labels.shape]}"
+            raise ValueError(f"a batch of {len(images)} images needs as many integer labels in train mode; got {found}")
+        if draws is None:
+            draws = self._draw(images)
+        loss, values = self._compiled_or_eager(images, labels, draws)
+        return loss, dict(zip(self.names, values.unbind(), strict=True))
+
+    def compile_step(self, on_error: Callable[[str], None] | None = None, **options):
+        """Compute the loss in one compiled graph from now on.
+
+        Args:
+            on_error: called with the reason where torch.compile fails; the step then runs in eager mode. None = raise
+                the error.
+            options: of torch.compile.
+        """
+        self.compiled = torch.compile(self._loss, fullgraph=True, dynamic=False, **options)
+        self.on_compile_error = on_error
+
+    @torch.compiler.disable
+    def _draw(self, images: torch.Tensor):
+        """Draws for a batch, on its device."""
+        draws = self.mixup.draw(len(images), images.shape[-2:])
+        return draws.to(images.device) if torch.is_tensor(draws) else draws
+
+    def _compiled_or_eager(self, images, labels, draws) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.compiled is None:
+            return self._loss(images, labels, draws)
+        try:
+            return self.compiled(images, labels, draws)
+        except COMPILE_ERRORS as error:
+            if self.on_compile_error is None:
+                raise
+            cause = getattr(error, "inner_exception", error)
+            self.on_compile_error(" ".join([f"{type(cause).__name__}:", *str(cause).split("\n\n")[0].split()])[:500])
+            self.compiled = None
+        return self._loss(images, labels, draws)
+
+    def _loss(self, images, labels, draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the values of `names` as one tensor [n]; see `DiversityObjective.loss_and_values`."""
+        samples, target = self.mixup(images, labels, draws)
+        loss, values = self.objective.loss_and_values(self.tapped(samples), target, samples)
+        return loss, torch.cat([loss.detach()[None], values])

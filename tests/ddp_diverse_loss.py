@@ -1,0 +1,52 @@
+"""Three steps with a DiverseLoss on this rank's images of each batch, beside the same steps on all of them.
+
+Run by tests/diversity/test_loss.py under torchrun. Rank 0 prints JSON: the largest differences of losses and weights.
+"""
+
+import json
+
+import timm
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from diversity import DiverseLoss
+from utils import joined_world
+
+BATCH, STEPS, ACCUMULATED = 8, 3, 2
+# Without weight_mha_cond_orth, which draws start vectors, and without mixup, which pairs the images of one process.
+COEFS = {"mixing": 1.0, "emb_cos_within": 0.5, "emb_contrast_cross": 0.5, "attn_cos_within": 0.1, "weight_mha_so": 0.1}
+SIZE = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
+
+
+def train(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses of the steps and the weights after them."""
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", **SIZE).double()
+    loss_fn = DiverseLoss(model, COEFS, smoothing=0.1)
+    wrapped = DistributedDataParallel(loss_fn) if size > 1 else loss_fn
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for index in range(ACCUMULATED * STEPS):
+        images = torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
+        labels = torch.randint(5, (BATCH,), generator=generator)
+        loss, terms = wrapped(images.chunk(size)[rank], labels.chunk(size)[rank])
+        assert [*terms] == [*loss_fn.names]
+        (loss / ACCUMULATED).backward()
+        losses.append(terms["loss"])
+        if index % ACCUMULATED == ACCUMULATED - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    return torch.stack(losses), torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+if __name__ == "__main__":
+    with joined_world("cpu", "env://") as world:
+        losses, weights = train(world.rank, world.size)
+        dist.all_reduce(losses)
+        losses /= world.size
+        expected_losses, expected_weights = train(0, 1)
+        if world.is_main:
+            loss, weight = (losses - expected_losses).abs().max(), (weights - expected_weights).abs().max()
+            print(json.dumps({"loss": loss.item(), "weights": weight.item()}), flush=True)
