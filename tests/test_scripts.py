@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -26,8 +27,8 @@ PAPER = {
 }  # fmt: skip
 
 
-def launched(script, *flags, tmp_path, **environment):
-    """The command that a launcher would start, from a copy whose Python writes its arguments down."""
+def launch(script, *flags, tmp_path, **environment):
+    """The command that a launcher starts, run in a copy whose Python prints its arguments."""
     copy = tmp_path / "checkout"
     (copy / ".venv" / "bin").mkdir(parents=True)
     (copy / "script").symlink_to(REPOSITORY / "script")
@@ -42,7 +43,7 @@ def launched(script, *flags, tmp_path, **environment):
 
 @pytest.mark.parametrize(("script", "model"), LAUNCHERS.items())
 def test_launchers_start_the_papers_recipe(script, model, tmp_path):
-    words = launched(script, "/data", "--seed", "3", "--batch-size", "64", tmp_path=tmp_path).stdout.split("\n")[:-1]
+    words = launch(script, "/data", "--seed", "3", "--batch-size", "64", tmp_path=tmp_path).stdout.split("\n")[:-1]
     assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     assert words[4].endswith("/main.py")
     args = arguments.parse_args(words[5:])
@@ -53,12 +54,12 @@ def test_launchers_start_the_papers_recipe(script, model, tmp_path):
 
 
 def test_ngpu_overrides_the_number_of_processes(tmp_path):
-    result = launched("run_deit_tiny_diverse.sh", "/data", tmp_path=tmp_path, NGPU="5")
+    result = launch("run_deit_tiny_diverse.sh", "/data", tmp_path=tmp_path, NGPU="5")
     assert "--nproc_per_node=5" in result.stdout
 
 
-def test_a_launcher_without_data_says_how_to_call_it(tmp_path):
-    result = launched("run_deit_tiny_diverse.sh", tmp_path=tmp_path)
+def test_a_launcher_without_data_prints_its_usage(tmp_path):
+    result = launch("run_deit_tiny_diverse.sh", tmp_path=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("usage:")
 
@@ -77,6 +78,36 @@ def test_a_launcher_trains_on_the_cpu(tmp_path):
 def test_the_paper_values_in_the_registry_are_the_launchers():
     wired = {name: term.coef for name, term in diversity.REGULARIZERS.items() if term.coef}
     assert wired == {name: coef for name, coef in PAPER.items() if name != "mixing"}
+
+
+@pytest.mark.parametrize(
+    ("words", "passed"),
+    [
+        ([], []),
+        (["--slow"], ["-m", "slow or not slow"]),
+        (["tests/diversity", "-k", "cos or so"], ["tests/diversity", "-k", "cos or so"]),
+    ],
+)
+def test_the_test_script_runs_lint_and_pytest(words, passed, tmp_path):
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (tmp_path / "script").mkdir()
+    for name in ("setup.sh", "test.sh"):
+        shutil.copy(REPOSITORY / "script" / name, tmp_path / "script")
+    for name in ("requirements.txt", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    installed = [(REPOSITORY / name).read_text() for name in ("requirements.txt", "constraints.txt")]
+    (programs.parent / "installed").write_text("".join(installed))
+    for name in ("python", "ruff"):
+        (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" ""\n')
+        (programs / name).chmod(0o755)
+    result = subprocess.run(
+        ["bash", tmp_path / "script" / "test.sh", *words], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    *lint, pytest_words = [command.splitlines() for command in result.stdout.split("\n\n") if command]
+    assert lint == [["ruff", "check", "."], ["ruff", "format", "--check", "--quiet", "."]]
+    assert pytest_words == ["python", "-m", "pytest", "--durations=10", *passed]
 
 
 def test_quickstart_parses():
