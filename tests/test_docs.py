@@ -135,13 +135,24 @@ def test_the_presets_are_listed():
     assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == [*diversity.PRESETS]
 
 
-def test_the_readme_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+EXAMPLES = [
+    (name_of(page), example)
+    for page in PAGES
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+]
+
+
+@pytest.mark.parametrize("example", [example for _, example in EXAMPLES], ids=[name for name, _ in EXAMPLES])
+def test_every_example_runs(example):
     names = {}
     exec(example, names)
     assert names["loss"].isfinite()
     assert "emb_cos_within" in names["terms"]
     assert names["model"].head.weight.grad is not None
+
+
+def test_the_readme_has_an_example():
+    assert [name for name, _ in EXAMPLES] == ["README.md", "docs/your-own-loop.md", "docs/your-own-loop.md"]
 
 
 def test_the_cost_model_is_arithmetic():
