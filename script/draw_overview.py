@@ -1,8 +1,8 @@
-"""Draw Figs/overview.png: where the method taps a vision transformer, and what each of the paper's terms pulls apart.
+"""Draw Figs/overview.png: where the terms read a vision transformer, and what each of the paper's terms changes.
 
     python script/draw_overview.py
 
-The pictures are schematic: drawn numbers, not measured ones.
+The numbers in the figure are invented, not measured.
 """
 
 import itertools
@@ -67,7 +67,7 @@ def draw_tokens(axis, angles, title):
     axis.set_title(title, fontsize=9)
 
 
-def draw_maps(axis, alike, title):
+def draw_maps(axis, similar, title):
     """Three heads' attention maps side by side."""
     index = np.arange(8)
     patterns = [
@@ -75,7 +75,7 @@ def draw_maps(axis, alike, title):
         np.tile(np.eye(8)[2] + 0.05, (8, 1)),
         np.exp(-np.abs(index[:, None] - 7 + index)),
     ]
-    maps = [patterns[0] if alike else pattern for pattern in patterns]
+    maps = [patterns[0] if similar else pattern for pattern in patterns]
     wall = np.full((8, 1), np.nan)
     axis.imshow(np.concatenate([maps[0], wall, maps[1], wall, maps[2]], axis=1), cmap="Oranges")
     axis.axis("off")
@@ -95,18 +95,18 @@ def draw_spectrum(axis, values, title):
 
 LEVELS = {
     "Level 1: patch embeddings": (EMBEDDING, ""),
-    "Level 2: attention maps": (ATTENTION, "attn_cos_within:\nthe heads of block 0 apart"),
-    "Level 3: weights": (WEIGHT, "weight_mha_cond_orth:\nthe spectrum of W W^T narrow"),
+    "Level 2: attention maps": (ATTENTION, "attn_cos_within:\nless similar heads in block 0"),
+    "Level 3: weights": (WEIGHT, "weight_mha_cond_orth:\na narrow spectrum of W W^T"),
 }
 TOKENS = (
-    "emb_cos_within: tokens of the last layer apart\n"
-    "emb_contrast_cross: each token near its own first\nembedding, away from the other tokens"
+    "emb_cos_within: less similar tokens in the last layer\n"
+    "emb_contrast_cross: each token similar to its own\nfirst embedding, not to the other tokens"
 )
 MIXING = "mixing, a supporting loss: every token\nclassified by the label of its own pixels"
 
 
 def draw_mixed_image(axis):
-    """An image with a pasted box, its patches numbered by their label."""
+    """An image with a pasted box, and the label of each patch."""
     image = np.zeros((4, 4))
     image[1:3, 2:4] = 1
     axis.imshow(image, cmap="Blues", vmin=-0.4, vmax=2.6)
@@ -120,7 +120,7 @@ def draw_mixed_image(axis):
 
 
 def draw_embeddings(panel):
-    """Tokens apart, and beside them the loss that supports it."""
+    """Redundant and diverse tokens, and beside them the labels of patch mixing."""
     tokens, labels = panel.subfigures(1, 2, width_ratios=(1.05, 1))
     redundant, diverse = tokens.subplots(2, 1)
     generator = np.random.RandomState(1)
@@ -132,7 +132,7 @@ def draw_embeddings(panel):
 
 
 def draw_attention(panel):
-    """Heads alike, and heads apart."""
+    """Similar heads, and different heads."""
     redundant, diverse = panel.subplots(2, 1)
     draw_maps(redundant, True, "redundant")
     draw_maps(diverse, False, "diverse")
@@ -146,7 +146,7 @@ def draw_weights(panel):
 
 
 def overview():
-    """The whole figure: the model, and below it a panel for each of the three levels."""
+    """The complete figure: the model, and below it a panel for each of the three levels."""
     figure = plt.figure(figsize=(13, 7.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.6))

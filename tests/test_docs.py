@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -162,3 +163,9 @@ def test_the_cost_model_is_arithmetic():
     mixing = 3 * 2 * patches * dim * classes / 1e9
     assert f"| {mixing:.2f} GFLOP per image, {100 * mixing / 27.5:.1f} % |" in page
     assert f"{heads * tokens**2:,} numbers per image" in page
+
+
+def test_the_overview_can_be_drawn():
+    draw_overview = runpy.run_path(str(REPOSITORY / "script" / "draw_overview.py"))
+    panels = draw_overview["overview"]().subfigs[1].subfigs
+    assert [panel.get_suptitle() for panel in panels] == [*draw_overview["LEVELS"]]
