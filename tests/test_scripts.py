@@ -1,6 +1,7 @@
 """The shell scripts: the launchers start the paper's recipe, the quickstart parses; the package installs alone."""
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -151,7 +152,9 @@ def test_the_benchmark_compares_terms(capsys, tmp_path):
     assert all(float(row[2]) > 0 for row in rows.values())  # each of them needs memory of its own
 
 
-def test_the_benchmark_compares_loaders(capsys, tmp_path):
+def test_the_benchmark_compares_loaders(capsys, tmp_path, monkeypatch):
+    forked = multiprocessing.get_context("fork")  # in place of eight processes that import everything again
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
     data = make_image_folder(tmp_path / "data", n=24)
     flags = ["--data-set", "IMNET", "--data-path", data, "--resized", data, "--num-workers", "1"]
     own = ["--rounds", "1", "--steps", "2", "--json", tmp_path / "loader.json"]
