@@ -131,9 +131,18 @@ def test_the_readme_lists_the_wired_terms():
     assert {name: float(coef) for name, coef in rows} == diversity.PRESETS["released"].coefs
 
 
-def test_the_presets_are_listed():
+def test_the_table_of_presets_is_the_registrys():
     page = (REPOSITORY / "docs" / "presets-and-choices.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE) == [*diversity.PRESETS]
+    rows = [
+        f"| `{name}` | {listed(preset.coefs)} | {listed(preset.settings)} |".replace("|  |", "| |")
+        for name, preset in diversity.PRESETS.items()
+    ]
+    assert [line for line in page.splitlines() if re.match(r"\| `[a-z]+` \|", line)] == rows
+
+
+def listed(values: dict) -> str:
+    return ", ".join(f"`{name}` {f'{value:f}'.rstrip('0').rstrip('.') if isinstance(value, float) else value}"
+                     for name, value in values.items())  # fmt: skip
 
 
 EXAMPLES = [
