@@ -10,10 +10,11 @@ from . import attention  # isort: skip
 from . import weight  # isort: skip
 from .backbones import WEIGHT_GROUPS, TapError
 from .loss import DiverseLoss
+from .measures import MEASURES, Measure
 from .mixing import MixedTarget, PatchMixup, patch_lam, token_cross_entropy
 from .objective import MIXING_BALANCES, DiversityObjective
 from .presets import PRESETS, Preset
-from .redundancy import MEASURES, measurable, measure_redundancy
+from .redundancy import measurable, measure_redundancy
 from .regularizers import LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer
 from .taps import TAPS, TapOutput, TappedViT
 
@@ -27,6 +28,7 @@ __all__ = [
     "WEIGHT_GROUPS",
     "DiverseLoss",
     "DiversityObjective",
+    "Measure",
     "MixedTarget",
     "PatchMixup",
     "Preset",

@@ -4,42 +4,16 @@ Images are streamed: only running sums and a few images are held, whatever their
 """
 
 import contextlib
-import math
 import statistics
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .backbones import WEIGHT_GROUPS, Backbone, block_matrices, holds_padding
-from .similarity import cosines, mean_cosine, mean_cross_cosine, without_diagonal
+from .measures import FLOAT64_EPSILON, measures_of, summary_measures
 
 CHUNK = 16  # images that run through the model at a time; maps of all heads are held in float64
-FLOAT64_EPSILON = torch.finfo(torch.float64).eps
-MEASURES = {
-    "embedding": {
-        "token_cosine": "mean cosine of two different patch tokens of an image",
-        "token_abscosine": "mean absolute cosine of two different patch tokens of an image",
-        "first_cosine": "mean cosine of a patch token with its own first embedding",
-        "effective_rank": "exp of the entropy of an image's singular values over their sum",
-        "components_90": "principal components that hold 90 % of the variance of all images' tokens",
-    },
-    "attention": {
-        "head_cosine": "mean cosine of the maps of two different heads",
-        "row_std": "mean standard deviation of a token's attention row",
-        "row_entropy": "mean entropy of a token's attention row, in nats",
-        "previous_cosine": "mean cosine of a head's map with the maps of the block before",
-    },
-    "weight": {
-        "effective_rank": "exp of the entropy of the singular values over their sum",
-        "condition_number": "largest over smallest singular value, at most 1 / the epsilon of float64",
-        "row_abscosine": "mean absolute cosine of two different rows",
-        "smallest_angle": "smallest angle between the lines along two rows, in degrees",
-    },
-}
-"""{level: {measure: what it is}}. Embeddings are those of patch tokens: layer 0 is the input of the first block, layer
-l the output of block l - 1. Attention maps are those after the softmax, prefix tokens included."""
 
 
 @torch.no_grad()
@@ -61,8 +35,8 @@ def measure_redundancy(model: nn.Module, batches: Iterable[torch.Tensor]) -> dic
         stages: the blocks with which the stages of a Swin begin; [0] for the others.
         embedding, attention: {measure: one value for each layer}.
         weight: {matrix: {measure: one value for each block}}, for q, k, v, proj, fc1, fc2 where the model has them.
-        variance: for each layer, the shares of the variance of the principal components, falling.
-        spectra: {matrix: for each block, its singular values, falling}.
+        variance: for each layer, the fractions of the variance along the principal axes, in falling order.
+        spectra: {matrix: for each block, its singular values, in falling order}.
         summary: {level_measure: the mean over layers (without layer 0) and matrices}, and where the paper's terms act:
             {embedding_measure_last, attention_measure_first, weight_measure_qkv}, of the last layer, the first block
             and the matrices q, k, v. Means of condition numbers are geometric.
@@ -102,15 +76,6 @@ def measurable(model: nn.Module) -> Backbone:
     return backbone
 
 
-def effective_rank(singular_values: torch.Tensor) -> torch.Tensor:
-    """exp(H(s / sum s)) over the last axis: 1 for a matrix of rank 1, n for n equal singular values.
-
-    Source: The effective rank (Roy and Vetterli 2007).
-    """
-    shares = singular_values / singular_values.sum(dim=-1, keepdim=True).clamp_min(1e-300)
-    return torch.special.entr(shares).sum(dim=-1).exp()
-
-
 class _Meter:
     """Running sums of every layer, filled by hooks while the model runs."""
 
@@ -118,15 +83,14 @@ class _Meter:
         self.backbone = backbone
         self.images = 0
         depth = len(backbone.all_blocks)
-        self.embedding = [{} for _ in range(depth + 1)]
-        self.attention = [{} for _ in range(depth)]
+        self.sums = {"embedding": [{} for _ in range(depth + 1)], "attention": [{} for _ in range(depth)]}
         self.tokens = [_Covariance() for _ in range(depth + 1)]
 
     def begin(self, images: int):
         """Forget what the last batch left to compare with."""
         self.images += images
         self.batch = images
-        self.first = self.previous = None
+        self.first, self.previous = None, (None, None)
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -163,58 +127,41 @@ class _Meter:
         return lambda block, inputs, output: self._see_tokens(i + 1, self.backbone.patch_tokens(output))
 
     def _maps_hook(self, i):
-        def hook(module, inputs):
-            rows = inputs[0].double()
-            maps, shift = rows.flatten(start_dim=2), getattr(self.backbone.all_blocks[i], "shift_size", None)
-            values = {
-                "row_std": rows.std(dim=-1, unbiased=False).mean(),
-                "row_entropy": torch.special.entr(rows).sum(dim=-1).mean(),
-            }
-            if maps.shape[1] > 1:
-                values["head_cosine"] = without_diagonal(mean_cosine(maps), maps).mean()
-            if self.previous is not None and (self.previous[0].shape, self.previous[1]) == (maps.shape, shift):
-                values["previous_cosine"] = mean_cross_cosine(self.previous[0], maps).mean()
-            self._add(self.attention[i], values)
-            self.previous = (maps, shift)
-
-        return hook
+        return lambda module, inputs: self.add_maps(i, inputs[0])
 
     def _see_tokens(self, layer: int, tokens: torch.Tensor):
         tokens = tokens.double()
         if not tokens.isfinite().all():
             raise ValueError(f"the tokens of layer {layer} are not finite")
-        values = {"first_cosine": F.cosine_similarity(self.first.double(), tokens, dim=-1).mean()}
-        if tokens.shape[1] > 1:
-            similarity = cosines(tokens)
-            values["token_cosine"] = without_diagonal(similarity.mean(dim=(-2, -1)), tokens).mean()
-            values["token_abscosine"] = without_diagonal(similarity.abs().mean(dim=(-2, -1)), tokens).mean()
-        values["effective_rank"] = effective_rank(_singular_values(tokens)).mean()
-        self._add(self.embedding[layer], values)
+        self._add("embedding", layer, tokens=tokens, first=self.first.double())
         self.tokens[layer].add(tokens.flatten(0, 1))
 
-    def _add(self, sums: dict, means: dict):
-        """Add a batch's means, weighed by its images."""
-        for name, value in means.items():
-            sums[name] = sums.get(name, 0) + self.batch * value.item()
+    def add_maps(self, i: int, maps: torch.Tensor):
+        """Measure the maps [B, H, N, N] of block i; they are compared with those before if both are of one window."""
+        maps, windows = maps.double(), (maps.shape, getattr(self.backbone.all_blocks[i], "shift_size", None))
+        previous, previous_windows = self.previous
+        self._add("attention", i, maps=maps, previous=previous if windows == previous_windows else None)
+        self.previous = maps, windows
+
+    def _add(self, level: str, layer: int, **inputs: torch.Tensor | None):
+        """Add a batch's means, weighted by its images."""
+        sums = self.sums[level][layer]
+        for key, measure in measures_of(level).items():
+            value = None if "variance" in measure.reads else measure(**inputs)
+            if value is not None:
+                sums[key] = sums.get(key, 0) + self.batch * value.mean().item()
 
     def report(self) -> dict:
-        def per_layer(sums, level):
-            return {
-                name: [layer[name] / self.images if name in layer else None for layer in sums]
-                for name in MEASURES[level]
-                if name != "components_90"
+        variance = [covariance.fractions() for covariance in self.tokens]
+        report = {"images": self.images, "stages": self.backbone.stages}
+        for level, layers in self.sums.items():
+            report[level] = {
+                key: [measure(variance=fractions).item() for fractions in variance]
+                if "variance" in measure.reads
+                else [sums[key] / self.images if key in sums else None for sums in layers]
+                for key, measure in measures_of(level).items()
             }
-
-        variance = [covariance.shares() for covariance in self.tokens]
-        embedding = per_layer(self.embedding, "embedding")
-        embedding["components_90"] = [int((shares.cumsum(0) < 0.9 - 1e-9).sum()) + 1 for shares in variance]
-        return {
-            "images": self.images,
-            "stages": self.backbone.stages,
-            "embedding": embedding,
-            "attention": per_layer(self.attention, "attention"),
-            "variance": [shares.tolist() for shares in variance],
-        }
+        return report | {"variance": [fractions.tolist() for fractions in variance]}
 
 
 class _Covariance:
@@ -229,20 +176,14 @@ class _Covariance:
         self.sum = self.sum + rows.sum(dim=0)
         self.squares = self.squares + rows.mT @ rows
 
-    def shares(self) -> torch.Tensor:
-        """Shares of the variance along the principal axes, falling, [D]; without any variance, one axis has it all."""
+    def fractions(self) -> torch.Tensor:
+        """Fractions of the variance along the principal axes [D], in falling order; without variance the first is 1."""
         mean, squares = self.sum / self.count, self.squares / self.count
         variances = torch.linalg.eigvalsh(squares - torch.outer(mean, mean)).flip(0)
         variances[variances < len(mean) * FLOAT64_EPSILON * squares.trace()] = 0  # rounding, not variance
         if not variances.any():
             variances[0] = 1
         return variances / variances.sum()
-
-
-def _singular_values(items: torch.Tensor) -> torch.Tensor:
-    """Singular values of float64 matrices [..., rows, columns], through the smaller of the two Gram matrices."""
-    items = items.mT if items.shape[-2] > items.shape[-1] else items
-    return torch.linalg.eigvalsh(items @ items.mT).clamp_min(0).sqrt()
 
 
 def _weights(backbone: Backbone) -> dict:
@@ -256,34 +197,27 @@ def _weights(backbone: Backbone) -> dict:
                 if not matrix.isfinite().all():
                     raise ValueError(f"the weights {name} of a block are not finite")
                 values = torch.linalg.svdvals(matrix)
-                similarity = cosines(matrix).abs()
-                mean = without_diagonal(similarity.mean(), matrix)
-                closest = similarity.fill_diagonal_(0).max().clamp_max(1)
-                measures = {
-                    "effective_rank": effective_rank(values).item(),
-                    "condition_number": 1 / max((values[-1] / values[0]).nan_to_num().item(), FLOAT64_EPSILON),
-                    "row_abscosine": mean.item(),
-                    "smallest_angle": math.degrees(math.acos(closest.item())),
-                }
-                for measure, value in measures.items():
-                    weight.setdefault(name, {}).setdefault(measure, []).append(value)
+                for key, measure in measures_of("weight").items():
+                    value = measure(matrix=matrix, singular_values=values)
+                    of_blocks = weight.setdefault(name, {}).setdefault(key, [])
+                    of_blocks.append(None if value is None else value.item())
                 spectra.setdefault(name, []).append(values.tolist())
     return {"weight": weight, "spectra": spectra}
 
 
 def _summary(report: dict) -> dict[str, float]:
-    """Means over layers and matrices, and over those that the paper's terms read."""
+    """Means over layers and matrices, and over those that the paper's terms read; without those of no value."""
     values = {}
-    for measure, layers in report["embedding"].items():
-        values[f"embedding_{measure}"], values[f"embedding_{measure}_last"] = layers[1:], layers[-1:]
-    for measure, blocks in report["attention"].items():
-        values[f"attention_{measure}"], values[f"attention_{measure}_first"] = blocks, blocks[:1]
+    for key, layers in report["embedding"].items():
+        values[f"embedding_{key}"], values[f"embedding_{key}_last"] = layers[1:], layers[-1:]
+    for key, blocks in report["attention"].items():
+        values[f"attention_{key}"], values[f"attention_{key}_first"] = blocks, blocks[:1]
     for suffix, names in (("", report["weight"]), ("_qkv", [n for n in ("q", "k", "v") if n in report["weight"]])):
-        for measure in MEASURES["weight"]:
-            values[f"weight_{measure}{suffix}"] = [x for name in names for x in report["weight"][name][measure]]
-    means = {}
+        for key in measures_of("weight"):
+            values[f"weight_{key}{suffix}"] = [x for name in names for x in report["weight"][name][key]]
+    known, means = summary_measures(), {}
     for name, of_name in values.items():
-        mean = statistics.geometric_mean if "condition_number" in name else statistics.fmean
-        if there := [value for value in of_name if value is not None]:
-            means[name] = mean(there)
+        mean = statistics.geometric_mean if known[name][0].geometric else statistics.fmean
+        if compared := [value for value in of_name if value is not None]:
+            means[name] = mean(compared)
     return means

@@ -1,10 +1,8 @@
 """The style of every plot, and training curves. The figures of redundancy are in redundancy_figures.py."""
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import matplotlib
 
@@ -13,6 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
+
+from reports.run_folders import LOG, read_log
 
 COLOURS = (
     "#0072B2",
@@ -38,27 +38,16 @@ plt.rcParams.update(
 )
 
 
-def looks() -> Iterator[dict]:
+def curve_styles() -> Iterator[dict]:
     """Colour and line style of one curve after the other: all colours, then again in the next style."""
     return itertools.cycle([{"color": colour, "linestyle": style} for style in STYLES for colour in COLOURS])
 
 
 def save(figure: Figure, path: Path):
-    """Write path.png and path.pdf, and let go of the figure."""
+    """Write path.png and path.pdf, and close the figure."""
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_name(path.name + suffix))
     plt.close(figure)
-
-
-def read_log(path: Path, notices: TextIO | None = None) -> list[dict]:
-    """The epochs of a log.txt, in order; lines that are not whole JSON are skipped and said, by default on stdout."""
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"{path}:{number}: not a whole JSON line, skipped", file=notices)
-    return records
 
 
 def curves(output_dir: Path, terms: list[str]) -> Path | None:
@@ -69,9 +58,9 @@ def curves(output_dir: Path, terms: list[str]) -> Path | None:
         terms: names of the terms to draw, at most one curve each.
 
     Returns:
-        The figure's path; None when the log holds no epoch.
+        The figure's path; None when the log has no epoch.
     """
-    records = read_log(output_dir / "log.txt")
+    records = read_log(output_dir / LOG)
     if not records:
         return None
     columns = 3 if terms else 2
@@ -100,21 +89,22 @@ def curves(output_dir: Path, terms: list[str]) -> Path | None:
 
 
 def _draw(axis, records: list[dict], columns: dict[str, str]):
-    """One curve a column, with a look of its own for each."""
+    """One curve for each column."""
     marker = "o" if len(records) < 20 else None
-    for look, (column, label) in zip(looks(), columns.items(), strict=False):
+    for style, (column, label) in zip(curve_styles(), columns.items(), strict=False):
         points = [(record["epoch"], record[column]) for record in records if record.get(column) is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), **look, label=label, marker=marker, markersize=3)
+            axis.plot(*zip(*points, strict=True), **style, label=label, marker=marker, markersize=3)
 
 
 def training_curves(runs: list[tuple[str, list[dict], bool]]) -> Figure:
-    """Test accuracy, raw and EMA, and training loss of several runs against the epoch, in one colour for each cell.
+    """Test accuracy, raw and EMA, and training loss of several runs against the epoch, one colour per configuration.
 
-    Thin lines are runs, thick ones the mean over a cell's finished runs. A quantity that no run has is left out.
+    Thin lines are runs, thick ones the mean over a configuration's finished runs. A quantity that no run has is left
+    out.
 
     Args:
-        runs: for each run its cell, its log.txt's records in order, and whether it has finished.
+        runs: for each run its configuration, its log.txt's records in order, and whether it has finished.
     """
     panels = {
         "test_acc1": ("Test accuracy, raw weights", "top-1, percent"),
@@ -122,24 +112,24 @@ def training_curves(runs: list[tuple[str, list[dict], bool]]) -> Figure:
         "train_loss": ("Training loss, all terms", "nats per image"),
     }
     panels = {name: text for name, text in panels.items() if any(name in r for _, records, _ in runs for r in records)}
-    longest = max(len(records) for _, records, _ in runs)
-    marker = "o" if longest < 20 else None
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels) + 2, 3.8), layout="constrained", squeeze=False
-    )
-    handles = []
-    for cell, look in zip(dict.fromkeys(cell for cell, _, _ in runs), looks(), strict=False):
+    marker = "o" if max(len(records) for _, records, _ in runs) < 20 else None
+    size = {"figsize": (4.2 * len(panels) + 2, 3.8), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(1, len(panels), **size)
+    names, handles = dict.fromkeys(name for name, _, _ in runs), []
+    for name, style in zip(names, curve_styles(), strict=False):
+        of_name = [(records, has_finished) for other, records, has_finished in runs if other == name]
         for axis, column in zip(axes[0], panels, strict=True):
             finished = []
-            for records, has_finished in [(records, end) for name, records, end in runs if name == cell]:
+            for records, has_finished in of_name:
                 points = {r["epoch"]: r[column] for r in records if r.get(column) is not None}
-                axis.plot(points.keys(), points.values(), **look, linewidth=0.7, alpha=0.6, marker=marker, markersize=2)
+                thin = {"linewidth": 0.7, "alpha": 0.6, "marker": marker, "markersize": 2}
+                axis.plot(points.keys(), points.values(), **style, **thin)
                 finished += [points] if has_finished else []
             epochs = sorted(set.intersection(*map(set, finished))) if finished else []
             means = [sum(points[epoch] for points in finished) / len(finished) for epoch in epochs]
-            axis.plot(epochs, means, **look, linewidth=2, marker=marker, markersize=3)
-        label = cell if any(name == cell and end for name, _, end in runs) else f"{cell} (none finished)"
-        handles.append(Line2D([], [], **look, linewidth=2, label=label))
+            axis.plot(epochs, means, **style, linewidth=2, marker=marker, markersize=3)
+        label = name if any(has_finished for _, has_finished in of_name) else f"{name} (none finished)"
+        handles.append(Line2D([], [], **style, linewidth=2, label=label))
     for axis, (title, unit) in zip(axes[0], panels.values(), strict=True):
         axis.set(title=title, xlabel="epoch", ylabel=unit)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,11 +1,12 @@
-"""Figures of what `measure_redundancy` found, for one model or for cells of several runs, and of attention maps.
+"""Figures of what `measure_redundancy` returned, for one model or for several configurations, and of attention maps.
 
-`cells` is everywhere {name of a cell: the reports of its runs}: runs that differ in nothing but their seed, all of one
-architecture. A cell has one curve, the mean over its runs.
+`configurations` is everywhere {name: the reports of its runs}: runs that differ only in their seed, all of one
+architecture. A configuration has one curve, the mean over its runs.
 """
 
 import math
 import textwrap
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,104 +14,94 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from reports.figures import looks, plt
+from diversity.measures import Measure, measures_of
+from reports.figures import curve_styles, plt
 
-EMBEDDING = {
-    "token_cosine": ("Cosine of two tokens", "cosine"),
-    "token_abscosine": ("Absolute cosine of two tokens", "|cosine|"),
-    "first_cosine": ("Cosine to the first embedding", "cosine"),
-    "effective_rank": ("Effective rank of the tokens", "rank"),
-    "components_90": ("90 % of the variance", "principal components"),
-}
-ATTENTION = {
-    "head_cosine": ("Cosine of two heads' maps", "cosine"),
-    "previous_cosine": ("Cosine to maps of the block before", "cosine"),
-    "row_std": ("Spread of an attention row", "standard deviation"),
-    "row_entropy": ("Entropy of an attention row", "nats"),
-}
-WEIGHT = {
-    "effective_rank": "effective rank",
-    "condition_number": "condition number\n(log scale,\ngeometric mean)",
-    "row_abscosine": "two rows, |cosine|",
-    "smallest_angle": "smallest angle\nof two rows, degrees",
-}
-HEADS_IN_A_LINE = 6
+MAX_COLUMNS = 5
+HEADS_PER_LINE = 6
 
 
-def redundancy_depth(cells: dict[str, list[dict]]) -> Figure:
-    """The measures of embeddings over the layers, and below those of attention over the blocks."""
-    figure, axes = plt.subplots(2, 5, figsize=(15, 5.8), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.04)
-    stages = _stages(cells)
-    for row, (level, panels) in enumerate({"embedding": EMBEDDING, "attention": ATTENTION}.items()):
-        for axis, (measure, (title, unit)) in zip(axes[row], panels.items(), strict=False):
-            rows = [[report[level][measure] for report in reports] for reports in cells.values()]
-            _draw_depth(axis, cells, rows, [block + (1 if level == "embedding" else 0) for block in stages])
-            axis.set_title(title, fontsize=9)
-            axis.set(xlabel="layer (0: input of block 0)" if level == "embedding" else "block", ylabel=unit)
-    axes[-1, -1].axis("off")
-    legend = {"loc": "center", "fontsize": 7.5, "title_fontsize": 7.5, "labelspacing": 0.3}
-    axes[-1, -1].legend(*_entries(axes[0, 0], cells, width=38), title=_stages_note(stages), **legend)
+def redundancy_depth(configurations: dict[str, list[dict]]) -> Figure:
+    """The measures of embeddings over the layers, and below them those of attention over the blocks."""
+    levels = {level: measures_of(level) for level in ("embedding", "attention")}
+    lines = {level: math.ceil(len(measures) / MAX_COLUMNS) for level, measures in levels.items()}
+    columns = max(math.ceil(len(measures) / lines[level]) for level, measures in levels.items())
+    rows = sum(math.ceil(len(measures) / columns) for measures in levels.values())
+    size = {"figsize": (3 * columns, 2.7 * rows), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(rows, columns, **size)
+    figure.get_layout_engine().set(wspace=0.05)
+    stages = _stages(configurations)
+    free = iter(axes.flat)
+    for level, measures in levels.items():
+        for (key, measure), axis in zip(measures.items(), free, strict=False):
+            values = _of_runs(configurations, lambda report, level=level, key=key: report[level][key])
+            _draw_depth(axis, configurations, values, [i + (level == "embedding") for i in stages], measure)
+            axis.set_title(_title(measure, width=28), fontsize=9)
+            axis.set(xlabel="layer (0: input of block 0)" if level == "embedding" else "block", ylabel=measure.unit)
+        for _ in range(-len(measures) % columns):
+            next(free).remove()
+    _legend_below(figure, axes[0, 0], configurations, _stages_note(stages))
     return figure
 
 
-def weight_depth(cells: dict[str, list[dict]]) -> Figure:
-    """The measures of weights over the blocks, one column a matrix."""
-    matrices = list(_first_report(cells)["weight"])
-    size = {"figsize": (2.3 * len(matrices) + 0.6, 8.4), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(len(WEIGHT), len(matrices), **size, sharex=True, sharey="row")
-    stages = _stages(cells)
-    for line, (measure, unit) in zip(axes, WEIGHT.items(), strict=True):
-        logarithmic = measure == "condition_number"
+def weight_depth(configurations: dict[str, list[dict]]) -> Figure:
+    """The measures of weights over the blocks, one row for each measure and one column for each matrix."""
+    matrices, measures = list(_first_report(configurations)["weight"]), measures_of("weight")
+    size = {"figsize": (2.3 * len(matrices) + 0.6, 2 * len(measures)), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(len(measures), len(matrices), **size, sharex=True, sharey="row")
+    stages = _stages(configurations)
+    for line, (key, measure) in zip(axes, measures.items(), strict=True):
         for axis, matrix in zip(line, matrices, strict=True):
-            rows = [[report["weight"][matrix][measure] for report in reports] for reports in cells.values()]
-            _draw_depth(axis, cells, rows, stages, geometric=logarithmic)
-        line[0].set(ylabel=unit, yscale="log" if logarithmic else "linear")
+            values = _of_runs(configurations, lambda report, matrix=matrix, key=key: report["weight"][matrix][key])
+            _draw_depth(axis, configurations, values, stages, measure)
+        scale = "\n(log scale,\ngeometric mean)" if measure.geometric else ""
+        line[0].set_ylabel(_title(measure, width=20) + scale)
     _titles(axes, matrices, "block")
-    _legend_below(figure, axes[0, 0], cells, _stages_note(stages))
+    _legend_below(figure, axes[0, 0], configurations, _stages_note(stages))
     return figure
 
 
-def weight_spectra(cells: dict[str, list[dict]]) -> Figure:
-    """Singular values of every matrix over the largest; below, several cells' curves over that of the first cell.
+def weight_spectra(configurations: dict[str, list[dict]]) -> Figure:
+    """Singular values of every matrix over the largest; below, several configurations' over the first one's.
 
     A curve is the geometric mean over blocks and runs, its band reaches from the least to the greatest. Of a Swin, only
     the last stage is drawn: the others are of other widths.
     """
-    first = _first_report(cells)
+    first = _first_report(configurations)
     matrices = list(first["spectra"])
-    compared = len(cells) > 1
+    compared = len(configurations) > 1
     lines = 2 if compared else 1
     size = {"figsize": (2.6 * len(matrices), 2.7 * lines + 0.9), "layout": "constrained", "squeeze": False}
     figure, axes = plt.subplots(lines, len(matrices), **size, sharey="row")
     for column, matrix in zip(axes.T, matrices, strict=True):
-        rows = [np.concatenate([_spectra(report, matrix) for report in reports]) for reports in cells.values()]
-        curves = _draw_cells(column[0], cells, rows, start=1, geometric=True)
+        values = _of_runs(configurations, lambda report, matrix=matrix: _spectra(report, matrix))
+        values = [np.concatenate(of_configuration) for of_configuration in values]
+        curves = _draw_curves(column[0], configurations, values, start=1, geometric=True)
         column[0].set_yscale("log")
-        for look, curve in zip(looks(), curves if compared else (), strict=False):
-            column[1].plot(np.arange(1, len(curve) + 1), curve / curves[0], **look)
+        for style, curve in zip(curve_styles(), curves if compared else (), strict=False):
+            column[1].plot(np.arange(1, len(curve) + 1), curve / curves[0], **style)
     axes[0, 0].set_ylabel("over the largest (log scale)")
     if compared:
         ratios = np.concatenate([line.get_ydata() for axis in axes[1] for line in axis.lines])
         scale = "log" if ratios.max() > 10 * ratios.min() else "linear"
         axes[1, 0].set_yscale(scale)
-        axes[1, 0].set_ylabel(textwrap.fill(f"over those of {next(iter(cells))}", 30) + f"\n({scale} scale)")
+        axes[1, 0].set_ylabel(textwrap.fill(f"over those of {next(iter(configurations))}", 30) + f"\n({scale} scale)")
     _titles(axes, matrices, "singular value, number")
     blocks = "the blocks of the last stage" if len(first["stages"]) > 1 else "the blocks"
     figure.suptitle(f"Singular values; curve: geometric mean over {blocks}; band: least to greatest", fontsize=10)
-    _legend_below(figure, axes[0, 0], cells)
+    _legend_below(figure, axes[0, 0], configurations)
     return figure
 
 
-def variance(cells: dict[str, list[dict]]) -> Figure:
-    """Share of the variance of all tokens in the first principal components, for the first, middle and last layer."""
-    depth = len(_first_report(cells)["variance"]) - 1
+def variance(configurations: dict[str, list[dict]]) -> Figure:
+    """Fraction of the variance of all tokens in the first principal components, in the first, middle and last layer."""
+    depth = len(_first_report(configurations)["variance"]) - 1
     layers = list(dict.fromkeys((0, depth // 2, depth)))
     size = {"figsize": (4 * len(layers), 3.8), "layout": "constrained"}
     figure, axes = plt.subplots(1, len(layers), **size, sharey=True, squeeze=False)
     for axis, layer in zip(axes[0], layers, strict=True):
-        rows = [[100 * np.cumsum(report["variance"][layer]) for report in reports] for reports in cells.values()]
-        _draw_cells(axis, cells, rows, start=1)
+        values = _of_runs(configurations, lambda report, layer=layer: 100 * np.cumsum(report["variance"][layer]))
+        _draw_curves(axis, configurations, values, start=1)
         axis.axhline(90, color="grey", linewidth=0.8, linestyle=":")
         axis.annotate("90 %", (1.01, 90), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="#555555")
         place = f"output of block {layer - 1}" if layer else "input of block 0"
@@ -118,7 +109,7 @@ def variance(cells: dict[str, list[dict]]) -> Figure:
         axis.set(xlabel="principal components (log scale)", ylim=(0, 102), xscale="log")
         axis.xaxis.set_major_formatter("{x:g}")
     axes[0, 0].set_ylabel("variance explained, percent")
-    _legend_below(figure, axes[0, 0], cells)
+    _legend_below(figure, axes[0, 0], configurations)
     return figure
 
 
@@ -129,7 +120,7 @@ def attention_heads(
     grid: tuple[int, int] | None,
     title: str,
 ) -> Figure:
-    """The attention maps of a block's heads for one image; below each, what the first prefix token sees of the patches.
+    """The attention maps of a block's heads for one image; below each, the first prefix token's row over the patches.
 
     Args:
         maps: [H, N, N], rows sum to 1.
@@ -143,7 +134,7 @@ def attention_heads(
     if prefix_tokens and grid:
         kinds.append(maps[:, 0, prefix:].reshape(heads, *grid))
     norms = [PowerNorm(0.5, vmin=0, vmax=float(kind.max())) for kind in kinds]
-    lines, in_a_line, left = math.ceil(heads / HEADS_IN_A_LINE), min(heads, HEADS_IN_A_LINE), int(picture is not None)
+    lines, in_a_line, left = math.ceil(heads / HEADS_PER_LINE), min(heads, HEADS_PER_LINE), int(picture is not None)
     rows, columns = lines * len(kinds), in_a_line + left
     size = {"figsize": (2 * columns + 1.2, 2.2 * rows + 0.4), "layout": "constrained"}
     figure, axes = plt.subplots(rows, columns, **size, squeeze=False)
@@ -154,7 +145,7 @@ def attention_heads(
         axes[0, 0].set_title("image", fontsize=9)
     for row in range(rows):
         line, kind = divmod(row, len(kinds))
-        shown = range(line * HEADS_IN_A_LINE, min(heads, (line + 1) * HEADS_IN_A_LINE))
+        shown = range(line * HEADS_PER_LINE, min(heads, (line + 1) * HEADS_PER_LINE))
         for axis, head in zip(axes[row, left:], shown, strict=False):
             axis.set_axis_on()
             axis.grid(False)
@@ -162,53 +153,59 @@ def attention_heads(
             axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
             axis.tick_params(labelsize=7)
-            axis.set_title(f"head {head}" if kind == 0 else f"seen by {prefix_tokens[0]}", fontsize=9 - kind)
-            axis.set_xlabel("patch column" if kind else "token looked at", fontsize=8)
+            axis.set_title(f"head {head}" if kind == 0 else f"row of the {prefix_tokens[0]}", fontsize=9 - kind)
+            axis.set_xlabel("patch column" if kind else "attended token (key)", fontsize=8)
         zero = f"\n(0: {prefix_tokens[0]})" if prefix_tokens else ""
-        axes[row, left].set_ylabel("patch row" if kind else f"token that looks{zero}", fontsize=8)
+        axes[row, left].set_ylabel("patch row" if kind else f"attending token (query){zero}", fontsize=8)
         figure.colorbar(image, ax=axes[row, -1], shrink=0.8).set_label("attention\n(colour: square root)", fontsize=8)
     figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=10)
     return figure
 
 
-def _draw_cells(
-    axis: Axes, cells: dict[str, list[dict]], rows: list, start: int = 0, geometric: bool = False, **style
+def _of_runs(configurations: dict[str, list[dict]], read: Callable[[dict], list]) -> list[list]:
+    """For each configuration, what `read` returns for the reports of its runs."""
+    return [[read(report) for report in reports] for reports in configurations.values()]
+
+
+def _draw_curves(
+    axis: Axes, configurations: dict[str, list[dict]], rows: list, start: int = 0, geometric: bool = False, **options
 ) -> list[np.ndarray]:
-    """One curve a cell: the mean of its rows, with a light band from the least to the greatest.
+    """One curve for each configuration: the mean of its rows, with a light band from the least to the greatest.
 
     Args:
         axis: to draw on.
-        cells: of the figure.
-        rows: each cell's values [n, points], of every run or of every block of every run; a None breaks the curve.
+        configurations: of the figure.
+        rows: each configuration's values [n, points], of every run or of every block of every run; a None breaks the
+            curve.
         start: x of the first point.
         geometric: draw geometric means.
-        style: further looks of the curves.
+        options: further arguments of `Axes.plot`.
 
     Returns:
-        Each cell's curve [points].
+        Each configuration's curve [points].
     """
     curves = []
-    for look, (name, reports), values in zip(looks(), cells.items(), rows, strict=False):
+    for style, (name, reports), values in zip(curve_styles(), configurations.items(), rows, strict=False):
         values = np.array(values, dtype=float)
         curve = np.exp(np.log(values).mean(axis=0)) if geometric else values.mean(axis=0)
         index = np.arange(start, start + len(curve))
         several = f" (mean and range of {len(reports)} runs)" if len(reports) > 1 else ""
-        axis.plot(index, curve, **look, **style, label=name + several)
+        axis.plot(index, curve, **style, **options, label=name + several)
         if len(values) > 1:
             low, high = values.min(axis=0), values.max(axis=0)
-            axis.fill_between(index, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            axis.fill_between(index, low, high, color=style["color"], alpha=0.15, linewidth=0)
         curves.append(curve)
     return curves
 
 
-def _draw_depth(axis: Axes, cells: dict[str, list[dict]], rows: list, borders: list[int], geometric: bool = False):
-    """Curves over layers or blocks, with a line before each of those that begin a stage."""
-    curves = _draw_cells(axis, cells, rows, geometric=geometric, marker="o", markersize=3)
+def _draw_depth(axis: Axes, configurations: dict[str, list[dict]], rows: list, borders: list[int], measure: Measure):
+    """Curves of a measure over layers or blocks, with a line before each of those that begin a stage."""
+    curves = _draw_curves(axis, configurations, rows, geometric=measure.geometric, marker="o", markersize=3)
     for first in borders:
         axis.axvline(first - 0.5, color="#777777", linewidth=0.9, zorder=0)
     if all(np.isnan(curve).all() for curve in curves):
         axis.text(0.5, 0.5, "nothing to compare", transform=axis.transAxes, ha="center", color="#555555")
-    axis.set_xlim(-0.5, max(map(len, curves)) - 0.5)
+    axis.set(xlim=(-0.5, max(map(len, curves)) - 0.5), yscale="log" if measure.geometric else "linear")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -218,13 +215,13 @@ def _spectra(report: dict, matrix: str) -> np.ndarray:
     return np.maximum(values / np.maximum(values[:, :1], 1e-30), 1e-6)
 
 
-def _first_report(cells: dict[str, list[dict]]) -> dict:
-    return next(iter(cells.values()))[0]
+def _first_report(configurations: dict[str, list[dict]]) -> dict:
+    return next(iter(configurations.values()))[0]
 
 
-def _stages(cells: dict[str, list[dict]]) -> list[int]:
+def _stages(configurations: dict[str, list[dict]]) -> list[int]:
     """Blocks with which a stage other than the first begins."""
-    return _first_report(cells)["stages"][1:]
+    return _first_report(configurations)["stages"][1:]
 
 
 def _stages_note(stages: list[int]) -> str | None:
@@ -238,15 +235,18 @@ def _titles(axes: np.ndarray, columns: list[str], xlabel: str):
         bottom.set_xlabel(xlabel)
 
 
-def _entries(axis: Axes, cells: dict[str, list[dict]], width: int) -> tuple[list, list[str]]:
-    """Handles and labels for a legend, labels broken into lines; matplotlib's own would lack a name such as _old."""
-    handles = axis.lines[: len(cells)]
-    return handles, [textwrap.fill(line.get_label(), width) for line in handles]
+def _title(measure: Measure, width: int) -> str:
+    """The heading of a measure with a capital letter, on lines of a width; its arrow follows the last word."""
+    text = measure.label()
+    return textwrap.fill(text[0].upper() + text[1:-2] + text[-2:].replace(" ", "\N{NO-BREAK SPACE}"), width)
 
 
-def _legend_below(figure: Figure, axis: Axes, cells: dict[str, list[dict]], title: str | None = None):
-    """A legend for all panels, in as many columns as the figure is wide enough for."""
-    handles, labels = _entries(axis, cells, width=60)
+def _legend_below(figure: Figure, axis: Axes, configurations: dict[str, list[dict]], title: str | None = None):
+    """A legend below all panels, for which the figure becomes higher, in as many columns as fit into its width."""
+    handles = axis.lines[: len(configurations)]
+    labels = [textwrap.fill(line.get_label(), 60) for line in handles]  # matplotlib itself would leave out _old
     inches = 0.6 + 0.075 * max(len(line) for label in labels for line in label.splitlines())
     ncols = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
+    lines = math.ceil(len(labels) / ncols) * max(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + 0.2 + 0.18 * lines + (0.2 if title else 0))
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, title=title)

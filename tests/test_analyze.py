@@ -18,11 +18,12 @@ from test_end_to_end import log_of
 
 import analyze
 from datasets import build_data
-from diversity import MEASURES, measure_redundancy
+from diversity import measure_redundancy
+from diversity.measures import measures_of, summary_measures
 from models import build_model
 from pipeline.sources import Digits
 from pipeline.transforms import build_transform
-from reports import figures, redundancy_figures, tables
+from reports import figures, redundancy, redundancy_figures
 from training import checkpoint
 
 PLAIN_VIT = (*BRIEF, "--patch-size", "8", "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3")
@@ -161,7 +162,7 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
     report = analyzed(tmp_path, "deit_tiny_patch16_224", *published(tmp_path, model), "--num-images", "20")
     assert report["run"] == "deit_tiny_patch16_224" and report["measured_on"]["epoch"] is None
     assert "deit_tiny_patch16_224, 20 images" in (tmp_path / "out" / "redundancy.md").read_text()
-    data = build_data(parse(*TINY), world(), analyze.find_subject("deit_tiny_patch16_224", [*PLAIN_VIT]).transform)
+    data = build_data(parse(*TINY), world(), redundancy.find_subject("deit_tiny_patch16_224", [*PLAIN_VIT]).transform)
     samples = torch.cat([batch for batch, _ in data.val])[:20]
     assert numbers(report) == measure_redundancy(model, [samples])
 
@@ -175,7 +176,7 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
     ],
 )
 def test_published_weights_see_the_images_they_were_trained_for(name, flags, size, crop, mean):
-    subject = analyze.find_subject(name, ["--data-set", "FAKE", *flags])
+    subject = redundancy.find_subject(name, ["--data-set", "FAKE", *flags])
     resize, centre, *_, normalise = subject.transform.transforms
     assert subject.args.input_size == size and tuple(centre.size) == (size, size)
     assert resize.size == math.floor(size / crop)
@@ -185,7 +186,7 @@ def test_published_weights_see_the_images_they_were_trained_for(name, flags, siz
 
 @pytest.mark.parametrize("name", ["resnet18", "cait_xxs24_224"])
 def test_a_model_that_cannot_be_measured_is_refused_before_its_weights_are_fetched(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(analyze, "build_model", no_download(analyze.build_model))
+    monkeypatch.setattr(redundancy, "build_model", no_download(redundancy.build_model))
     refused(name, "--data-set", "FAKE", "--output-dir", tmp_path, named=("ViT",))
 
 
@@ -200,7 +201,7 @@ def no_download(build):
 @pytest.mark.parametrize("flag", ["--data-set", "--batch-size", "--model"])
 def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
     value = {"--data-set": "FAKE", "--batch-size": "4", "--model": "vit_tiny_patch16_224"}[flag]
-    args = analyze.find_subject(str(runs / "plain"), [flag, value]).args
+    args = redundancy.find_subject(str(runs / "plain"), [flag, value]).args
     assert str(getattr(args, flag[2:].replace("-", "_"))) == value
     assert args.input_size == 32 and args.model_kwargs == {"depth": 2, "embed_dim": 24, "num_heads": 3}
 
@@ -209,8 +210,8 @@ def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
 def test_exactly_so_many_images_are_streamed(num_images, batch_size):
     args = parse("--batch-size", batch_size, "--eval", "--resume", "none.pth")
-    subject = analyze.Subject("", args, None, None, None, build_transform(args, is_training=False))
-    stream, num_classes = analyze.images(subject, world(), num_images)
+    subject = redundancy.Subject("", args, None, None, None, build_transform(args, is_training=False))
+    stream, num_classes = redundancy.images(subject, world(), num_images)
     every = torch.cat([samples for samples, _ in build_data(args, world()).val])
     assert torch.equal(torch.cat([*stream]), every[: num_images or 360]) and num_classes == 10
 
@@ -239,10 +240,12 @@ def test_two_cells_are_tabled_with_their_differences(compared):
     rows = rows_of((folder / "redundancy.md").read_text().split("\n\n")[0])
     assert rows.pop("measure") == ["plain, n = 1", "mine, n = 2", "mine - plain"]
     ((first,), (second, third)) = ([report["summary"] for report in reports] for reports in cells.values())
-    assert list(rows) == [words for name, words in tables.HEADINGS.items() if name in first]
-    for name, words in tables.HEADINGS.items():
+    assert list(rows) == [
+        measure.label(place) for name, (measure, place) in summary_measures().items() if name in first
+    ]
+    for name, (measure, place) in summary_measures().items():
         if name in first:
-            plain, mine, difference = rows[words]
+            plain, mine, difference = rows[measure.label(place)]
             mean, std = map(float, mine.split(" ± "))
             assert float(plain) == pytest.approx(first[name], rel=1e-3)
             assert mean == pytest.approx((second[name] + third[name]) / 2, rel=1e-3)
@@ -261,20 +264,20 @@ def test_every_layer_and_matrix_is_tabled(compared):
     ]
     for layers, matrices, reports in zip(parts[1::4], parts[3::4], cells.values(), strict=True):
         rows = rows_of(layers)
-        columns = [(level, measure) for level in ("embedding", "attention") for measure in MEASURES[level]]
-        assert rows.pop("layer") == ["block before", *(tables.NAMES[level][measure] for level, measure in columns)]
+        columns = [measure for level in ("embedding", "attention") for measure in measures_of(level).values()]
+        assert rows.pop("layer") == ["block before", *(measure.label() for measure in columns)]
         assert {layer: row[0] for layer, row in rows.items()} == {"0": "-", "1": "0", "2": "1"}
-        for k, (level, measure) in enumerate(columns, 1):
-            runs = [[None] * (level == "attention") + report[level][measure] for report in reports]
+        for k, measure in enumerate(columns, 1):
+            runs = [[None] * (measure.level == "attention") + r[measure.level][measure.key] for r in reports]
             assert [row[k] for row in rows.values()] == [mean_text(values) for values in zip(*runs, strict=True)]
         cells_of = [[cell.strip() for cell in line.strip("|").split("|")] for line in matrices.splitlines()]
-        assert cells_of[0] == ["block", "matrix", *tables.NAMES["weight"].values()]
+        assert cells_of[0] == ["block", "matrix", *(measure.label() for measure in measures_of("weight").values())]
         assert [row[:2] for row in cells_of[2:]] == [
             [str(i), name] for i in range(2) for name in ("q", "k", "v", "proj", "fc1", "fc2")
         ]
         for i, name, *texts in cells_of[2:]:
             weight = [report["weight"][name] for report in reports]
-            assert texts == [mean_text([of_run[m][int(i)] for of_run in weight]) for m in tables.NAMES["weight"]]
+            assert texts == [mean_text([of_run[m][int(i)] for of_run in weight]) for m in measures_of("weight")]
 
 
 def mean_text(values):
@@ -306,7 +309,7 @@ def test_several_runs_leave_figures_and_a_report_each(compared, runs):
 def test_runs_that_differ_in_their_seed_alone_are_one_cell(runs, cells, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    names = analyze.cell_names(runs)
+    names = redundancy.configuration_names(runs)
     assert names == (["here/a.pth", "b/a.pth"] if "a.pth" in runs else cells)
 
 
@@ -339,7 +342,7 @@ def test_the_heads_drawn_are_those_of_the_block_and_the_image(layer, runs, tmp_p
 def test_redundancy_is_logged_in_the_right_epochs(runs):
     records = log_of(runs / "watched")
     logged = [{name for name in record if name.startswith("redundancy_")} for record in records]
-    every = {f"redundancy_{name}" for name in tables.HEADINGS} - {"redundancy_attention_previous_cosine_first"}
+    every = {f"redundancy_{name}" for name in summary_measures()} - {"redundancy_attention_previous_cosine_first"}
     every |= {"redundancy_images"}
     assert logged == [set(), every, every]  # every second epoch, and the last
     assert not any(name.startswith("redundancy_") for record in log_of(runs / "plain") for name in record)
@@ -458,7 +461,7 @@ def test_a_run_named_twice_is_refused(runs, tmp_path):
 def test_several_processes_are_refused(runs, tmp_path, monkeypatch):
     options = argparse.Namespace(runs=[str(runs / "plain")])
     with pytest.raises(SystemExit, match="without torchrun"):
-        analyze.analyze(options, [], world(0, 2))
+        redundancy.analyze(options, [], world(0, 2))
 
 
 def test_another_family_is_refused(tmp_path):

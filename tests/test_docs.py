@@ -12,6 +12,7 @@ import pytest
 from helpers import REPOSITORY
 
 import diversity
+from diversity.measures import measures_table
 from training import arguments
 
 README = REPOSITORY / "README.md"
@@ -124,6 +125,10 @@ def test_the_table_of_terms_is_the_registrys():
     rows = [line for line in page.splitlines() if line.startswith("| `--")]
     assert rows[0].startswith("| `--mixing_coef` |")
     assert rows[1:] == TERM_ROWS
+
+
+def test_the_table_of_measures_is_the_registrys():
+    assert measures_table() in (REPOSITORY / "docs" / "analysis.md").read_text()
 
 
 def test_the_readme_lists_the_wired_terms():

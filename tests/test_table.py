@@ -3,18 +3,17 @@
 import io
 import json
 import math
+import re
 import statistics
 
 import pandas as pd
 import pytest
-import timm
-import torch
 import yaml
 from helpers import run_process
 
-import diversity
 import table
-from reports import figures, run_folders, tables
+from diversity.measures import summary_measures
+from reports import figures, run_folders, study_table, tables
 
 
 def make_run(folder, seed=0, acc1=90.0, ema=None, epochs=2, done=None, finished=True, last=None, **flags):
@@ -45,11 +44,11 @@ def make_run(folder, seed=0, acc1=90.0, ema=None, epochs=2, done=None, finished=
 
 def redundancy(*values):
     """The first of the default measures, as a record of log.txt has them."""
-    measures = {f"redundancy_{name}": value for name, value in zip(table.DEFAULT, values, strict=False)}
+    measures = {f"redundancy_{name}": value for name, value in zip(study_table.DEFAULT_MEASURES, values, strict=False)}
     return measures | {"redundancy_images": 64}
 
 
-def report(folder, value=0.25, measure=table.DEFAULT[0], **measured_on):
+def report(folder, value=0.25, measure=study_table.DEFAULT_MEASURES[0], **measured_on):
     """A redundancy.json as analyze.py leaves it in a run folder of two epochs."""
     on = {"data_set": "CIFAR10", "split": "test", "input_size": 224, "images": 512, "weights": "EMA", "epoch": 1}
     content = {"summary": {measure: value}, "measured_on": on | measured_on}
@@ -61,6 +60,11 @@ def tabulated(capsys, *words):
     """What `python table.py *words` prints to stdout and to stderr."""
     table.main([str(word) for word in words])
     return capsys.readouterr()
+
+
+def squeezed(text):
+    """A text whose spaces follow each other no more: the rows of a table whatever the widths of its columns."""
+    return re.sub(" +", " ", text)
 
 
 def error_of(*words):
@@ -85,13 +89,13 @@ def study(tmp_path):
 
 
 MARKDOWN = """\
-| cell            | n | top-1 raw, % ↑           | top-1 EMA, % ↑       | images/s |
+| configuration   | n | top-1 raw, % ↑           | top-1 EMA, % ↑       | images/s |
 | --------------- | - | ------------------------ | -------------------- | -------- |
 | plain           | 2 | 90.50 ± 0.71             | **91.25 ± 0.35**     | 100      |
 | broken (failed) | 0 | -                        | -                    | -        |
 | emb_cos         | 2 | **92.25 ± 0.35** (+1.75) | 91.00 ± 0.00 (-0.25) | 100      |
 
-| cell            | n | token cosine, last layer ↓  | absolute token cosine, last layer ↓ | \
+| configuration   | n | token cosine, last layer ↓  | absolute token cosine, last layer ↓ | \
 effective rank, last layer ↑ | head cosine, first block ↓ | condition number, q k v ↓ | absolute row cosine, q k v ↓ |
 | --------------- | - | --------------------------- | ----------------------------------- | \
 ---------------------------- | -------------------------- | ------------------------- | ---------------------------- |
@@ -120,7 +124,7 @@ def test_the_latex_tables(study, capsys):
                          r"\begin{tabular}{lllll}", r"\toprule"]  # fmt: skip
     assert lines[5:7] == [
         r" &  & top-1 raw & top-1 EMA &  \\",
-        r"cell & n & \% $\uparrow$ & \% $\uparrow$ & images/s \\",
+        r"configuration & n & \% $\uparrow$ & \% $\uparrow$ & images/s \\",
     ]
     assert lines[7:13] == [
         r"\midrule",
@@ -135,18 +139,20 @@ def test_the_latex_tables(study, capsys):
     assert second[3].endswith(r" & first block $\downarrow$ & q k v $\downarrow$ & q k v $\downarrow$ \\")
     assert r"\textbf{$-$0.200 $\pm$ 0.000} ($-$0.750) & 0.620 (+0.020, n = 1)" in second[7]
     assert all(row.count("&") == 7 and row.endswith(r" \\") for row in second[2:4] + second[5:8])
-    assert lines[-1] == r"\par{\footnotesize emb\_cos/seed2, unfinished: epoch 1 of 2\par}"
+    assert lines[-3:] == [r"emb\_cos/seed2, unfinished: epoch 1 of 2 \\", r"\end{tabular}", "}"]
     assert "**" not in "".join(lines)
-    assert len([line for line in lines if line.startswith(r"\end")]) == 4
+    assert len([line for line in lines if line.startswith(r"\end")]) == 5
 
 
 @pytest.mark.parametrize(
     ("text", "markdown", "latex"),
-    [("a|b", r"a\|b", r"a\textbar{}b"), ("a_b%", "a_b%", r"a\_b\%"), ("a\\b", "a\\b", r"a\textbackslash{}b")],
+    [("a|b", r"a\|b", r"a\textbar{}b"), ("a_b%", "a_b%", r"a\_b\%"), ("a\\b", "a\\b", r"a\textbackslash b")],
 )
 def test_names_with_special_characters(text, markdown, latex):
-    assert table.markdown([{"cell": [text]}], []).splitlines()[2] == f"| {markdown.ljust(4)} |"
-    assert latex + r" \\" in table.latex([{"cell": [text]}], []).splitlines()
+    columns = {"configuration": [text], "n": ["1"]}
+    assert squeezed(tables.markdown([columns], []).splitlines()[2]) == f"| {markdown} | 1 |"
+    lines = tables.latex([columns], [text]).splitlines()
+    assert latex + r" & 1 \\" in lines and latex + r" \\" in lines
 
 
 def test_the_csv_reads_back(study, capsys):
@@ -171,7 +177,7 @@ def test_the_csv_reads_back(study, capsys):
 def test_one_seed_has_no_deviation_and_one_cell_no_best(tmp_path, capsys):
     make_run(tmp_path / "plain", 7, 90.0)
     row = tabulated(capsys, tmp_path, "--measures").out.splitlines()[2]
-    assert row.split("|")[1:-1] == [" plain ", " 1 ", " 90.00          ", " -              ", " 100      "]
+    assert [text.strip() for text in row.split("|")[1:-1]] == ["plain", "1", "90.00", "-", "100"]
 
 
 def test_without_the_baseline_nothing_is_subtracted(study, capsys):
@@ -188,18 +194,18 @@ def test_without_the_baseline_nothing_is_subtracted(study, capsys):
     ("make", "problem"),
     [
         ({"done": 0, "finished": False}, "unfinished: epoch 0 of 2"),
-        ({"done": 0}, "failed: log.txt ends after 0 epochs, summary.json tells of 2"),
+        ({"done": 0}, "failed: log.txt ends after 0 epochs, summary.json reports 2"),
         ({"done": 1, "finished": False, "cooldown_epochs": 3}, "unfinished: epoch 1 of 5"),
         ({"last": {"test_acc1_ema": math.nan}}, "failed: test_acc1_ema is nan in epoch 1"),
         ({"last": {"test_loss": math.inf}, "finished": False}, "failed: test_loss is inf in epoch 1"),
-        ({"last": {"epoch": 4}}, "failed: log.txt ends after 5 epochs, summary.json tells of 2"),
+        ({"last": {"epoch": 4}}, "failed: log.txt ends after 5 epochs, summary.json reports 2"),
     ],
 )
 def test_what_is_not_averaged(make, problem, tmp_path, capsys):
     make_run(tmp_path / "plain" / "seed0", 0, 90.0, cooldown_epochs=make.get("cooldown_epochs", 0))
     make_run(tmp_path / "plain" / "seed1", 1, 50.0, **make)
-    out = tabulated(capsys, tmp_path).out
-    assert "| plain | 1 | 90.00 " in out
+    out = squeezed(tabulated(capsys, tmp_path).out)
+    assert "| plain | 1 | 90.00 |" in out
     assert out.endswith(f"\n- plain/seed1, {problem}\n")
 
 
@@ -225,11 +231,11 @@ def test_unreadable_files_make_a_failed_run(name, content, tmp_path, capsys):
     make_run(tmp_path / "plain" / "seed0", 0, 90.0)
     folder = make_run(tmp_path / "plain" / "seed1", 1, 50.0)
     (folder / name).write_bytes(content)
-    out = tabulated(capsys, tmp_path).out
+    out = squeezed(tabulated(capsys, tmp_path).out)
     if (name, content) == ("redundancy.json", b"{}"):
-        assert "| plain | 2 | 70.00 " in out
+        assert "| plain | 2 | 70.00 ± 28.28 |" in out
     else:
-        assert "| plain | 1 | 90.00 " in out
+        assert "| plain | 1 | 90.00 |" in out
         assert out.count("\n- plain/seed") == 1
 
 
@@ -239,7 +245,7 @@ def test_a_partly_written_line_is_skipped_and_said_on_stderr(tmp_path, capsys):
         log.write('{"epoch": 2, "test_ac')
     out, err = tabulated(capsys, tmp_path)
     assert "unfinished: epoch 2 of 3" in out
-    assert "log.txt:3: not a whole JSON line" in err and "log.txt" not in out
+    assert "log.txt:3: not a complete JSON line" in err and "log.txt" not in out
 
 
 def test_a_resumed_run_goes_on_from_where_it_was_saved(tmp_path):
@@ -278,7 +284,7 @@ def measured(tmp_path):
 
 def test_the_report_is_chosen_where_all_finished_runs_have_it(measured, capsys):
     assert chosen(measured) == ("redundancy.json", CHOSEN)
-    out = tabulated(capsys, measured, "--measures", table.DEFAULT[0]).out
+    out = tabulated(capsys, measured, "--measures", study_table.DEFAULT_MEASURES[0]).out
     assert f"- {CHOSEN}\n" in out
     assert out.count("| 0.250 ") == 2 and "0.500" not in out
 
@@ -304,7 +310,7 @@ def test_reports_that_were_not_measured_alike_are_passed_over(change, reason, me
     source, note = chosen(measured)
     assert source == "log.txt"
     assert note.startswith(f"{LOGGED}, as ") and reason in note
-    out = tabulated(capsys, measured, "--measures", table.DEFAULT[0]).out
+    out = tabulated(capsys, measured, "--measures", study_table.DEFAULT_MEASURES[0]).out
     assert out.count("| 0.500 ") == 2 and "0.250" not in out
 
 
@@ -324,14 +330,14 @@ def test_sources_are_never_mixed(tmp_path, capsys):
     make_run(tmp_path / "plain" / "seed0", last=redundancy(0.5))
     report(make_run(tmp_path / "all" / "seed0"))
     reason = "all/seed0 has none in the last epoch of log.txt"
-    note = f"redundancy: not tabled, as plain/seed0 has none in redundancy.json and {reason}"
-    note += "; run analyze.py on all runs alike"
+    note = f"redundancy: not in the table, as plain/seed0 has none in redundancy.json and {reason}"
+    note += "; run analyze.py on all runs in the same way"
     assert chosen(tmp_path) == (None, note)
     out, _ = tabulated(capsys, tmp_path)
-    assert f"- {note}\n" in out and "cosine" not in out and out.count("| cell ") == 1
+    assert f"- {note}\n" in out and "cosine" not in out and out.count("| configuration ") == 1
     out, err = tabulated(capsys, tmp_path, "--format", "csv")
     assert err == f"{note}\n" and "cosine" not in out
-    assert "not tabled" not in tabulated(capsys, tmp_path, "--measures").out
+    assert "not in the table" not in tabulated(capsys, tmp_path, "--measures").out
 
 
 def test_only_the_last_epoch_of_the_log_counts(tmp_path):
@@ -340,7 +346,7 @@ def test_only_the_last_epoch_of_the_log_counts(tmp_path):
     first = json.dumps(json.loads(first) | redundancy(0.9, 0.9, 0.9))
     (folder / "log.txt").write_text(f"{first}\n{last}\n")
     (run,) = run_folders.find_runs([tmp_path])
-    assert run.redundancy["log.txt"].measures == {table.DEFAULT[0]: 0.5}
+    assert run.redundancy["log.txt"].measures == {study_table.DEFAULT_MEASURES[0]: 0.5}
     (folder / "log.txt").write_text(f"{first}\n{json.dumps({'epoch': 1, 'train_loss': 1.0, 'test_acc1': 90.0})}\n")
     assert chosen(tmp_path) == (None, None)
 
@@ -358,7 +364,7 @@ def test_without_any_measure_nothing_is_said_unless_asked_for(tmp_path, capsys):
     make_run(tmp_path / "other", done=1, finished=False, last=redundancy(0.5))
     assert "redundancy" not in tabulated(capsys, tmp_path).out
     out = tabulated(capsys, tmp_path, "--measures", "attention_row_std").out
-    assert "- redundancy: not tabled, as no finished run has any measures\n" in out
+    assert "- redundancy: not in the table, as no finished run has any measures\n" in out
 
 
 @pytest.mark.parametrize(
@@ -375,7 +381,7 @@ def test_without_any_measure_nothing_is_said_unless_asked_for(tmp_path, capsys):
     ],
 )
 def test_names_of_cells(run, out, cell, tmp_path):
-    assert run_folders.cell_name(tmp_path / run, tmp_path / out) == cell
+    assert run_folders.configuration_name(tmp_path / run, tmp_path / out) == cell
 
 
 def test_runs_are_found_once_and_sorted_as_people_count(tmp_path, capsys):
@@ -383,13 +389,13 @@ def test_runs_are_found_once_and_sorted_as_people_count(tmp_path, capsys):
         make_run(tmp_path / f"layers{number}" / "seed0")
     make_run(tmp_path / "plain" / "seed0")
     runs = run_folders.find_runs([tmp_path, tmp_path / "plain"])
-    assert [run.cell for run in runs] == ["layers2", "layers10", "plain"]
-    assert [*table.statistics_table(runs, None, [], "plain").index] == ["plain", "layers2", "layers10"]
+    assert [run.configuration for run in runs] == ["layers2", "layers10", "plain"]
+    assert [*study_table.statistics_table(runs, None, [], "plain").index] == ["plain", "layers2", "layers10"]
 
 
 def test_the_measures_shown_are_those_asked_for(study, capsys):
     out = tabulated(capsys, study, "--measures", "weight_effective_rank", "attention_head_cosine_first").out
-    assert "| cell            | n | head cosine, first block ↓ |\n" in out
+    assert "| configuration   | n | head cosine, first block ↓ |\n" in out
     assert "(log.txt); it lacks weight_effective_rank\n" in out
     make_run(study / "own", lr=2.0, last={"redundancy_embedding_mine": 12.5, "redundancy_images": 64})
     assert "| embedding_mine |\n" in tabulated(capsys, study, "--measures", "embedding_mine").out
@@ -417,8 +423,12 @@ def test_the_measures_shown_are_those_asked_for(study, capsys):
 def test_headings_best_values_and_digits(measure, heading, values, texts, tmp_path):
     for value, name in zip(values, "abc", strict=True):
         make_run(tmp_path / name, last={f"redundancy_{measure}": value})
-    statistics = table.statistics_table(run_folders.find_runs([tmp_path]), "log.txt", [measure], "a")
-    assert table.text_tables(statistics, [measure], "a")[1] == {"cell": [*"abc"], "n": ["1"] * 3, heading: texts}
+    statistics = study_table.statistics_table(run_folders.find_runs([tmp_path]), "log.txt", [measure], "a")
+    assert study_table.text_tables(statistics, [measure], "a")[1] == {
+        "configuration": [*"abc"],
+        "n": ["1"] * 3,
+        heading: texts,
+    }
 
 
 def test_curves_are_thin_for_runs_and_thick_for_the_mean_of_finished_ones():
@@ -439,14 +449,9 @@ def test_curves_are_thin_for_runs_and_thick_for_the_mean_of_finished_ones():
     figures.plt.close(figure)
 
 
-def test_every_measure_of_the_project_has_a_heading_of_its_own():
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=2)
-    summary = diversity.measure_redundancy(model, [torch.randn(2, 3, 32, 32)])["summary"]
-    assert set(tables.HEADINGS) - {"attention_previous_cosine_first"} == set(summary)  # no block before the first
-    assert {level: [*names] for level, names in tables.NAMES.items()} == {
-        level: [*names] for level, names in diversity.MEASURES.items()
-    }
-    assert len({*tables.HEADINGS.values()}) == len(tables.HEADINGS)
+def test_every_measure_has_its_own_heading():
+    headings = {measure.label(place) for measure, place in summary_measures().values()}
+    assert len(headings) == len(summary_measures())
 
 
 def test_errors_are_one_line(tmp_path, study, capsys):
@@ -488,21 +493,15 @@ def test_a_seed_counts_once(study):
     assert "plain has seed 1 twice" in message and "seed5" in message
 
 
-def test_a_process_writes_the_table_and_the_curves(study, tmp_path):
-    """The command line end to end; nothing but notices on stderr."""
-    curves, table = tmp_path / "curves.png", tmp_path / "table.md"
+def test_the_table_is_written_to_a_file(study, tmp_path, capsys):
+    assert tabulated(capsys, study, "--output", tmp_path / "table.md") == ("", "")
+    assert (tmp_path / "table.md").read_text() == MARKDOWN
+
+
+def test_a_process_prints_the_table_and_draws_the_curves(study, tmp_path):
+    """The command line end to end; nothing on stderr."""
+    curves = tmp_path / "curves.png"
     result = run_process("table.py", study, "--curves", curves)
     assert (result.returncode, result.stdout, result.stderr) == (0, MARKDOWN, "")
     assert curves.read_bytes().startswith(b"\x89PNG")
     assert curves.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
-    result = run_process("table.py", study, "--output", table)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    assert table.read_text() == MARKDOWN
-    result = run_process("table.py", tmp_path / "nothing")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-
-
-def test_torch_does_not_take_this_program_for_the_package_of_its_name():
-    result = run_process("-c", "import torch._dynamo")  # prints compile times at its end, as a table
-    assert (result.returncode, result.stderr) == (0, "")

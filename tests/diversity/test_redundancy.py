@@ -23,7 +23,9 @@ from test_backbones import (
 from textbook import cosines, flat, mean, mean_of
 
 from diversity import MEASURES, TAPS, TapError, TappedViT, measurable, measure_redundancy, redundancy
-from diversity.redundancy import _Covariance, _Meter, _weights, effective_rank
+from diversity import measures as registry
+from diversity.measures import effective_rank_of, measures_of, measures_table, summary_measures
+from diversity.redundancy import _Covariance, _Meter, _weights
 
 PATCHES, WIDTH, HEADS = 16, 24, 3  # of the models of test_backbones that are no Swin
 
@@ -130,8 +132,8 @@ def textbook_summary(report):
     values |= {f"embedding_{measure}_last": [layers[-1]] for measure, layers in report["embedding"].items()}
     values |= {f"attention_{measure}": blocks for measure, blocks in report["attention"].items()}
     values |= {f"attention_{measure}_first": [blocks[0]] for measure, blocks in report["attention"].items()}
-    values |= dict(zip((f"weight_{m}" for m in MEASURES["weight"]), zip(*every, strict=True), strict=True))
-    values |= dict(zip((f"weight_{m}_qkv" for m in MEASURES["weight"]), zip(*qkv, strict=True), strict=True))
+    values |= dict(zip((f"weight_{m}" for m in measures_of("weight")), zip(*every, strict=True), strict=True))
+    values |= dict(zip((f"weight_{m}_qkv" for m in measures_of("weight")), zip(*qkv, strict=True), strict=True))
     values = {key: torch.tensor([v for v in layers if v is not None]).double() for key, layers in values.items()}
     return {
         key: layers.log().mean().exp() if "condition" in key else layers.mean()
@@ -163,9 +165,9 @@ def test_every_measure_equals_the_textbook(name):
         expected = textbook(name, copy.deepcopy(model), samples)
     report = measure_redundancy(model, [samples])
     assert_close(report, expected, rel=1e-6, abs=1e-7)  # singular values come from a Gram matrix
-    assert set(report["embedding"]) == set(MEASURES["embedding"])
-    assert set(report["attention"]) == set(MEASURES["attention"])
-    assert all(set(measures) == set(MEASURES["weight"]) for measures in report["weight"].values())
+    for level in ("embedding", "attention"):
+        assert list(report[level]) == list(measures_of(level))
+    assert all(list(measures) == list(measures_of("weight")) for measures in report["weight"].values())
 
 
 @pytest.mark.parametrize("name", ["registers", "swin_windows"])
@@ -285,13 +287,13 @@ def test_the_covariance_of_rows_in_pieces():
     covariance = _Covariance()
     for piece in rows.split(7):
         covariance.add(piece)
-    assert covariance.shares().tolist() == pytest.approx(variance_shares(rows).tolist(), abs=1e-9)
+    assert covariance.fractions().tolist() == pytest.approx(variance_shares(rows).tolist(), abs=1e-9)
 
 
 def test_rows_without_variance_have_one_component():
     covariance = _Covariance()
     covariance.add(torch.ones(8, 4, dtype=torch.float64))
-    assert covariance.shares().tolist() == [1, 0, 0, 0]
+    assert covariance.fractions().tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -307,8 +309,8 @@ def test_rows_without_variance_have_one_component():
 )
 def test_effective_rank_of_known_singular_values(singular_values, rank):
     values = torch.tensor(singular_values, dtype=torch.float64)
-    assert effective_rank(values).item() == pytest.approx(rank)
-    assert effective_rank(torch.stack((values, values))).tolist() == pytest.approx([rank, rank])
+    assert effective_rank_of(values).item() == pytest.approx(rank)
+    assert effective_rank_of(torch.stack((values, values))).tolist() == pytest.approx([rank, rank])
 
 
 # --- closed forms: attention
@@ -343,8 +345,8 @@ def attention_of(*maps):
     meter = _Meter(measurable(build("average")))
     meter.begin(len(maps[0]))
     for i, block_maps in enumerate(maps):
-        meter._maps_hook(i)(None, (block_maps,))
-    return [{name: value / meter.images for name, value in layer.items()} for layer in meter.attention]
+        meter.add_maps(i, block_maps)
+    return [{name: value / meter.images for name, value in layer.items()} for layer in meter.sums["attention"]]
 
 
 def test_one_hot_attention():
@@ -532,8 +534,9 @@ def test_the_summary_is_the_mean_over_layers_and_matrices():
     report = measure_redundancy(build("vit"), [images()])
     summary, weight = report["summary"], report["weight"]
     where = {"embedding": "last", "attention": "first", "weight": "qkv"}
-    names = {f"{level}_{measure}" for level, measures in MEASURES.items() for measure in measures}
-    names |= {f"{level}_{measure}_{where[level]}" for level, measures in MEASURES.items() for measure in measures}
+    names = {f"{measure.level}_{measure.key}" for measure in MEASURES.values()}
+    names |= {f"{measure.level}_{measure.key}_{where[measure.level]}" for measure in MEASURES.values()}
+    assert names == set(summary_measures())
     assert set(summary) == names - {"attention_previous_cosine_first"}  # there is no block before
     cosine, heads = report["embedding"]["token_cosine"], report["attention"]["head_cosine"]
     assert len(cosine) == 4 and summary["embedding_token_cosine"] == pytest.approx(sum(cosine[1:]) / 3)
@@ -590,3 +593,35 @@ def test_maps_that_hold_padding_are_left_out():
     report = measure_redundancy(build("swin", img_size=40), [normals(1, 2, 3, 40, 40)])
     assert report["attention"]["head_cosine"] == [None] * 4
     assert None not in report["embedding"]["token_cosine"]
+
+
+# --- the registry
+
+
+def test_a_new_measure_is_one_decorated_function(monkeypatch):
+    monkeypatch.setattr(registry, "MEASURES", dict(MEASURES))
+
+    @registry.measure("embedding", "longest token", unit="length", better="higher", geometric=True)
+    def embedding_longest(tokens):
+        """Length of the longest token.
+
+        Positive.
+        """
+        return tokens.norm(dim=-1).amax(dim=-1)
+
+    report = measure_redundancy(build("deit"), [images()])
+    longest = report["embedding"]["longest"]
+    assert len(longest) == 4 and min(longest) > 0
+    assert report["summary"]["embedding_longest"] == pytest.approx(math.prod(longest[1:]) ** (1 / 3))
+    assert report["summary"]["embedding_longest_last"] == pytest.approx(longest[-1])
+    entry, place = summary_measures()["embedding_longest_last"]
+    assert entry is embedding_longest and entry.label(place) == "longest token, last layer ↑"
+    row = "| embedding | `longest` | longest token ↑ | length | Length of the longest token. | Positive. |"
+    assert row in measures_table().splitlines()
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_measure_states_its_formula_and_its_range(name):
+    value, value_range, *_ = MEASURES[name].doc.split("\n\n")
+    assert value.endswith(".") and value_range.startswith("From ")
+    assert MEASURES[name].heading and MEASURES[name].unit

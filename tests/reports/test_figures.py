@@ -8,7 +8,8 @@ import pytest
 from matplotlib import pyplot as plt
 
 from diversity import MEASURES
-from reports import figures, redundancy_figures
+from diversity.measures import Measure, measures_of
+from reports import figures
 from reports.redundancy_figures import attention_heads, redundancy_depth, variance, weight_depth, weight_spectra
 
 MATRICES = ["q", "k", "v", "proj", "fc1", "fc2"]
@@ -28,9 +29,9 @@ def make_report(seed, stages=(0,), depth=4, width=6):
     widths = [width * 2 ** (sum(block >= first for first in stages) - 1) for block in range(depth)]
     return {
         "stages": list(stages),
-        "embedding": {measure: list(generator.random(depth + 1)) for measure in MEASURES["embedding"]},
-        "attention": {measure: list(generator.random(depth)) for measure in MEASURES["attention"]},
-        "weight": {m: {measure: list(generator.random(depth) + 1) for measure in MEASURES["weight"]} for m in MATRICES},
+        "embedding": {key: list(generator.random(depth + 1)) for key in measures_of("embedding")},
+        "attention": {key: list(generator.random(depth)) for key in measures_of("attention")},
+        "weight": {m: {key: list(generator.random(depth) + 1) for key in measures_of("weight")} for m in MATRICES},
         "variance": [list(generator.dirichlet(np.ones(width))) for width in [widths[0], *widths]],
         "spectra": {m: [sorted(generator.random(n) + 0.1, reverse=True) for n in widths] for m in MATRICES},
     }
@@ -54,33 +55,67 @@ def borders_of(axis):
 
 
 def depth_panels(figure):
-    """{(level, measure): axis} of `redundancy_depth`, by place."""
-    axes = np.array(figure.axes).reshape(2, 5)
-    tables = {"embedding": redundancy_figures.EMBEDDING, "attention": redundancy_figures.ATTENTION}
-    return {
-        (level, measure): axis
-        for row, (level, table) in zip(axes, tables.items(), strict=True)
-        for axis, measure in zip(row, table, strict=False)
-    }
+    """{(level, key): axis} of `redundancy_depth`, in the order in which they are drawn."""
+    places = [(level, key) for level in ("embedding", "attention") for key in measures_of(level)]
+    return dict(zip(places, figure.axes, strict=True))
 
 
 def weight_panels(figure):
-    """{(measure, matrix): axis} of `weight_depth`, by place."""
-    axes = np.array(figure.axes).reshape(4, 6)
-    return {
-        (measure, matrix): axis
-        for row, measure in zip(axes, redundancy_figures.WEIGHT, strict=True)
-        for axis, matrix in zip(row, MATRICES, strict=True)
-    }
+    """{(key, matrix): axis} of `weight_depth`, by place."""
+    places = [(key, matrix) for key in measures_of("weight") for matrix in MATRICES]
+    return dict(zip(places, figure.axes, strict=True))
+
+
+def title_of(measure):
+    """Its heading and arrow as a title or label shows them, on one line."""
+    label = measure.label()
+    return label[0].upper() + label[1:]
+
+
+def on_one_line(text):
+    return " ".join(text.split())
 
 
 # --- redundancy
 
 
-def test_every_measure_has_a_panel():
-    drawn = (redundancy_figures.EMBEDDING, redundancy_figures.ATTENTION, redundancy_figures.WEIGHT)
-    for level, table in zip(("embedding", "attention", "weight"), drawn, strict=True):
-        assert set(table) == set(MEASURES[level])
+@pytest.fixture
+def more_measures(monkeypatch):
+    """Three further measures of embeddings, two of attention, and one of weights with geometric means."""
+    registry = dict(MEASURES)
+    for level, count in {"embedding": 3, "attention": 2, "weight": 1}.items():
+        for i in range(count):
+            name = f"{level}_new_{i}"
+            registry[name] = Measure(name, level, f"new measure {i}", "unit", "lower", level == "weight", (), "", None)
+    monkeypatch.setattr("diversity.measures.MEASURES", registry)
+
+
+def assert_apart(figure):
+    """No panel's axis overlaps another's or the legend, and everything lies within the figure."""
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    boxes = [axis.get_window_extent() for axis in figure.axes] + [legend.get_window_extent()]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    page = figure.bbox
+    for box in [*(axis.get_tightbbox() for axis in figure.axes), legend.get_window_extent()]:
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+
+
+def test_every_measure_has_a_panel_however_many_there_are(more_measures):
+    cells = {"plain": [make_report(0)], "all": [make_report(1)]}
+    panels = depth_panels(figure := redundancy_depth(cells))
+    assert_apart(figure)
+    for (level, key), axis in panels.items():
+        assert on_one_line(axis.get_title()) == title_of(measures_of(level)[key])
+        assert axis.get_ylabel() == measures_of(level)[key].unit
+        np.testing.assert_allclose(curves_of(axis)["all"][1], cells["all"][0][level][key])
+    below = {level: {panels[level, key].get_subplotspec().rowspan.start for key in measures_of(level)}
+             for level in ("embedding", "attention")}  # fmt: skip
+    assert max(below["embedding"]) < min(below["attention"])
+    weights = weight_panels(figure := weight_depth(cells))
+    assert_apart(figure)
+    axis = weights["new_0", "q"]
+    assert on_one_line(axis.get_ylabel()).startswith("New measure 0 ↓") and axis.get_yscale() == "log"
 
 
 def test_depth_curves_are_means_over_runs_with_their_range():
@@ -125,7 +160,7 @@ def test_stages_are_parted_by_lines(stages, note):
         between = [first + 0.5 if level == "embedding" else first - 0.5 for first in stages[1:]]
         assert borders_of(axis) == between
     assert all(borders_of(axis) == [first - 0.5 for first in stages[1:]] for axis in weights.axes)
-    assert depth.axes[-1].get_legend().get_title().get_text() == note
+    assert depth.legends[0].get_title().get_text() == note
     assert weights.legends[0].get_title().get_text() == note
 
 
@@ -140,7 +175,7 @@ def test_weights_are_drawn_for_each_matrix():
         assert list(x) == [0, 1, 2, 3] and axis.get_yscale() == ("log" if logarithmic else "linear")
         assert (axis.get_title() == matrix) is (measure == "effective_rank")
         assert bool(axis.get_ylabel()) is (matrix == "q")
-        left = figure.axes[list(redundancy_figures.WEIGHT).index(measure) * 6]
+        left = figure.axes[list(measures_of("weight")).index(measure) * 6]
         assert axis.get_ylim() == left.get_ylim()
     assert "degrees" in figure.axes[18].get_ylabel() and figure.axes[18].get_xlabel() == "block"
 
@@ -222,7 +257,7 @@ def test_a_legend_lies_within_the_figure(draw):
     names = [f"_a cell with quite a long name, such as --emb_contrast_cross_coef 0.{i}" for i in range(7)]
     figure = draw({name: [make_report(2 * i), make_report(2 * i + 1)] for i, name in enumerate(names)})
     figure.canvas.draw()
-    legend = figure.legends[0] if figure.legends else figure.axes[-1].get_legend()
+    (legend,) = figure.legends
     assert [" ".join(text.get_text().split()) for text in legend.texts] == [
         f"{name} (mean and range of 2 runs)" for name in names
     ]
@@ -255,13 +290,17 @@ def test_heads_are_shown_with_what_the_first_token_sees():
     maps, picture = make_maps(3, 14), np.random.default_rng(1).random((32, 32, 3))
     figure = attention_heads(maps, picture, ["class token", "distillation token"], (3, 4), "block 5")
     panels = panels_of(figure)
-    assert list(panels) == ["image", *(f"head {i}" for i in range(3)), *(f"seen by class token {i}" for i in range(3))]
+    assert list(panels) == [
+        "image",
+        *(f"head {i}" for i in range(3)),
+        *(f"row of the class token {i}" for i in range(3)),
+    ]
     np.testing.assert_array_equal(panels["image"][0], picture)
     for head in range(3):
         np.testing.assert_array_equal(panels[f"head {head}"][0], maps[head])
-        np.testing.assert_array_equal(panels[f"seen by class token {head}"][0], maps[head, 0, 2:].reshape(3, 4))
+        np.testing.assert_array_equal(panels[f"row of the class token {head}"][0], maps[head, 0, 2:].reshape(3, 4))
     first = panels["head 0"][1]
-    assert "0: class token" in first.get_ylabel() and first.get_xlabel() == "token looked at"
+    assert "0: class token" in first.get_ylabel() and first.get_xlabel() == "attended token (key)"
     assert 0 in first.get_xticks() and 0 in first.get_yticks()
     assert figure.get_suptitle() == "block 5"
 
@@ -270,7 +309,7 @@ def test_the_colours_of_a_row_are_of_one_scale_and_follow_the_square_root():
     maps = make_maps(3, 13)
     maps[1] *= 0.5
     panels = panels_of(figure := attention_heads(maps, None, ["class token"], (3, 4), ""))
-    for kind, greatest in (("head", maps.max()), ("seen by class token", maps[:, 0, 1:].max())):
+    for kind, greatest in (("head", maps.max()), ("row of the class token", maps[:, 0, 1:].max())):
         norms = [panels[f"{kind} {head}"][1].images[0].norm for head in range(3)]
         assert [(norm.vmin, norm.vmax) for norm in norms] == [(0, greatest)] * 3
         assert norms[0](greatest / 4) == pytest.approx(0.5)
@@ -286,7 +325,7 @@ def test_heads_wrap_at_six_a_line():
     assert [(spec.rowspan.start, spec.colspan.start) for spec in places] == [
         (2 * (head // 6), 1 + head % 6) for head in range(16)
     ]
-    below = [panels[f"seen by class token {head}"][1].get_subplotspec() for head in range(16)]
+    below = [panels[f"row of the class token {head}"][1].get_subplotspec() for head in range(16)]
     assert [spec.rowspan.start for spec in below] == [spec.rowspan.start + 1 for spec in places]
     assert len(colour_bars(figure)) == 6
 
@@ -294,7 +333,7 @@ def test_heads_wrap_at_six_a_line():
 def test_registers_are_called_registers():
     figure = attention_heads(make_maps(2, 8), None, [f"register {i}" for i in range(4)], (2, 2), "")
     panels = panels_of(figure)
-    assert list(panels) == ["head 0", "head 1", "seen by register 0 0", "seen by register 0 1"]
+    assert list(panels) == ["head 0", "head 1", "row of the register 0 0", "row of the register 0 1"]
     assert "0: register 0" in panels["head 0"][1].get_ylabel()
     assert not any("class" in text.get_text() for text in figure.findobj(plt.Text))
 
@@ -325,6 +364,6 @@ def test_curves_of_a_run(lowest, scale, tmp_path, monkeypatch):
 
 
 def test_more_curves_than_colours_differ_in_style():
-    looks = list(itertools.islice(figures.looks(), 4 * len(figures.COLOURS)))
-    assert len({(look["color"], look["linestyle"]) for look in looks}) == len(looks)
-    assert [look["color"] for look in looks[: len(figures.COLOURS)]] == list(figures.COLOURS)
+    styles = list(itertools.islice(figures.curve_styles(), 4 * len(figures.COLOURS)))
+    assert len({(style["color"], style["linestyle"]) for style in styles}) == len(styles)
+    assert [style["color"] for style in styles[: len(figures.COLOURS)]] == list(figures.COLOURS)

@@ -1,0 +1,192 @@
+"""The paper-style table of a study: means and differences over the finished runs of each configuration."""
+
+import difflib
+import math
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from diversity.measures import summary_measures
+from reports.run_folders import ACCURACIES, Run, choose_redundancy, find_runs
+from reports.tables import latex, markdown
+
+BEST = {"lower": min, "higher": max}
+DEFAULT_MEASURES = (
+    *("embedding_token_cosine_last", "embedding_token_abscosine_last", "embedding_effective_rank_last"),
+    *("attention_head_cosine_first", "weight_condition_number_qkv", "weight_row_abscosine_qkv"),
+)
+
+
+def write_table(
+    folders: list[str],
+    form: str = "markdown",
+    measures: list[str] | None = None,
+    baseline: str = "plain",
+    output: Path | None = None,
+    curves: Path | None = None,
+):
+    """Print or write the table of the runs in some folders, and draw their training curves.
+
+    Args:
+        folders: run folders, or folders that are searched for run folders.
+        form: "markdown", "latex" or "csv".
+        measures: names of measures of redundancy; None = `DEFAULT_MEASURES`.
+        baseline: the configuration to compare with.
+        output: file of the table; None = print it.
+        curves: file that ends in .png of the training curves, which are also written as PDF; None = none.
+
+    Raises:
+        SystemExit: there is no such run or measure, or a file cannot be written.
+    """
+    runs = find_runs(folders)
+    source, measures, notes = choose_measures(measures, runs)
+    notes += [f"{run.name}, {run.problem}" for run in runs if run.problem]
+    table = statistics_table(runs, source, measures, baseline)
+    if baseline not in table.index:
+        sys.stderr.write(f"there is no configuration {baseline} to compare with (--baseline)\n")
+    if form == "csv":
+        text = table.to_csv(index_label="cell")
+        sys.stderr.writelines(f"{note}\n" for note in notes)
+    else:
+        compared = f" (difference from the mean of {baseline})" if baseline in table.index else ""
+        notes.insert(0, f"mean ± standard deviation of a sample of n runs{compared}; the best in bold")
+        text = {"markdown": markdown, "latex": latex}[form](text_tables(table, measures, baseline), notes)
+    try:
+        if output:
+            output.write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
+        if curves:
+            draw_curves(sorted(runs, key=lambda run: [*table.index].index(run.configuration)), curves)
+    except OSError as error:
+        raise SystemExit(f"error: {error.filename} cannot be written: {error.strerror}") from None
+
+
+def draw_curves(runs: list[Run], path: Path):
+    """Draw the training curves of runs as PNG and PDF.
+
+    Raises:
+        SystemExit: no run has finished an epoch.
+    """
+    from reports import figures  # here, as matplotlib takes a second to import
+
+    if not any(run.records for run in runs):
+        raise SystemExit(f"error: --curves {path} has nothing to draw: no run has finished an epoch")
+    figure = figures.training_curves([(run.configuration, run.records, not run.problem) for run in runs])
+    figures.save(figure, path.with_suffix(""))
+
+
+def statistics_table(runs: list[Run], source: str | None, measures: list[str], baseline: str) -> pd.DataFrame:
+    """Means over the finished runs of each configuration.
+
+    Args:
+        runs: of all configurations.
+        source: the file that their redundancy is read from.
+        measures: names of measures of redundancy.
+        baseline: the configuration whose means are subtracted from the others'.
+
+    Returns:
+        One row for each configuration, the baseline first. Columns: n (finished runs), unfinished and failed (runs);
+        for each accuracy in percent, each measure, and images_per_s: <name>_mean, <name>_std (of a sample; none for one
+        run) and <name>_n (runs that have it); if the baseline exists, <name>_difference of each accuracy in percentage
+        points, and of each measure.
+    """
+    rows = sorted({run.configuration: None for run in runs}, key=lambda name: name != baseline)
+    finished = [run for run in runs if not run.problem]
+    columns = [*ACCURACIES, *measures, "images_per_s"]
+    index = pd.Index([run.configuration for run in finished], name="configuration", dtype=str)
+    values = pd.DataFrame([run.values(source) for run in finished], index, columns, dtype=float)
+    values = values.groupby("configuration")
+    table = pd.DataFrame({"n": values.size()}).reindex(rows, fill_value=0)
+    for state in ("unfinished", "failed"):
+        names = [run.configuration for run in runs if run.problem and run.problem.startswith(state)]
+        table[state] = [names.count(name) for name in rows]
+    for name in columns:
+        mean = values[name].mean().reindex(rows)
+        table[f"{name}_mean"] = mean
+        table[f"{name}_std"] = values[name].std()
+        table[f"{name}_n"] = values[name].count().reindex(rows, fill_value=0)
+        if baseline in rows and name != "images_per_s":
+            table[f"{name}_difference"] = mean - mean[baseline]
+    return table
+
+
+def text_tables(table: pd.DataFrame, measures: list[str], baseline: str) -> list[dict[str, list[str]]]:
+    """`statistics_table` as text: accuracies, then redundancy if there are `measures`.
+
+    Returns:
+        tables: {heading: one text for each configuration, the best values in **bold**}.
+    """
+    states = zip(table.index, table["n"], table["unfinished"], strict=True)
+    names = [name if n else f"{name} ({'unfinished' if unfinished else 'failed'})" for name, n, unfinished in states]
+    first_columns = {"configuration": names, "n": [str(n) for n in table["n"]]}
+    accuracies = {f"top-1 {text}, % ↑": _texts(table, name, 2, max, baseline) for name, text in ACCURACIES.items()}
+    speed = _texts(table.drop(columns="images_per_s_std"), "images_per_s", None, None, baseline)
+    redundancy, known = {}, summary_measures()
+    for name in measures:
+        measure, place = known.get(name, (None, ""))
+        best = BEST.get(measure.better) if measure else None
+        redundancy[measure.label(place) if measure else name] = _texts(table, name, None, best, baseline)
+    tables = [first_columns | accuracies | {"images/s": speed}]
+    return [*tables, first_columns | redundancy] if redundancy else tables
+
+
+def _texts(table: pd.DataFrame, name: str, decimals: int | None, best, baseline: str) -> list[str]:
+    """mean ± std (difference, n = ...), by default with three digits of the largest mean; n where runs lack a value.
+
+    All means equal to the best are bold; none is where all are equal, or only one exists.
+    """
+    columns = table.reindex(columns=[f"{name}_{column}" for column in ("mean", "std", "difference", "n")])
+    if decimals is None:
+        largest = columns[f"{name}_mean"].abs().max()
+        decimals = min(max(2 - math.floor(math.log10(largest)), 0), 6) if largest > 0 else 2
+    columns = columns.round(decimals) + 0.0  # no -0.0
+    means = columns[f"{name}_mean"].dropna()
+    best_mean = best(means) if best and means.nunique() > 1 else None
+    texts = []
+    for (configuration, mean, std, difference, count), n in zip(columns.itertuples(), table["n"], strict=True):
+        text = "-" if math.isnan(mean) else f"{mean:.{decimals}f}"
+        text += "" if math.isnan(std) else f" ± {std:.{decimals}f}"
+        text = f"**{text}**" if mean == best_mean else text
+        remarks = []
+        if configuration != baseline and not math.isnan(difference):
+            remarks.append(f"{difference:{'+' if difference else ''}.{decimals}f}")
+        if 0 < count < n:
+            remarks.append(f"n = {count:.0f}")
+        texts.append(f"{text} ({', '.join(remarks)})" if remarks else text)
+    return texts
+
+
+def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | None, list[str], list[str]]:
+    """The redundancy that the table has.
+
+    Args:
+        names: names of measures; None = `DEFAULT_MEASURES`, and no note if there is no redundancy at all.
+        runs: of all configurations.
+
+    Returns:
+        source: the file that redundancy is read from.
+        measures: those of the names that the finished runs have, each once.
+        notes: on what was measured, or why there is nothing.
+
+    Raises:
+        SystemExit: a name is neither a measure of this project nor in any run.
+    """
+    in_runs = {name for run in runs for measured in run.redundancy.values() for name in measured.measures}
+    known = sorted({*summary_measures(), *in_runs})
+    chosen = [*dict.fromkeys(DEFAULT_MEASURES if names is None else names)]
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            raise SystemExit(f"error: unknown measure {name}{hint} There are {', '.join(known)}")
+    source, note = choose_redundancy(runs)
+    if not chosen or (names is None and note is None):
+        return None, [], []
+    if source is None:
+        return None, [], [note or "redundancy: not in the table, as no finished run has any measures"]
+    measured = {name for run in runs if not run.problem for name in run.redundancy[source].measures}
+    missing = [name for name in chosen if name not in measured]
+    note += f"; it lacks {', '.join(missing)}" if missing else ""
+    return source, [name for name in chosen if name in measured], [note]
