@@ -1,4 +1,4 @@
-"""What training costs, side by side in one run.
+"""What training costs, measured side by side in one run.
 
     python benchmark.py step --model deit_small_patch16_224_diverse --batch-size 16
     python benchmark.py terms --model deit_small_patch16_224_diverse --batch-size 16
@@ -6,26 +6,22 @@
     python benchmark.py gpu --minutes 8
     python benchmark.py bytes --model deit_small_patch16_224_diverse --batch-size 1024
 
-`step` times a plain timm training step, this project's with all terms and with each alone, and a textbook's; `terms`
-every term alone, more precisely, as its share of the plain step, with the memory it adds; `loader` the input pipeline.
-`gpu` reports on a GPU machine: card, CUDA tests, training steps of three sizes, kernels, loader; on a CPU in miniature.
-`bytes` counts, without a GPU, the memory traffic and the kernels of the compiled step on an H100.
+`step` times a plain timm training step, this project's step with all terms and with each alone, and a textbook's step.
+`terms` times every term alone, more precisely, as a fraction of the plain step, and measures the memory that it adds.
+`loader` times the input pipeline. `gpu` writes a report of a GPU machine: card, CUDA tests, training steps of three
+sizes, kernels, loader; on a CPU with tiny models. `bytes` counts, without a GPU, the memory traffic and the kernels of
+the compiled step on an H100.
 
-What is compared takes turns, A B A B ..., so that drift of the machine's speed falls on all; medians are printed, and
-written as JSON. Further flags are main.py's.
+What is compared runs in turns, A B A B ..., so that a drift of the machine's speed affects all of it; medians are
+printed, and written as JSON. Further flags are main.py's.
 """
 
 import argparse
 import os
 import sys
-
-from benchmarks.scratch import DEFAULT_OUTPUT, output_of, use_scratch
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler's own chatter
-if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:
-    use_scratch(output_of(sys.argv))  # before the imports below write caches elsewhere
-
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler prints no messages
 
 from benchmarks import cuda_bytes, gpu, loader, steps
 from diversity import REGULARIZERS
@@ -44,7 +40,7 @@ WHATS = {
 
 
 def main(argv: list[str] | None = None):
-    """Measure what the command line names; print a Markdown table and write a JSON file."""
+    """Measure what a command line names; print a Markdown table and write a JSON file."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False, epilog="Further flags are main.py's."
     )
@@ -55,18 +51,18 @@ def main(argv: list[str] | None = None):
         help="training steps of a round: 1 on a CPU, on a GPU 20 (gpu: as many as take 0.3 s, at most 20) "
         "by default; loader: batches, 8")  # fmt: skip
     add("--terms", nargs="*", choices=(MIXING, *REGULARIZERS), metavar="TERM", default=None,
-        help="only these; step, bytes: none may be named")  # fmt: skip
+        help="only these; for step and bytes the list may be empty")  # fmt: skip
     add("--resized", default="", metavar="DIR", help="loader: a copy of the images by script/resize_imagenet.sh")
-    add("--json", default="", metavar="FILE", help="where the numbers go; runs/benchmark_WHAT.json by default")
-    add("--minutes", type=positive, default=8.0, help="gpu: time limit; parts that are not finished by then are ended")
-    add("--output", default=DEFAULT_OUTPUT, metavar="DIR", help="gpu: the folder of gpu.md, gpu.json and gpu.log")
+    add("--json", default="", metavar="FILE", help="file of the numbers; default: runs/benchmark_WHAT.json")
+    add("--minutes", type=positive, default=8.0, help="gpu: time limit; what is not finished by then is stopped")
+    add("--output", default="runs/benchmark_gpu", metavar="DIR", help="gpu: the folder of gpu.md, gpu.json and gpu.log")
     argv = sys.argv[1:] if argv is None else argv
     own, words = parser.parse_known_args(argv)
     defaults = {"model": "deit_small_patch16_224_diverse", "batch_size": 16, "preset": "released"}
     args = arguments.parse_args(words, defaults)
     quiet_warnings()
     world = init_world(args.device)
-    keep_freed_memory()  # as main.py does, for all that is compared
+    keep_freed_memory()  # as main.py does
     set_backends(args.fused_attn, args.tf32)
     environment = environment_lines(world, args.seed)
     print("\n".join(environment), flush=True)

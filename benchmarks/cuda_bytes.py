@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from pipeline.batch_augmentation import Draws
-from reports.tables import markdown_table
+from reports.tables import rows_table
 from training.build import build_augmentation, build_diverse_loss, build_initial
 from utils import World
 
@@ -60,15 +60,14 @@ def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
             counts[name] = pool.submit(count_step, args, names, name == INPUT).result()
     plain = counts[PLAIN]
     columns = {
-        "step": [*counts],
-        "GB": [f"{count['bytes'] / 1e9:.1f}" for count in counts.values()],
-        "more than without terms, GB": [f"{(count['bytes'] - plain['bytes']) / 1e9:+.2f}" for count in counts.values()],
-        "bytes to no term": [f"{count['bytes'] / plain['bytes']:.3f}" for count in counts.values()],
-        "kernels": [f"{count['kernels']}" for count in counts.values()],
-        "kernels to no term": [f"{count['kernels'] / plain['kernels']:.3f}" for count in counts.values()],
+        "GB": ("bytes", lambda number: f"{number / 1e9:.1f}"),
+        "more than without terms, GB": ("bytes", lambda number: f"{(number - plain['bytes']) / 1e9:+.2f}"),
+        "bytes to no term": ("bytes", lambda number: f"{number / plain['bytes']:.3f}"),
+        "kernels": ("kernels", str),
+        "kernels to no term": ("kernels", lambda number: f"{number / plain['kernels']:.3f}"),
     }
     print(f"{args.model}, batch {args.batch_size}, bfloat16: counted, not measured")
-    print(markdown_table(columns))
+    print(rows_table("step", counts, columns))
     return {"steps": counts}
 
 

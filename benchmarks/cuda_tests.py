@@ -12,7 +12,7 @@ LAST_LINES = 15  # of a test that failed
 
 
 class Outcomes:
-    """A plugin of pytest that passes on every outcome as soon as it is known.
+    """A plugin of pytest that sends every outcome as soon as it is known.
 
     Args:
         send: called with {"tests": [{name, outcome, seconds, text}, ...]}, all tests so far.
@@ -42,7 +42,7 @@ def run_cuda_tests(own: Namespace, args: Namespace, earlier: dict, send: Callabl
     """Run the tests marked `cuda`, which are skipped without a GPU.
 
     Raises:
-        SystemExit: pytest ends with an error of its own.
+        SystemExit: pytest itself fails.
     """
     try:
         import pytest

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from utils import World, write_json
+from utils import World, atomic_write, write_json
 
 from . import gpu_parts
 from .cuda_tests import run_cuda_tests
@@ -21,15 +21,16 @@ PARTS = {
 
 
 def write_report(own: Namespace, args: Namespace, world: World, heading: dict):
-    """Run the parts of the report one after the other, and write it anew with every result.
+    """Run the parts of the report one after the other, and write it again with every result.
 
-    So a run that is cut off leaves a report of what it has done. On a CPU the same parts run with tiny models.
+    A run that is interrupted therefore leaves a report of what it has done. On a CPU the models are tiny.
 
     Args:
         own: `minutes` of the report, its folder `output`, and for the steps `rounds` and `steps` of a round (None = as
             many as take 0.3 s).
         args: main.py's flags.
-        heading: what the JSON file holds beside the parts.
+        world: this process.
+        heading: further content of the JSON file.
     """
     args = Namespace(**vars(args) | {"device": str(world.device)})
     folder = Path(own.output)
@@ -40,13 +41,12 @@ def write_report(own: Namespace, args: Namespace, world: World, heading: dict):
     def write(results: dict[str, dict]):
         report = heading | {"device": world.device.type, "minutes": own.minutes, "parts": results}
         write_json(report, folder / "gpu.json")
-        text = folder / "gpu.md.tmp"
-        text.write_text(markdown_report(report))
-        text.replace(folder / "gpu.md")
+        with atomic_write(folder / "gpu.md") as file:
+            file.write(markdown_report(report).encode())
 
-    # A process that has used CUDA cannot be forked. Without CUDA forking saves the time of importing torch.
+    # A process that has used CUDA cannot be forked. Without CUDA, forking saves the time of importing torch.
     start_method = "spawn" if world.device.type == "cuda" else "fork"
     run_parts(PARTS, (own, args), 60 * own.minutes, write, log, start_method)
     remove_scratch(folder)
     print((folder / "gpu.md").read_text())
-    print(f"written: {folder / 'gpu.md'}, {folder / 'gpu.json'}; what the parts printed: {log}")
+    print(f"written: {folder / 'gpu.md'}, {folder / 'gpu.json'}; output of the parts: {log}")

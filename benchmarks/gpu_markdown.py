@@ -1,11 +1,20 @@
-"""The GPU report as Markdown, as far as it is known."""
+"""The GPU report as Markdown, with the results so far."""
 
-from reports.tables import markdown_table
+from reports.tables import markdown_table, rows_table
 
 from .loader import ALL, AS_IS
-from .steps import DIVERSIFIED
+from .steps import DIVERSIFIED, STEP_COLUMNS
 
 KERNEL_NAME = 90  # most characters of a kernel's name
+CARD = {
+    "GPU": ("name", str),
+    "memory, GiB": ("memory_gib", "{:.1f}".format),
+    "multiprocessors": ("multiprocessors", str),
+    "CUDA version of torch": ("cuda", str),
+    "driver version": ("driver", str),
+    "copy within its memory, read + written, GB/s": ("copy_bytes_per_second", lambda rate: f"{rate / 1e9:,.0f}"),
+    "product of large {precision} matrices, TFLOP/s": ("matmul_flops_per_second", lambda rate: f"{rate / 1e12:.3g}"),
+}
 
 
 def markdown_report(report: dict) -> str:
@@ -23,56 +32,39 @@ def markdown_report(report: dict) -> str:
 
 
 def heading(report: dict) -> list[str]:
-    """The title, what was run, and the state of every part."""
+    """The title, the command, and the state of every part."""
     parts = report["parts"]
-    columns = {
-        "part": [*parts],
-        "state": [part["state"] for part in parts.values()],
-        "time, s": [f"{part['seconds']:.0f}" if "seconds" in part else "" for part in parts.values()],
-        "note": [part.get("note", "") for part in parts.values()],
-    }
+    columns = {"state": ("state", str), "time, s": ("seconds", "{:.0f}".format), "note": ("note", str)}
     return [
         f"# Benchmark of {parts['card'].get('name') or 'a ' + report['device'].upper()}",
         f"`python benchmark.py {' '.join(report['command'])}`, limit {report['minutes']:g} minutes, "
         f"{report['cores']} CPU cores",
         "\n".join(f"- {line}" for line in report["environment"]),
-        markdown_table(columns),
+        rows_table("part", parts, columns),
     ]
 
 
 def card(part: dict) -> list[str]:
     """The device and its two speeds."""
-    rows = {}
-    if "name" in part:
-        rows |= {
-            "GPU": part["name"],
-            "memory, GiB": f"{part['memory_gib']:.1f}",
-            "multiprocessors": f"{part['multiprocessors']}",
-            "CUDA version of torch": f"{part['cuda']}",
-            "driver version": part["driver"],
-        }
-    if "copy_bytes_per_second" in part:
-        rows["copy within its memory, read + written, GB/s"] = f"{part['copy_bytes_per_second'] / 1e9:,.0f}"
-    if "matmul_flops_per_second" in part:
-        rate = f"{part['matmul_flops_per_second'] / 1e12:.3g}"
-        rows[f"product of large {part['precision']} matrices, TFLOP/s"] = rate
+    rows = {
+        label.format(precision=part.get("precision")): form(part[key])
+        for label, (key, form) in CARD.items()
+        if key in part
+    }
     return ["## Card", markdown_table({"property": [*rows], "value": [*rows.values()]})] if rows else []
 
 
 def cuda_tests(part: dict) -> list[str]:
-    """How many CUDA tests passed, failed and were skipped; what those that did not pass say."""
+    """The numbers of CUDA tests that passed, failed and were skipped; the messages of those that did not pass."""
     tests = part.get("tests")
     if not tests:
         return []
-    of_outcome = {
-        outcome: [test for test in tests if test["outcome"] == outcome] for outcome in ("passed", "failed", "skipped")
-    }
-    counts = ", ".join(f"{len(group)} {outcome}" for outcome, group in of_outcome.items())
+    by_outcome = {name: [test for test in tests if test["outcome"] == name] for name in ("passed", "failed", "skipped")}
+    counts = ", ".join(f"{len(group)} {name}" for name, group in by_outcome.items())
     slowest = max(tests, key=lambda test: test["seconds"])
-    reasons = sorted({line for test in of_outcome["skipped"] for line in test["lines"]})
     blocks = ["## CUDA tests", f"{counts}. The slowest is `{slowest['name']}` with {slowest['seconds']:.0f} s."]
-    blocks += [f"- {reason}" for reason in reasons]
-    for test in of_outcome["failed"]:
+    blocks += [f"- {reason}" for reason in sorted({line for test in by_outcome["skipped"] for line in test["lines"]})]
+    for test in by_outcome["failed"]:
         blocks += [f"`{test['name']}` failed:", "\n".join(["```", *test["lines"], "```"])]
     return blocks
 
@@ -89,31 +81,10 @@ def steps(part: dict) -> list[str]:
     ]
     for table in part["tables"]:
         if table["rows"]:
-            title = (
-                f"{table['model']}, batch {table['batch_size']}, {table['flops_per_image'] / 1e9:.3g} GFLOP an image"
-            )
-            blocks += [f"### {title}", steps_table(table["rows"])]
+            flops = f"{table['flops_per_image'] / 1e9:.3g} GFLOP an image"
+            blocks.append(f"### {table['model']}, batch {table['batch_size']}, {flops}")
+            blocks.append(rows_table("step", table["rows"], STEP_COLUMNS))
     return blocks
-
-
-def steps_table(rows: dict[str, dict]) -> str:
-    """One row for each kind of step; one that failed has only a note."""
-
-    def column(name, text):
-        return ["" if row.get(name) is None else text(row[name]) for row in rows.values()]
-
-    columns = {
-        "step": [*rows],
-        "ms": column("ms", "{:.1f}".format),
-        "images/s": column("images_per_s", "{:,.0f}".format),
-        "to plain": column("to_plain", "{:.3f}".format),
-        "peak memory, MiB": column("peak_mib", "{:,.0f}".format),
-        "utilisation": column("utilisation", "{:.1%}".format),
-        "host waits a step": column("host_syncs", "{:g}".format),
-        "first step, s": column("first_step_s", "{:.1f}".format),
-        "note": column("error", str),
-    }
-    return markdown_table({name: texts for name, texts in columns.items() if any(texts)})
 
 
 def kernels(part: dict, device: str) -> list[str]:
@@ -137,19 +108,18 @@ def kernels(part: dict, device: str) -> list[str]:
 
 
 def loader(part: dict, steps: dict) -> list[str]:
-    """Images per second that are read, beside those of the training step."""
+    """Images per second that the loader reads, next to those of the training step."""
     if "images_per_s_of_a_core" not in part:
         return []
     core = part["images_per_s_of_a_core"]
     rows = {"one core, as DeiT reads": core[AS_IS], "one core, as main.py reads": core[ALL]}
     if "images_per_s_of_all_workers" in part:
         rows[f"all {part['workers']} loader processes"] = part["images_per_s_of_all_workers"]
-    blocks = ["## Loader", f"Images of {part['source']}, batch {part['batch_size']}."]
-    tables = [table for table in steps.get("tables", []) if "images_per_s" in table["rows"].get(DIVERSIFIED, {})]
-    if tables:
-        table = tables[0]  # of the most important one that was measured
-        speed = table["rows"][DIVERSIFIED]["images_per_s"]
-        rows[f"diversified step of {table['model']}, batch {table['batch_size']}"] = speed
-        blocks.append(f"The training step needs {speed / core[ALL]:.1f} cores that read for it.")
-    table = markdown_table({"what": [*rows], "images/s": [f"{speed:,.0f}" for speed in rows.values()]})
-    return [*blocks[:2], table, *blocks[2:]]
+    need = []
+    for table in steps.get("tables", []):  # the most important one that was measured comes first
+        speed = table["rows"].get(DIVERSIFIED, {}).get("images_per_s")
+        if speed and not need:
+            rows[f"diversified step of {table['model']}, batch {table['batch_size']}"] = speed
+            need.append(f"The training step needs {speed / core[ALL]:.1f} cores that read for it.")
+    columns = {"what": [*rows], "images/s": [f"{speed:,.0f}" for speed in rows.values()]}
+    return ["## Loader", f"Images of {part['source']}, batch {part['batch_size']}.", markdown_table(columns), *need]

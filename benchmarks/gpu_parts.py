@@ -1,7 +1,7 @@
-"""The parts of the GPU report that measure: the card, training steps, the kernels of one, the loader.
+"""The measuring parts of the GPU report: the card, training steps, the kernels of a step, the loader.
 
-Each is called with the flags of benchmark.py, those of main.py, the results of all parts so far, and `send`, which
-takes results as soon as they are known.
+Each is called with the flags of benchmark.py, those of main.py, the results of all parts so far, and `send`, to which
+it passes its results one by one.
 """
 
 import gc
@@ -46,7 +46,7 @@ LOADERS = {
     "cuda": {"batch_size": 128, "num_batches": 2, "photographs": 128, "names": 32768, "seconds": 6.0},
     "cpu": {"batch_size": 4, "num_batches": 1, "photographs": 4, "names": 768, "seconds": 0.2},
 }
-"""How much is read, from how many images; `names` are enough that an epoch outlasts the measurement."""
+"""Sizes of the measurement of the loader; `names` are so many that an epoch takes longer than the measurement."""
 
 Send = Callable[[dict], None]
 
@@ -100,7 +100,7 @@ def driver_version(device: torch.device) -> str:
 
 
 def measure_steps(own: Namespace, args: Namespace, earlier: dict, send: Send):
-    """Measure a table of training steps for each of `CONFIGURATIONS`; the steps with one term come last."""
+    """Measure a table of training steps for each of `CONFIGURATIONS`; the steps with a single term come last."""
     world = start(args)
     rate = earlier["card"].get("matmul_flops_per_second") or matmul_flops_per_second(
         world.device, autocast_dtype(args.amp, world.device), own.rounds
@@ -110,27 +110,21 @@ def measure_steps(own: Namespace, args: Namespace, earlier: dict, send: Send):
         {"model": flags.model, "batch_size": flags.batch_size, "flops_per_image": flops_of_an_image(flags), "rows": {}}
         for flags in configurations
     ]
-    for choose in (main_steps, term_steps):
+    for single_terms in (False, True):
         for flags, table in zip(configurations, tables, strict=True):
+            builders = step_builders(flags, world)
+            eager = with_flags(flags, compile=False)
+            builders[EAGER] = lambda eager=eager: training_steps.diversified(eager, world)
+            names = (PLAIN, DIVERSIFIED, EAGER, TEXTBOOK)
+            if single_terms:
+                names = (PLAIN, *(name for name in builders if name not in names))
+            builders = {name: builders[name] for name in names}
             product_seconds = table["flops_per_image"] / rate
-            for name, row in measured_rows(choose(flags, world), table["rows"], flags, own, world, product_seconds):
+            for name, row in measured_rows(builders, table["rows"], flags, own, world, product_seconds):
                 table["rows"][name] = row
                 send({"tables": tables, "rounds": own.rounds})
             release_memory(world.device)
             torch._dynamo.reset()
-
-
-def main_steps(args: Namespace, world: World) -> dict[str, Callable]:
-    """{name: builder} of the step without terms, and with all of them: compiled, eager, and the textbook's."""
-    builders = step_builders(args, world)
-    builders[EAGER] = lambda: training_steps.diversified(with_flags(args, compile=False), world)
-    return {name: builders[name] for name in (PLAIN, DIVERSIFIED, EAGER, TEXTBOOK)}
-
-
-def term_steps(args: Namespace, world: World) -> dict[str, Callable]:
-    """{name: builder} of the steps with one term, and of the one without, to compare them with."""
-    builders = step_builders(args, world)
-    return {name: build for name, build in builders.items() if name not in (DIVERSIFIED, TEXTBOOK)}
 
 
 def measured_rows(
@@ -138,11 +132,14 @@ def measured_rows(
 ) -> Iterator[tuple[str, dict]]:
     """Measure one step after the other, in turns with the plain one, and yield its name and row.
 
-    A step that fails, as for lack of memory, has a row with the error. Only the plain step stays in memory.
+    A step that fails, for example for lack of memory, has a row with the error. Only the plain step stays in memory.
 
     Args:
         builders: {name: builder}, `PLAIN` first.
         known: rows that exist already; their steps are not measured again.
+        args: main.py's flags.
+        own: benchmark.py's flags.
+        world: this process.
         product_seconds: see `step_measures`.
     """
     plain = None
@@ -170,18 +167,11 @@ def first_step_seconds(run: training_steps.Run, device: torch.device) -> float:
     return now(device) - start
 
 
-def measured_row(
-    run: training_steps.Run,
-    plain: training_steps.Run | None,
-    args: Namespace,
-    own: Namespace,
-    device: torch.device,
-    product_seconds: float,
-) -> dict:
-    """`step_measures` of a step that has run before, and its time in relation to that of the plain one."""
-    num_steps = own.steps
-    if num_steps is None:
-        num_steps = min(20, math.ceil(ROUND_SECONDS / first_step_seconds(run, device))) if device.type == "cuda" else 1
+def measured_row(run, plain, args: Namespace, own: Namespace, device: torch.device, product_seconds: float) -> dict:
+    """`step_measures` of a step that has run before, and its time relative to the plain one, if there is one."""
+    num_steps = own.steps or 1
+    if own.steps is None and device.type == "cuda":
+        num_steps = min(20, math.ceil(ROUND_SECONDS / first_step_seconds(run, device)))
     runs = {"this": run} if plain in (None, run) else {"plain": plain, "this": run}
     seconds = seconds_of_a_step(runs, own.rounds, num_steps, device)
     measures = step_measures(run, seconds["this"], args, device, product_seconds)
@@ -189,7 +179,7 @@ def measured_row(
 
 
 def release_memory(device: torch.device):
-    """Return to the device what nothing refers to any more."""
+    """Return to the device the memory that nothing refers to any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

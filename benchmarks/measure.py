@@ -1,4 +1,4 @@
-"""How benchmark.py measures: functions in turns, peak memory, waits of the host, and what the device can do at most."""
+"""How benchmark.py measures: times in turns, peak memory, waits of the host, and the largest rates of the device."""
 
 import statistics
 import time
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 def interleave(functions: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each function over `rounds` rounds in turns, A B A B ..., after one warm-up round.
 
-    A drift of the machine's speed so falls on all of them.
+    So a drift of the machine's speed affects all of them.
     """
     times = {name: [] for name in functions}
     for turn in range(rounds + 1):
@@ -26,7 +26,7 @@ def interleave(functions: dict[str, Callable], rounds: int, device: torch.device
 
 
 def peak_bytes(function: Callable, device: torch.device) -> int:
-    """Largest number of bytes that torch held during a call beyond what it held before.
+    """Largest number of bytes that torch allocated during a call, beyond those that were allocated before.
 
     The function is called once before, so that gradients and optimizer state exist.
     """
@@ -100,7 +100,7 @@ def seconds_of_a_call(function: Callable, rounds: int, device: torch.device) -> 
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all it was given."""
+    """Seconds on a clock, after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Parts of a long report: each runs in its own process with a time limit, and its results are kept as they come."""
+"""The parts of a long report: each runs in its own process with a time limit, and its results are saved one by one."""
 
 import multiprocessing
 import os
@@ -21,8 +21,8 @@ class Part(NamedTuple):
 
     Attributes:
         function: called in a new process with the inputs, the results of all parts so far ({name: result}), and `send`,
-            to which it passes each dict of results as soon as it has it.
-        fraction: of the time of the report. What earlier parts leave of theirs is added to it.
+            to which it passes each dict of results as soon as it is known.
+        fraction: of the time of the report. Time that earlier parts did not use is added.
     """
 
     function: Callable
@@ -35,6 +35,7 @@ def run_parts(
     """Run the parts one after the other.
 
     Args:
+        parts: in order.
         inputs: first arguments of every part.
         seconds: time for all parts together.
         write: called with all results so far whenever they change.
@@ -42,8 +43,8 @@ def run_parts(
         start_method: multiprocessing's.
 
     Returns:
-        {name: result}. A result holds what its part has sent, its `state`, its `seconds`, and a `note` if it did not
-        finish. While a part runs its state is "not finished", so that a report that was cut off is right.
+        {name: result}. A result has what its part has sent, its `state`, its `seconds`, and a `note` if it did not
+        finish. While a part runs its state is "not finished", so that an interrupted report is correct.
     """
     results = {name: {"state": NOT_STARTED} for name in parts}
     report_start, fraction = time.monotonic(), 0.0
@@ -62,7 +63,7 @@ def run_parts(
 
 
 def _updates(function: Callable, inputs: tuple, limit: float, log: Path, start_method: str) -> Iterator[dict]:
-    """Start a part, and yield what it sends until it ends or its time is over; the last dict says how it ended."""
+    """Start a part, and yield what it sends until it ends or its time is over; its state or a note comes last."""
     context = multiprocessing.get_context(start_method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_part, args=(function, inputs, sender, log))
@@ -84,7 +85,7 @@ def _updates(function: Callable, inputs: tuple, limit: float, log: Path, start_m
 
 
 def _kill(process):
-    """End a part's process and all that it has started."""
+    """Stop a part's process and all processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:  # it has no group yet, or no process any more
@@ -93,13 +94,13 @@ def _kill(process):
 
 
 def _run_part(function: Callable, inputs: tuple, sender: Connection, log: Path):
-    """Run a part in its new process, and send how it ended."""
+    """Run a part in its new process, and send the state in which it ends."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout = sys.stderr = file = open(log, "a", buffering=1)  # noqa: SIM115
-    os.dup2(file.fileno(), 1)  # what is not printed by Python
+    os.dup2(file.fileno(), 1)  # for output that Python does not print
     os.dup2(file.fileno(), 2)
-    sys.dont_write_bytecode, tempfile.tempdir = True, None  # a process that was forked has its parent's
+    sys.dont_write_bytecode, tempfile.tempdir = True, None  # a forked process has those of its parent
     try:
         function(*inputs, sender.send)
         sender.send({"state": FINISHED})
@@ -109,7 +110,7 @@ def _run_part(function: Callable, inputs: tuple, sender: Connection, log: Path):
 
 
 def _end_with_parent():
-    """Wait until the process of the report has ended, and end this part's processes."""
+    """Wait until the process of the report has ended, then stop this part's processes."""
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
 

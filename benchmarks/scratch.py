@@ -1,11 +1,9 @@
-"""The folder for everything that a GPU report writes beside the report: caches, temporary files, data of its tests."""
+"""The folder for everything that a GPU report writes besides the report: caches, temporary files, data of its tests."""
 
-import argparse
 import os
 import shutil
 from pathlib import Path
 
-DEFAULT_OUTPUT = "runs/benchmark_gpu"
 VARIABLES = {
     "TMPDIR": "tmp",
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -25,25 +23,13 @@ def scratch_folder(output: str | Path) -> Path:
     return Path(output).resolve() / "scratch"
 
 
-def output_of(argv: list[str]) -> str:
-    """The value of --output on a command line of benchmark.py, before anything else of it is read."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--output", default=DEFAULT_OUTPUT)
-    try:
-        return parser.parse_known_args(argv)[0].output
-    except argparse.ArgumentError:  # no value: the parser of all flags reports it
-        return DEFAULT_OUTPUT
-
-
 def remove_scratch(output: str | Path):
     """Delete the scratch folder and everything in it."""
     shutil.rmtree(scratch_folder(output), ignore_errors=True)
 
 
 def use_scratch(output: str | Path):
-    """Make an empty scratch folder, and let this process and those it starts write their caches and files there.
-
-    Libraries create some of these files when they are imported, so call it before.
+    """Make an empty scratch folder, into which the processes started from now on write their caches and files.
 
     Raises:
         SystemExit: the folder cannot be written, or its path is too long.

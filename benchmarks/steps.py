@@ -1,4 +1,4 @@
-"""`benchmark.py step` and `benchmark.py terms`: the cost of a training step, whole and term by term."""
+"""`benchmark.py step` and `benchmark.py terms`: the cost of a training step, and of every term in it."""
 
 import functools
 from argparse import Namespace
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from diversity import REGULARIZERS, DiversityObjective, TapOutput, TappedViT
 from diversity.objective import MIXING
 from engine import autocast, autocast_dtype
-from reports.tables import markdown_table
+from reports.tables import rows_table
 from training import arguments
 from training.build import build_initial, build_mixup, objective_settings, tap_settings
 from utils import World
@@ -19,6 +19,18 @@ from . import training_steps
 from .measure import host_syncs, interleave, matmul_flops_per_second, peak_bytes, step_flops
 
 PLAIN, DIVERSIFIED, TEXTBOOK = "plain timm", "diversified", "textbook"
+STEP_COLUMNS = {
+    "ms": ("ms", "{:.1f}".format),
+    "images/s": ("images_per_s", lambda speed: f"{speed:,.{0 if speed >= 100 else 1}f}"),
+    "to plain": ("to_plain", "{:.3f}".format),
+    "textbook to it": ("textbook_to_it", "{:.2f}".format),
+    "peak memory, MiB": ("peak_mib", "{:,.0f}".format),
+    "utilisation": ("utilisation", "{:.1%}".format),
+    "host waits a step": ("host_syncs", "{:g}".format),
+    "first step, s": ("first_step_s", "{:.1f}".format),
+    "note": ("error", str),
+}
+"""{heading: (key, format)} of a table of steps, see `step_measures`."""
 
 
 def compare_steps(own: Namespace, args: Namespace, world: World) -> dict:
@@ -42,19 +54,7 @@ def compare_steps(own: Namespace, args: Namespace, world: World) -> dict:
         f"{args.model}, batch {args.batch_size}, {precision}, medians of {own.rounds} rounds\n"
         f"{flops / 1e9:.1f} GFLOP an image; a product of large matrices: {most / 1e12:.3g} TFLOP/s"
     )
-    columns = {
-        "step": [*steps],
-        "ms": [f"{step['ms']:.1f}" for step in steps.values()],
-        "images/s": [f"{step['images_per_s']:.1f}" for step in steps.values()],
-        "to plain": [f"{step['to_plain']:.3f}" for step in steps.values()],
-        "textbook to it": [f"{step['textbook_to_it']:.2f}" for step in steps.values()],
-        "peak memory, MiB": [f"{step['peak_mib']:.0f}" for step in steps.values()],
-        "utilisation": [f"{100 * step['utilisation']:.0f} %" for step in steps.values()],
-        "host syncs a step": [
-            "" if step["host_syncs"] is None else f"{step['host_syncs']:g}" for step in steps.values()
-        ],
-    }
-    print(markdown_table(columns))
+    print(rows_table("step", steps, STEP_COLUMNS))
     return {"flops_per_image": flops, "matmul_flops_per_second": most, "steps": steps}
 
 
@@ -76,7 +76,7 @@ def step_builders(
 
 
 def terms_to_compare(args: Namespace, terms: Collection[str] | None) -> Collection[str]:
-    """The terms that were chosen, or, where that is None, those that are on."""
+    """`terms`, or those that are on if it is None."""
     if terms is None:
         return [name for name, coef in arguments.coefficients(args).items() if coef]
     return terms
@@ -85,11 +85,14 @@ def terms_to_compare(args: Namespace, terms: Collection[str] | None) -> Collecti
 def step_measures(
     run: training_steps.Run, seconds: float, args: Namespace, device: torch.device, product_seconds: float
 ) -> dict[str, float | None]:
-    """What a row of a table says of a training step.
+    """The row of a training step in a table.
 
     Args:
-        seconds: that it takes.
-        product_seconds: that the matrix products for one image take at the speed of a product of large matrices.
+        run: takes training steps.
+        seconds: time of a step.
+        args: main.py's flags.
+        device: that it runs on.
+        product_seconds: time of the matrix products for one image at the speed of a product of large matrices.
 
     Returns:
         ms, images_per_s, peak_mib (beyond weights, average and state), utilisation (fraction of the speed of a product
@@ -111,7 +114,7 @@ def flops_of_an_image(args: Namespace) -> int:
 
 
 def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
-    """Every term alone: its time on a step's tensors, and the peak memory that a step with it needs more."""
+    """Every term alone: its time on a step's tensors, and the additional peak memory of a step with it."""
     plain, device = training_steps.plain(args, world), world.device
     num_steps = own.steps or default_steps(device)
     plain_seconds = seconds_of_a_step({PLAIN: plain}, own.rounds, num_steps, device)[PLAIN]
@@ -121,10 +124,10 @@ def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
     with TappedViT(model).train() as tapped:
         taps = tap_seconds(tapped, training_steps.random_batch(args, device)[0], 5 * own.rounds, dtype)
     print(f"plain step: {1000 * plain_seconds:.1f} ms, peak {plain_bytes / 2**20:.0f} MiB beyond weights and state")
-    held_with = functools.cache(lambda *names: step_bytes(only(args, names), world))
+    bytes_with = functools.cache(lambda *names: step_bytes(only(args, names), world))
     results = {}
     for name in tqdm(own.terms or (MIXING, *REGULARIZERS), desc="terms", leave=False, disable=None):
-        # Without mixing only the class token has a gradient, and a term on the tokens' gradients has nothing to do.
+        # A term on the tokens' gradients needs mixing, without which only the class token has a gradient.
         base = [MIXING] if "tokens" in DiversityObjective({name: 1.0}).reads else []
         with_term, without = only(args, [*base, name]), only(args, base)
         objectives = [DiversityObjective(**objective_settings(flags)) for flags in (without, with_term)]
@@ -136,15 +139,14 @@ def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
         results[name] = {
             "ms": 1000 * seconds,
             "share": seconds / plain_seconds,
-            "peak_mib": (step_bytes(with_term, world) - held_with(*base)) / 2**20,
+            "peak_mib": (step_bytes(with_term, world) - bytes_with(*base)) / 2**20,
         }
     columns = {
-        "term": [f"`{name}`" for name in results],
-        "ms": [f"{result['ms']:.1f}" for result in results.values()],
-        "share of the step": [f"{100 * result['share']:.1f} %" for result in results.values()],
-        "peak memory, MiB": [f"{result['peak_mib']:.1f}" for result in results.values()],
+        "ms": ("ms", "{:.1f}".format),
+        "of the step": ("share", "{:.1%}".format),
+        "peak memory, MiB": ("peak_mib", "{:.1f}".format),
     }
-    print(markdown_table(columns))
+    print(rows_table("term", {f"`{name}`": result for name, result in results.items()}, columns))
     return {"plain_ms": 1000 * plain_seconds, "plain_peak_mib": plain_bytes / 2**20, "terms": results}
 
 
@@ -156,7 +158,7 @@ def default_steps(device: torch.device) -> int:
 def seconds_of_a_step(
     runs: dict[str, training_steps.Run], rounds: int, num_steps: int, device: torch.device
 ) -> dict[str, float]:
-    """Median seconds of a step of each run over rounds of `num_steps` steps, taking turns."""
+    """Median seconds of a step of each run, over rounds of `num_steps` steps in turns."""
     timed = {name: lambda run=run: run(num_steps) for name, run in runs.items()}
     return {name: seconds / num_steps for name, seconds in interleave(timed, rounds, device).items()}
 
@@ -171,15 +173,15 @@ def only(args: Namespace, names: Collection[str]) -> Namespace:
 def term_seconds(
     tapped: TappedViT, objectives: list[DiversityObjective], args: Namespace, world: World, rounds: int
 ) -> float:
-    """Seconds that the second objective takes in a step, forward and backward, over the first.
+    """Additional seconds of the second objective in a step, forward and backward, compared with the first.
 
-    The backbone runs once, forward; the objectives are differentiated down to the tensors they read.
+    The backbone runs once, forward; the objectives are differentiated with respect to the tensors that they read.
     """
     device, dtype = world.device, autocast_dtype(args.amp, world.device)
     mixed, target = build_mixup(args, tapped.grid)(*training_steps.random_batch(args, device))
     with autocast(device, dtype):
         output = tapped(mixed)
-    if output.tokens is None:  # else the logits have to stay a function of the tokens, through the head
+    if output.tokens is None:  # a term that reads `tokens` differentiates the logits with respect to them
         output = TapOutput(*(None if value is None else value.detach().requires_grad_() for value in output))
     read = [value for value in output if value is not None]
 
@@ -194,9 +196,10 @@ def term_seconds(
 
 
 def tap_seconds(tapped: TappedViT, samples: torch.Tensor, rounds: int, dtype: torch.dtype | None) -> dict[str, float]:
-    """{tap: seconds} of what the model does for a tap alone, forward and backward; taps that cost nothing are left out.
+    """{tap: seconds} of what the model computes only for a tap, forward and backward; without taps that cost nothing.
 
-    The patch head, the stack of weights, and one block's attention with its map over the same block's fused attention.
+    These are the patch head, the stack of weights, and the difference between one block's attention with and without
+    its maps, which fused attention does not compute.
     """
     model, device = tapped.model, samples.device
     attn = model.blocks[0].attn

@@ -2,7 +2,7 @@
 
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from diversity.measures import measures_of, summary_measures
 
@@ -20,6 +20,21 @@ def markdown_table(columns: dict[str, list[str]]) -> str:
     texts = [[column[0], "-" * max(map(len, column)), *column[1:]] for column in texts]
     texts = [[text.ljust(len(column[1])) for text in column] for column in texts]
     return "\n".join(f"| {' | '.join(row)} |" for row in zip(*texts, strict=True))
+
+
+def rows_table(heading: str, rows: dict[str, dict], columns: dict[str, tuple[str, Callable]]) -> str:
+    """A Markdown table of {name: {key: value}}, one row for each name.
+
+    Args:
+        heading: of the names.
+        rows: may lack keys; a missing value, like None, is an empty text.
+        columns: {heading: (key, function that formats its values)}; a column without values is left out.
+    """
+    texts = {
+        head: ["" if row.get(key) is None else form(row[key]) for row in rows.values()]
+        for head, (key, form) in columns.items()
+    }
+    return markdown_table({heading: [*rows]} | {head: column for head, column in texts.items() if any(column)})
 
 
 def latex(tables: list[dict[str, list[str]]], notes: list[str]) -> str:

@@ -82,6 +82,7 @@ def test_the_report_has_every_part_and_nothing_is_written_elsewhere(start):
     assert files_of_the_repository() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_leaves_the_parts_that_it_has_done(start):
     start, folder, _ = start
     with start() as run:
