@@ -1,31 +1,56 @@
-"""Transforms, samplers and loaders over the data sets of sources.py."""
+"""The loaders of a run: what --data-set names, transformed, sampled, batched and sent to the device."""
 
 import itertools
 import math
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    Subset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, default_collate
 
 from pipeline.batch_augmentation import Normalize
 from pipeline.images import ReadableImages
 from pipeline.prefetch import Prefetcher
 from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
-from pipeline.sources import build_source, count_classes
-from pipeline.transforms import build_transform
-from pipeline.workers import ignore_in_worker
+from pipeline.sources import SourceOptions, build_source, count_classes, find_source
+from pipeline.transforms import TransformOptions, build_transform
+from pipeline.workers import ignore_signals
 from utils import BadImageError, World, cpu_count, reseed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(SourceOptions, TransformOptions):
+    """What `build_data` needs. Each field is the flag of its name.
+
+    Attributes:
+        eval: whether the run only evaluates, and so reads no training set.
+        accum_steps: batches accumulated per optimizer step.
+        max_bad_images: unreadable training images that a process replaces before it stops.
+        num_workers: loader processes per rank, half as many for evaluation; None = the cores that are free.
+        loader_timeout: longest wait for a batch, in seconds; 0 = no limit.
+        pin_mem: whether batches for a GPU are in page-locked memory.
+        dist_eval: whether each rank evaluates its share of the validation set, in place of all of it.
+        prefetcher: whether bytes are sent to the device ahead of the step; None = on a GPU.
+        repeated_aug: whether each drawn image is shown `aug_repeats` times, differently augmented.
+        aug_repeats: copies of each image under `repeated_aug`.
+        decode_once: whether copies in one batch are decoded once.
+        repeats_together: whether the copies of an image are on one rank, in place of one on each.
+    """
+
+    eval: bool
+    accum_steps: int
+    max_bad_images: int
+    num_workers: int | None
+    loader_timeout: int
+    pin_mem: bool
+    dist_eval: bool
+    prefetcher: bool | None
+    repeated_aug: bool
+    aug_repeats: int
+    decode_once: bool
+    repeats_together: bool
 
 
 @dataclass
@@ -33,14 +58,13 @@ class Data:
     """The loaders of a run.
 
     Attributes:
-        train: the training loader, whose batches are read through `batches`; None when a run only evaluates.
-        val: batches of normalised images; where it prefetches, they are on the device.
+        train: the training loader; its batches are read through `batches`. None when a run only evaluates.
+        val: batches of normalised images; from a `Prefetcher` they are on the device.
         num_val: validation images of all processes together.
         num_steps: optimizer steps of an epoch.
         accum_steps: batches of a step.
-        seed: of the order that a data set which streams is shuffled into.
-        prefetcher: sends the training batches to the device as bytes; None = they stay, normalised, where they are
-            read.
+        seed: of the order of a stream.
+        prefetcher: sends the training batches to the device as bytes; None = the loader returns them normalised.
     """
 
     train: DataLoader | None
@@ -55,46 +79,46 @@ class Data:
     def batches(self, epoch: int, step: int) -> Iterable:
         """The training batches of an epoch from an optimizer step on.
 
-        What was done is skipped unread; a data set that streams reads it again, with the same result where the number
+        Earlier batches are skipped without being read. A stream reads them again, with the same result where the number
         of its worker processes, at least one, is the same.
         """
         first, end = step * self.accum_steps, self.num_steps * self.accum_steps
-        if isinstance(self.train.dataset, IterableDataset):
+        if self.is_stream:
             self.train.dataset.set_epoch(epoch)
-            self.train.dataset.reader.ds = None  # timm's pipeline, which would go on drawing from where it was
+            self.train.dataset.reader.ds = None  # timm's pipeline would continue to draw from where it was
             reseed("order", self.seed, epoch)  # the loader draws its workers' seeds from it
             batches = itertools.islice(self.train, first, end)
         else:
             self.train.batch_sampler.start(epoch, first)
             batches = self.train
-        return batches if self.prefetcher is None else self.prefetcher.over(batches)
+        return batches if self.prefetcher is None else self.prefetcher.with_batches(batches)
 
     def step_images(self, step: int) -> str:
-        """Which images an optimizer step of this epoch is made of on this process."""
-        if isinstance(self.train.dataset, IterableDataset):
+        """Which images an optimizer step of this epoch reads on this process."""
+        if self.is_stream:
             return "images of a stream"
         batches = self.train.batch_sampler.batches(step * self.accum_steps, (step + 1) * self.accum_steps)
         return f"images number {', '.join(str(sample.index) for batch in batches for sample in batch)}"
 
     def bad_images(self, world: World) -> list[int]:
         """Unreadable training images that any process has met; every process must call it."""
-        if isinstance(self.train.dataset, IterableDataset):
+        if self.is_stream:
             return []
         is_bad = self.train.dataset.is_bad.to(world.device, torch.int32)
         return world.sum(is_bad).nonzero().flatten().tolist()
 
     def mark_bad_images(self, indices: list[int]):
-        """Tell the training set what `bad_images` has found in an earlier process."""
-        if not isinstance(self.train.dataset, IterableDataset):
+        """Replace the images that `bad_images` returned in an earlier process, without reading them."""
+        if not self.is_stream:
             self.train.dataset.mark_bad(indices)
 
     def common_val_batches(self, world: World) -> int:
-        """Validation batches that every process has; shares differ by an image."""
+        """Validation batches that every process has; one process may have an image more than another."""
         return math.ceil(self.num_val // world.size / self.val.batch_sampler.batch_size)
 
     def first_val_images(self, count: int) -> torch.Tensor:
         """The first validation images [n, 3, S, S], the same in every process; no random number is drawn."""
-        if isinstance(self.val.dataset, IterableDataset):
+        if self.is_stream:
             with torch.random.fork_rng(devices=()):  # a loader draws a seed for its workers
                 num_batches = math.ceil(count / self.val.batch_sampler.batch_size)
                 return torch.cat([images for images, _ in itertools.islice(self.val, num_batches)])[:count]
@@ -105,13 +129,18 @@ class Data:
         return batch[0]
 
     @property
+    def is_stream(self) -> bool:
+        """Whether images come one after the other, and not by their number."""
+        return isinstance(self.val.dataset, IterableDataset)
+
+    @property
     def val_is_shared(self) -> bool:
-        """Whether the processes evaluate parts; otherwise each evaluates all of the validation set."""
+        """Whether each process evaluates a share of the validation set, in place of all of it."""
         return isinstance(self.val.dataset, Subset)
 
 
-def build_data(args: Namespace, world: World, val_transform: Callable | None = None) -> Data:
-    """Data sets named by --data-set, with DeiT's augmentation, and their loaders.
+def build_data(options: DataOptions, world: World, val_transform: Callable | None = None) -> Data:
+    """The data sets that `options` name, with DeiT's augmentation, and their loaders.
 
     Args:
         val_transform: PIL image -> normalised tensor, in place of `build_transform`'s.
@@ -119,86 +148,91 @@ def build_data(args: Namespace, world: World, val_transform: Callable | None = N
     Raises:
         SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ.
     """
-    train = None if args.eval else build_source(args, is_training=True)
-    val = build_source(args, is_training=False)
-    num_classes = count_classes(args, train, val)
-    prefetches = world.device.type == "cuda" if args.prefetcher is None else args.prefetcher
-    transform = val_transform or build_transform(args, False, as_bytes=prefetches)
-    val_loader = _val_loader(args, world, val, transform, num_classes)
+    train = None if options.eval else build_source(options, is_training=True)
+    val = build_source(options, is_training=False)
+    num_classes = count_classes(options, train, val)
+    prefetches = world.device.type == "cuda" if options.prefetcher is None else options.prefetcher
+    transform = val_transform or build_transform(options, is_training=False, as_bytes=prefetches)
+    val_loader = _val_loader(options, world, val, transform, num_classes)
     if prefetches and val_transform is None:
         val_loader = Prefetcher(val_loader, world.device, Normalize().to(world.device))
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
-    data = Data(None, val_loader, num_classes, num_val, accum_steps=args.accum_steps, seed=args.seed)
+    data = Data(None, val_loader, num_classes, num_val, accum_steps=options.accum_steps, seed=options.seed)
     if train is not None:
-        transform = build_transform(args, True, as_bytes=prefetches)
-        data.train, data.num_steps = _train_loader(args, world, train, transform, num_classes)
+        transform = build_transform(options, is_training=True, as_bytes=prefetches)
+        data.train = _train_loader(options, world, train, transform, num_classes)
+        data.num_steps = len(data.train) // options.accum_steps
         data.prefetcher = Prefetcher(data.train, world.device) if prefetches else None
     return data
 
 
 def _train_loader(
-    args: Namespace, world: World, source: Dataset, transform: Callable, num_classes: int
-) -> tuple[DataLoader, int]:
-    """The loader, and the optimizer steps of an epoch."""
+    options: DataOptions, world: World, source: Dataset, transform: Callable, num_classes: int
+) -> DataLoader:
     if isinstance(source, IterableDataset):
-        loader = _stream_loader(args, world, source, transform, num_classes, is_training=True)
-        return loader, len(loader) // args.accum_steps
-    images = ReadableImages(source, transform, args.max_bad_images, args.seed, decode_once=args.decode_once)
-    of_all_ranks = {"num_replicas": 1, "rank": 0, "shuffle": True, "seed": args.seed}
-    repeats = args.aug_repeats if args.repeated_aug else 1
-    if args.repeated_aug:
+        return _stream_loader(options, world, source, transform, num_classes, is_training=True)
+    images = ReadableImages(source, transform, options.max_bad_images, options.seed, decode_once=options.decode_once)
+    of_all_ranks = {"num_replicas": 1, "rank": 0, "shuffle": True, "seed": options.seed}
+    repeats = options.aug_repeats if options.repeated_aug else 1
+    if options.repeated_aug:
         sampler = SeededRepeatAugSampler(images, num_repeats=repeats, **of_all_ranks)
     else:
         sampler = DistributedSampler(images, **of_all_ranks)
-    global_batch = args.batch_size * world.size * args.accum_steps
+    global_batch = options.batch_size * world.size * options.accum_steps
     num_steps = len(sampler) // global_batch
     if num_steps == 0:
         raise SystemExit(
             f"error: an epoch has {len(sampler)} images, less than the {global_batch} of one step: "
-            f"--batch-size {args.batch_size}, {world.size} processes, --accum-steps {args.accum_steps}"
+            f"--batch-size {options.batch_size}, {world.size} processes, --accum-steps {options.accum_steps}"
         )
+    num_batches = num_steps * options.accum_steps
     batches = ResumableBatches(
-        sampler, args.batch_size, num_steps * args.accum_steps, repeats, world, in_runs=args.repeats_together
+        sampler, options.batch_size, num_batches, repeats, world, in_runs=options.repeats_together
     )
-    return DataLoader(images, batch_sampler=batches, **_loader_options(args, world)), num_steps
+    return DataLoader(images, batch_sampler=batches, **_loader_settings(options, world, is_training=True))
 
 
-def _val_loader(args: Namespace, world: World, source: Dataset, transform: Callable, num_classes: int) -> DataLoader:
-    """Each rank's share without padding: images rank, rank + size, rank + 2 size, ..."""
+def _val_loader(
+    options: DataOptions, world: World, source: Dataset, transform: Callable, num_classes: int
+) -> DataLoader:
+    """The share of each rank without padding: images rank, rank + size, rank + 2 size, ..."""
     if isinstance(source, IterableDataset):
-        return _stream_loader(args, world, source, transform, num_classes, is_training=False)
+        return _stream_loader(options, world, source, transform, num_classes, is_training=False)
     images = ReadableImages(source, transform, max_bad=0)
-    if args.dist_eval and world.size > 1:
+    if options.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
-    return DataLoader(images, batch_size=int(1.5 * args.batch_size), **_loader_options(args, world, is_training=False))
+    batch_size = int(1.5 * options.batch_size)
+    return DataLoader(images, batch_size=batch_size, **_loader_settings(options, world, is_training=False))
 
 
 def _stream_loader(
-    args: Namespace, world: World, source: IterableDataset, transform: Callable, num_classes: int, is_training: bool
+    options: DataOptions,
+    world: World,
+    source: IterableDataset,
+    transform: Callable,
+    num_classes: int,
+    is_training: bool,
 ) -> DataLoader:
-    """Training shards are shared among ranks and workers, one at least for each; every rank evaluates all of the rest.
+    """Training shards are divided among ranks and workers, at least one for each; every rank evaluates all images.
 
-    timm's reader would share validation shards too, but then counts images twice or never where shards are unequal.
+    timm's reader would divide validation shards too, but counts images twice or never where shards are unequal.
     """
-    options = _loader_options(args, world, is_training)
-    reader = source.reader
-    missing = [name for name in reader.split_info.filenames if not (Path(args.data_path) / name).is_file()]
+    name, reader = options.data_set, source.reader
+    missing = [file for file in reader.split_info.filenames if not (Path(options.data_path) / file).is_file()]
     if missing:
-        raise SystemExit(
-            f"error: --data-path {args.data_path} lacks the shard {missing[0]} of --data-set {args.data_set}"
-        )
+        raise SystemExit(f"error: --data-path {options.data_path} lacks the shard {missing[0]} of --data-set {name}")
     if not is_training:
         reader.dist_rank, reader.dist_num_replicas = 0, 1
-    shards = len(reader.split_info.filenames) // reader.dist_num_replicas
-    if shards == 0:
-        raise SystemExit(f"error: --data-set {args.data_set} has fewer training shards than the {world.size} processes")
-    if options["num_workers"] > shards:
-        options |= {"num_workers": shards}
+    num_shards = len(reader.split_info.filenames) // reader.dist_num_replicas
+    if num_shards == 0:
+        raise SystemExit(f"error: --data-set {name} has fewer training shards than the {world.size} processes")
+    settings = _loader_settings(options, world, is_training)
+    settings["num_workers"] = min(settings["num_workers"], num_shards)
+    settings["persistent_workers"] = False  # each epoch starts new ones, seeded by it
     source.transform = transform
     source.target_transform = partial(_known_label, num_classes=num_classes)
-    source.set_loader_cfg(num_workers=options["num_workers"])
-    options |= {"persistent_workers": False}  # each epoch begins with new ones, seeded by it
-    return DataLoader(source, batch_size=args.batch_size, drop_last=is_training, **options)
+    source.set_loader_cfg(num_workers=settings["num_workers"])
+    return DataLoader(source, batch_size=options.batch_size, drop_last=is_training, **settings)
 
 
 def _known_label(label: int, num_classes: int) -> int:
@@ -207,19 +241,19 @@ def _known_label(label: int, num_classes: int) -> int:
     return label
 
 
-def _loader_options(args: Namespace, world: World, is_training: bool = True) -> dict:
-    num_workers = args.num_workers
+def _loader_settings(options: DataOptions, world: World, is_training: bool) -> dict:
+    """Arguments of `DataLoader` about its processes."""
+    num_workers = options.num_workers
     if num_workers is None:
         spare = 2 if world.device.type == "cuda" else 0  # for the processes that feed the GPUs
         num_workers = max(1, (cpu_count() - spare) // world.local_size)
     if not is_training:
-        num_workers = math.ceil(num_workers / 2)  # those of training wait meanwhile, and stay
-    by_name = args.data_set.lower().startswith("hfds/") and num_workers > 0
+        num_workers = math.ceil(num_workers / 2)  # the workers of the training loader wait meanwhile
     return {
         "num_workers": num_workers,
-        "multiprocessing_context": "fork" if by_name else None,  # our classes have lost their module's name
-        "pin_memory": args.pin_mem and world.device.type == "cuda",
+        "multiprocessing_context": find_source(options.data_set).start_method if num_workers else None,
+        "pin_memory": options.pin_mem and world.device.type == "cuda",
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": ignore_in_worker,
-        "timeout": args.loader_timeout if num_workers else 0,
+        "worker_init_fn": ignore_signals,
+        "timeout": options.loader_timeout if num_workers else 0,
     }

@@ -11,7 +11,7 @@ import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
-from datasets import Data, build_data
+from datasets import Data, DataOptions, build_data
 from diversity import TapError, measurable, measure_redundancy
 from engine import autocast_dtype, evaluate, train_one_epoch
 from pipeline.workers import loader_errors
@@ -23,6 +23,7 @@ from training.build import (
     build_weights,
     compile_and_wrap,
     fast_parts,
+    options_of,
 )
 from training.guard import FiniteGuard
 from training.log import RunLog, environment_lines
@@ -64,7 +65,7 @@ def main(args: Namespace, world: World):
 
 def evaluate_only(args: Namespace, world: World):
     """Print the accuracies of a checkpoint."""
-    data = build_data(args, world)
+    data = build_data(options_of(DataOptions, args), world)
     model, model_ema, resumed, notes = build_weights(args, world, data)
     if resumed:
         checkpoint.load_model_and_ema(model, model_ema, resumed, args.resume)
@@ -82,7 +83,7 @@ def train(args: Namespace, world: World, stack: contextlib.ExitStack, finds_its_
         output_dir: the locked run folder on the main process; None on the others and without one.
     """
     amp_dtype = autocast_dtype(args.amp, world.device)
-    data = build_data(args, world)
+    data = build_data(options_of(DataOptions, args), world)
     model, model_ema, resumed, notes = build_weights(args, world, data)
     augment = build_augmentation(args, of_bytes=data.prefetcher is not None)
     diverse_loss = build_diverse_loss(args, world, model, data.num_classes, augment)

@@ -236,6 +236,7 @@ def quiet_warnings():
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
     warnings.filterwarnings("ignore", message=".*PlateauLRScheduler is deprecated.*")
     warnings.filterwarnings("ignore", message=".*Corrupt EXIF data.*")
+    warnings.filterwarnings("ignore", message="Palette images with Transparency.*")
 
 
 def seed_of(purpose: str, *counters: int) -> int:

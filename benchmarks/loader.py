@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import main
-from datasets import Data, build_data
+from datasets import Data, DataOptions, build_data
 from pipeline.images import Sample
 from pipeline.transforms import build_transform
 from reports.tables import markdown_table
+from training.build import options_of
 from utils import World, init_world, keep_freed_memory
 
 from .measure import interleave
@@ -100,10 +102,11 @@ def _start_reading(args: Namespace, as_is: bool):
     """Make `_reading`, in a process of one thread."""
     global _reading
     torch.set_num_threads(1)
-    data = build_data(Namespace(**vars(args) | {"num_workers": 0}), World(0, 1, 0, 1, torch.device("cpu")))
+    options = replace(options_of(DataOptions, args), num_workers=0)
+    data = build_data(options, World(0, 1, 0, 1, torch.device("cpu")))
     loader = data.train
     if as_is:
-        transform = build_transform(args, is_training=True)
+        transform = build_transform(options, is_training=True)
         loader = DataLoader(AsIs(loader.dataset.source, transform), batch_sampler=loader.batch_sampler)
     else:
         keep_freed_memory()  # as main.py does
@@ -131,7 +134,7 @@ def images_of_all_workers(args: Namespace, seconds: float) -> float:
 
     The first batches are not counted: they were read while the processes started.
     """
-    data = build_data(args, World(0, 1, 0, 1, torch.device("cpu")))
+    data = build_data(options_of(DataOptions, args), World(0, 1, 0, 1, torch.device("cpu")))
     batches = _all_batches(data, data.train)
     for _ in range(max(1, data.train.num_workers) * (data.train.prefetch_factor or 1)):
         next(batches)

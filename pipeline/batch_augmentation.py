@@ -1,7 +1,7 @@
 """What happens to a batch on its device: bytes are normalised, boxes erased, images mixed.
 
-What is random about it is drawn on the host, from the batch's number, into two small tensors; the rest is tensor
-operations that compile into one kernel with the model's first cast.
+Random numbers are drawn on the host, with a seed from the batch's number, into two small tensors; the rest is tensor
+operations, which compile into one kernel with the model's first cast.
 """
 
 import math
@@ -36,9 +36,9 @@ class BatchErasing:
 
     Args:
         probability: of an image to be erased at all.
-        mode: what a box is filled with: "const", zeros; "rand", one normal colour a box; "pixel", normal noise.
-        max_count: most boxes of an image, which then share the area.
-        min_area, max_area: of a box, as shares of the image's.
+        mode: what a box is filled with: "const", zeros; "rand", one normal colour per box; "pixel", normal noise.
+        max_count: most boxes of an image, which divide the area among them.
+        min_area, max_area: of a box, as fractions of the image's.
         min_aspect: lowest ratio of height to width; the highest is its inverse.
     """
 
@@ -58,8 +58,7 @@ class BatchErasing:
     def draw(self, batch: int, image_size: tuple[int, int]) -> torch.Tensor:
         """Boxes (yl, yh, xl, xh) in pixels, [B, max_count, 4] int32 on the CPU, from numpy's global generator.
 
-        A box that is not there is empty: of an image that is not erased, or one of ten tries that all fell out too
-        large.
+        A box is empty where the image is not erased, or where all of ten drawn boxes were too large.
         """
         shape = (batch, self.max_count)
         count = np.random.randint(1, self.max_count + 1, size=(batch, 1))
@@ -77,10 +76,10 @@ class BatchErasing:
         return torch.tensor(np.stack((yl, yh, xl, xh), axis=-1), dtype=torch.int32)
 
     def draw_fill(self, images: torch.Tensor) -> torch.Tensor:
-        """What the boxes of images [B, 3, H, W] hold: [B, max_count, 3, H, W], some of which may be 1."""
+        """What fills the boxes of images [B, 3, H, W]: broadcastable to [B, max_count, 3, H, W]."""
         batch, channels, height, width = images.shape
         device = images.device
-        if self.mode == "pixel":  # drawn in the order in which bytes lie, and no finer than the model's input will be
+        if self.mode == "pixel":  # in the order of the bytes in memory, and no finer than the model's input
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
             noise = torch.randn(batch, 1, height, width, channels, dtype=dtype, device=device)
@@ -90,7 +89,7 @@ class BatchErasing:
         return torch.zeros(batch, 1, 1, 1, 1, device=device)
 
     def erase(self, samples: torch.Tensor, boxes: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-        """Samples [B, 3, H, W] with boxes [B, max_count, 4] filled; a later box lies over an earlier one."""
+        """Samples [B, 3, H, W] with boxes [B, max_count, 4] filled; a later box covers an earlier one."""
         fills = fill.expand(-1, self.max_count, -1, -1, -1)
         for box, content in zip(boxes.unbind(1), fills.unbind(1), strict=True):
             samples = torch.where(in_box(box, tuple(samples.shape[-2:])), content, samples)
@@ -98,7 +97,7 @@ class BatchErasing:
 
 
 class Draws(NamedTuple):
-    """What was drawn for a batch.
+    """The random numbers of a batch.
 
     Attributes:
         mixing: of `PatchMixup.draw`.
@@ -136,9 +135,9 @@ class BatchAugmentation(nn.Module):
         return self
 
     def draw(self, images: torch.Tensor, seed: int, rank: int, epoch: int, batch: int) -> Draws:
-        """The draws for a batch of images [B, 3, H, W], on their device; they follow from the numbers alone.
+        """The draws for a batch of images [B, 3, H, W], on their device; they depend on the given numbers alone.
 
-        All ranks mix alike and erase differently. The host does not wait for the device.
+        Mixing is the same on all ranks, erasing is not. The host does not wait for the device.
         """
         count, image_size = len(images), tuple(images.shape[-2:])
         reseed("mixing", seed, epoch, batch)
@@ -157,7 +156,7 @@ class BatchAugmentation(nn.Module):
             flipped = (None if tensor is None else tensor.flip(0) for tensor in (images, draws.boxes, fill))
             partners = self._normalized(*flipped)
         samples = self.mixup.mix(samples, draws.mixing, partners)
-        if self.memory_format is not torch.preserve_format:  # else a compiled convolution has them written twice
+        if self.memory_format is not torch.preserve_format:  # else a compiled convolution writes them twice
             samples = samples.contiguous(memory_format=self.memory_format)
         return samples, self.mixup.target(samples, labels, draws.mixing)
 

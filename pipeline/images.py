@@ -1,5 +1,6 @@
 """Reading images: what can be read becomes RGB, what cannot is counted and replaced by the next image."""
 
+import errno
 import itertools
 import multiprocessing
 import sys
@@ -12,9 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from pipeline.sources import image_name
-from pipeline.workers import TOO_MANY_FILES
 from utils import BadImageError, reseed
+
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class Sample(NamedTuple):
@@ -32,18 +33,18 @@ class Sample(NamedTuple):
 
 
 class ReadableImages(Dataset):
-    """The images of a source with transforms applied; an unreadable one is said, counted and replaced by the next.
+    """The images of a source with transforms applied; an unreadable one is reported, counted and replaced by the next.
 
-    The pixels of a `Sample` follow from it and the seed alone, whichever worker reads it and whatever was read before.
-    A replacement has its own label and is augmented with the seed of the sample it stands for. A plain index, as in
-    validation, seeds nothing. An image that follows itself in a batch is decoded once, with the same pixels.
+    The pixels of a `Sample` depend on it and the seed alone, not on the worker that reads it or on what was read
+    before. A replacement has its own label and is augmented with the seed of the sample that it replaces. A plain
+    index, as in validation, seeds nothing. An image that is repeated in a row is decoded once.
 
     Args:
         source: map-style data set of (PIL image, label), without transforms.
-        transform: PIL image, which it must leave as it is -> tensor. What it raises is a bug, not a bad image.
-        max_bad: distinct unreadable images that are replaced; the next one raises `BadImageError`.
-        seed: the run's.
-        decode_once: False decodes an image for each of its augmentations.
+        transform: PIL image, which it must not change -> tensor. An error in it is a bug, not a bad image.
+        max_bad: distinct unreadable images that may be replaced; the next one raises `BadImageError`.
+        seed: of the run.
+        decode_once: False = decode an image for each of its augmentations.
     """
 
     def __init__(self, source: Dataset, transform: Callable, max_bad: int, seed: int = 0, *, decode_once: bool = True):
@@ -57,7 +58,7 @@ class ReadableImages(Dataset):
 
     @property
     def num_bad(self) -> int:
-        """Distinct unreadable images this process and its workers have met, or were told of."""
+        """Distinct unreadable images that this process and its workers have met, or that were marked."""
         return int(self.is_bad.count_nonzero())
 
     def bad_indices(self) -> list[int]:
@@ -65,7 +66,7 @@ class ReadableImages(Dataset):
         return self.is_bad.nonzero().flatten().tolist()
 
     def mark_bad(self, indices: Iterable[int]):
-        """Count these images as unreadable; they are replaced without another try, and nothing is said."""
+        """Count these images as unreadable; they are replaced without another attempt or report."""
         for index in indices:
             if not 0 <= index < len(self):
                 raise ValueError(f"image {index} was unreadable, but the data set has {len(self)} images")
@@ -85,7 +86,7 @@ class ReadableImages(Dataset):
         return [item for index, copies in runs for item in self._augmented(index, copies)]
 
     def _augmented(self, index: int, samples: Iterable[int | Sample]) -> list[tuple[torch.Tensor, int]]:
-        """The items of samples that are all of the image at `index`."""
+        """The items of samples that all show the image at `index`."""
         image, label = self._read_from(index)
         items = []
         for sample in samples:
@@ -106,15 +107,15 @@ class ReadableImages(Dataset):
                 return self._read(candidate)
             except Exception as error:  # decoders raise anything
                 if getattr(error, "errno", None) in TOO_MANY_FILES:
-                    raise  # not the image's fault
+                    raise  # the image is not the cause
                 self._report(candidate, str(error) or type(error).__name__)
         raise BadImageError(f"none of the {len(self)} images can be read")
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        if hasattr(self.source, "samples"):  # torchvision's folders would read them as RGB, with less care
+        if hasattr(self.source, "samples"):  # torchvision's folders, which would convert 16-bit grey themselves
             path, label = self.source.samples[index]
             return read_rgb(open(path, "rb")), label
-        if isinstance(self.source, timm.data.ImageDataset):  # would skip unreadable images in silence
+        if isinstance(self.source, timm.data.ImageDataset):  # it would skip unreadable images silently
             file, label = self.source.reader[index]
             return read_rgb(file), label
         image, label = self.source[index]
@@ -131,7 +132,7 @@ class ReadableImages(Dataset):
         if number > self.max_bad:
             raise BadImageError(f"{message} (number {number}; {self.max_bad} may be replaced)") from None
         if is_new:
-            sys.stderr.write(f"{message}; replaced by the next one\n")  # in one piece, as other workers write too
+            sys.stderr.write(f"{message}; replaced by the next one\n")  # one write, as other workers write too
             sys.stderr.flush()
 
 
@@ -146,30 +147,20 @@ def read_rgb(file: BinaryIO) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB of 8 bits: its first frame, without alpha, the pixels as they are stored.
+    """An image of any mode as RGB of 8 bits, by PIL; 16-bit grey, which PIL would cut off at 255, is scaled.
 
-    An EXIF rotation is not applied, as in DeiT, timm and torchvision. Grey of more than 8 bits, which PIL would cut off
-    at 255, is scaled: mode "I" is taken for 16 bits, and "F" for the smallest of 0..1, 0..255 and 0..65535 that holds
-    the image.
-
-    Raises:
-        ValueError: more pixels than PIL's `Image.MAX_IMAGE_PIXELS` (a decompression bomb), or values out of range.
+    An EXIF rotation is not applied, as in DeiT, timm and torchvision.
     """
-    num_pixels = image.width * image.height
-    if Image.MAX_IMAGE_PIXELS and num_pixels > Image.MAX_IMAGE_PIXELS:  # PIL itself only warns up to twice as many
-        raise ValueError(f"it has {num_pixels} pixels, more than {Image.MAX_IMAGE_PIXELS}: a decompression bomb?")
-    image.load()
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    image.info.pop("transparency", None)  # only alpha would use it, and PIL warns of it in palettes
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
-def _to_8_bits(grey: np.ndarray) -> np.ndarray:
-    """Scale so that white stays white and an 8-bit image that was stored as 16 bits keeps its values."""
-    whites = (1, 255, 65535) if grey.dtype.kind == "f" else (65535,)
-    low, high = grey.min(), grey.max()
-    white = next((white for white in whites if 0 <= low <= high <= white), None)
-    if white is None:
-        raise ValueError(f"its grey values {low}..{high} lie outside 0..65535")
-    return np.rint(grey.astype(np.float64) * (255 / white)).astype(np.uint8)
+def image_name(source: Dataset, index: int) -> str:
+    """Path of an image, or its number where it has none."""
+    if hasattr(source, "samples"):
+        return source.samples[index][0]
+    if isinstance(source, timm.data.ImageDataset):
+        return str(source.filename(index))
+    return f"number {index}"

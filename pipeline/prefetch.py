@@ -1,4 +1,4 @@
-"""Batches that go to the device as bytes, one ahead of the step."""
+"""Batches that are sent to the device as bytes, one ahead of the step."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -7,16 +7,16 @@ import torch
 
 
 class Prefetcher:
-    """Sends the batches of a loader to a device while the batch before is used; on a GPU on a stream of its own.
+    """Sends the batches of a loader to a device while the batch before is used; on a GPU in a separate stream.
 
-    What timm's PrefetchLoader does, but images stay bytes: what follows them is in `batch_augmentation`.
+    It does what timm's PrefetchLoader does, but images stay bytes; `batch_augmentation` normalises them.
 
     Args:
-        loader: batches of images [B, S, S, 3] uint8 and labels [B]; whatever it raises passes through.
-        transform: of images that have arrived; None = they are handed on as they are.
+        loader: batches of images [B, S, S, 3] uint8 and labels [B]; its errors are not caught.
+        transform: of the images on the device; None = they are returned as they are.
 
     Yields:
-        Images as [B, 3, S, S], which in memory stay pixel by pixel (torch's channels_last), and labels.
+        Images as [B, 3, S, S], whose memory format stays torch's channels_last, and labels.
     """
 
     def __init__(self, loader: Iterable, device: torch.device, transform: Callable | None = None):
@@ -46,15 +46,15 @@ class Prefetcher:
     def batch_sampler(self):
         return self.loader.batch_sampler
 
-    def over(self, batches: Iterable) -> "Prefetcher":
-        """This, made to send other batches."""
+    def with_batches(self, batches: Iterable) -> "Prefetcher":
+        """This prefetcher, which sends these batches from now on."""
         self.loader = batches
         return self
 
     def _send(self, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         context = contextlib.nullcontext()
         if self.stream is not None:
-            # Memory that the step has given up may be written here: only once the step is done with it.
+            # The copy may reuse memory that the step has freed, and so waits until the step has used it.
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             context = torch.cuda.stream(self.stream)
         with context:

@@ -23,17 +23,16 @@ class SeededRepeatAugSampler(RepeatAugSampler):
 class ResumableBatches(Sampler):
     """Batches of `Sample`, from any of an epoch's batches on.
 
-    Batch k of all ranks together holds the positions k * W * B to (k + 1) * W * B of the epoch's order, whatever the
-    number W of ranks: a global batch holds the same samples when ranks, batch size or accumulated batches change in
-    such a way that its size stays. Its positions are dealt out to the ranks one by one, as timm's and torch's samplers
-    do, or as a run of B positions to each.
+    Batch k of all W ranks together has the positions k * W * B to (k + 1) * W * B of the epoch's order. So a global
+    batch has the same samples for any number of ranks, batch size and accumulated batches that give the same size. The
+    ranks take its positions in turns, as in timm's and torch's samplers, or each takes B positions in a row.
 
     Args:
         sampler: the epoch's order, of all ranks.
         batch_size: samples of a batch, B.
-        num_batches: of an epoch; what is left over is dropped.
-        repeats: times that an index follows itself in the epoch's order.
-        in_runs: whether a rank's positions follow each other, and so an index's repeats come to one rank.
+        num_batches: of an epoch; the remaining samples are dropped.
+        repeats: times that an index is repeated in a row in the epoch's order.
+        in_runs: whether a rank takes positions in a row, and so all repeats of an index.
     """
 
     def __init__(
@@ -44,7 +43,7 @@ class ResumableBatches(Sampler):
         self.epoch = self.first = 0
 
     def start(self, epoch: int, batch: int = 0):
-        """Begin the next pass at a batch of an epoch."""
+        """Start the next iteration at a batch of an epoch."""
         self.epoch, self.first = epoch, batch
         self.sampler.set_epoch(epoch)
 

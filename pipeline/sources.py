@@ -1,223 +1,270 @@
-"""What `--data-set` names: the built-in data sets, image folders, and timm's by name."""
+"""The registry of data sets: what `--data-set` can name, and how each of them is opened.
+
+To add a data set, write a function here that opens it and decorate it with `data_set`. Its docstring says what
+`--data-path` must hold. The help of `--data-set`, the checks of its flags, the suggestions for an unknown name and the
+table of the documentation follow from the entry in `SOURCES`.
+"""
 
 import difflib
-import importlib.util
-import json
-import sys
-from argparse import Namespace
-from importlib.machinery import PathFinder
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import timm.data
-import torchvision
-from PIL import Image
 from torch.utils.data import Dataset
 
 from models.weights import refusal
+from pipeline import timm_sets
+from pipeline.digits import Digits
+from pipeline.inaturalist import INaturalist
 
-BUILT_IN = ("IMNET", "CIFAR", "CIFAR10", "INAT", "INAT19", "DIGITS", "FAKE")
-TIMM_PREFIXES = ("torch", "hfds", "wds")
-FAKE_SIZES = {"train": 1024, "val": 256}
+SOURCE_FLAGS = ("data_path", "train_split", "val_split", "inat_category")
 
 
-def build_source(args: Namespace, is_training: bool) -> Dataset:
-    """The data set that --data-set names, without transforms: items are (PIL image, label).
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """Which data set is read. Each field is the flag of its name.
+
+    Attributes:
+        data_set: a name of `SOURCES`, or one of its prefixes with timm's name for a data set after it.
+        data_path: folder that holds the data; empty = none.
+        train_split: sub-folder or split to train on.
+        val_split: sub-folder or split to evaluate on; None = the data set's usual one.
+        num_classes: None = counted.
+        inat_category: taxonomic rank that labels the images of iNaturalist.
+        input_size: side of the images that FAKE makes, in pixels.
+        batch_size: images per batch, which a stream needs to count its batches.
+        seed: of the order of a stream.
+    """
+
+    data_set: str
+    data_path: str
+    train_split: str
+    val_split: str | None
+    num_classes: int | None
+    inat_category: str
+    input_size: int
+    batch_size: int
+    seed: int
+
+    def split(self, is_training: bool, default_val: str = "val") -> str:
+        """The name of the split to read."""
+        return self.train_split if is_training else self.val_split or default_val
+
+
+def _classes_of(dataset: Dataset) -> list[str]:
+    """Of a data set of timm or torchvision."""
+    reader = getattr(dataset, "reader", None)
+    return list(map(str, getattr(dataset, "classes", None) or getattr(reader, "class_to_idx", None) or []))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that `--data-set` can name.
+
+    Attributes:
+        name: the value of `--data-set`; a name that ends in "/" is a prefix, followed by timm's name for a data set.
+        title: what it is, in a few words.
+        doc: the docstring of the function that opens it: what `--data-path` must hold, and its splits.
+        open: options, whether to open the training split -> data set of (PIL image, label), without transforms.
+        flags: those of `SOURCE_FLAGS` that it reads.
+        path_is_optional: whether `--data-path` may be empty, or a folder that does not exist yet.
+        is_stream: whether its images can only be read one after the other, from shards.
+        start_method: multiprocessing's, for its loader processes; None = the system's usual one.
+        class_names: opened data set -> names of its classes in the order of the labels; empty = it does not know them.
+    """
+
+    name: str
+    title: str
+    doc: str
+    open: Callable[[SourceOptions, bool], Dataset]
+    flags: tuple[str, ...] = ("data_path", "train_split", "val_split")
+    path_is_optional: bool = False
+    is_stream: bool = False
+    start_method: str | None = None
+    class_names: Callable[[Dataset], list[str]] = _classes_of
+
+
+SOURCES: dict[str, Source] = {}
+
+
+def data_set(name: str, title: str, **settings):
+    """Enter the decorated function into `SOURCES`; `settings` are further attributes of `Source`."""
+
+    def enter(function: Callable[[SourceOptions, bool], Dataset]):
+        assert name not in SOURCES, f"{name} is entered twice"
+        SOURCES[name] = Source(name, title, " ".join(function.__doc__.split()), function, **settings)
+        return function
+
+    return enter
+
+
+def find_source(name: str) -> Source:
+    """The entry for a value of `--data-set`.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    prefix, slash, _ = name.partition("/")
+    key = f"{prefix.lower()}/" if slash else name
+    if key not in SOURCES:
+        near = difflib.get_close_matches(name.upper(), SOURCES, n=2) or SOURCES
+        raise SystemExit(f"error: --data-set {name} is unknown; did you mean {', '.join(near)}?")
+    return SOURCES[key]
+
+
+def build_source(options: SourceOptions, is_training: bool) -> Dataset:
+    """The data set that --data-set names, without transforms: its items are (PIL image, label).
 
     Raises:
         SystemExit: an unknown name, or files that are missing or cannot be read.
     """
-    split = args.train_split if is_training else args.val_split or "val"
-    name = args.data_set
-    if name == "DIGITS":
-        return Digits(is_training)
-    if name == "FAKE":
-        shape = (3, args.input_size, args.input_size)
-        size = FAKE_SIZES["train" if is_training else "val"]
-        offset = 0 if is_training else FAKE_SIZES["train"]  # no image in both
-        return torchvision.datasets.FakeData(size, shape, args.num_classes or 1000, random_offset=offset)
-    from_timm = name.split("/")[0].lower() in TIMM_PREFIXES and "/" in name
-    if not from_timm and name not in BUILT_IN:
-        known = [*BUILT_IN, *(f"{prefix}/" for prefix in TIMM_PREFIXES)]
-        near = difflib.get_close_matches(name.upper(), BUILT_IN, n=2) or known
-        raise SystemExit(f"error: --data-set {name} is unknown; did you mean {', '.join(near)}?")
-    if not name.lower().startswith("hfds/"):  # whose --data-path is a cache that need not exist
-        if not args.data_path:
+    source, name, path = find_source(options.data_set), options.data_set, options.data_path
+    if "data_path" in source.flags and not source.path_is_optional:
+        if not path:
             raise SystemExit(f"error: --data-set {name} needs --data-path, the folder that holds it")
-        if not Path(args.data_path).is_dir():
-            raise SystemExit(f"error: --data-path {args.data_path} is not a folder")
+        if not Path(path).is_dir():
+            raise SystemExit(f"error: --data-path {path} is not a folder")
     try:
-        if from_timm:
-            return _timm_source(args, is_training)
-        root = Path(args.data_path)
-        if name == "IMNET":
-            return _image_folder(root, split)
-        if name in ("CIFAR", "CIFAR10"):
-            kind = torchvision.datasets.CIFAR100 if name == "CIFAR" else torchvision.datasets.CIFAR10
-            return kind(args.data_path, train=is_training)
-        year = 2018 if name == "INAT" else 2019
-        return INaturalist(root, split, year, args.inat_category)
+        return source.open(options, is_training)
     except Exception as error:  # the libraries raise anything from AssertionError to HTTP errors
         refused = refusal(error)
         reason = f"a file {refused}" if refused else " ".join(str(error).split()) or type(error).__name__
-        raise SystemExit(
-            f"error: --data-set {name} cannot be read from {args.data_path or 'the hub'}: {reason}"
-        ) from None
+        raise SystemExit(f"error: --data-set {name} cannot be read from {path or 'its library'}: {reason}") from None
 
 
-def count_classes(args: Namespace, train: Dataset | None, val: Dataset) -> int:
-    """Classes counted from the data, compared between train and val and with --num-classes."""
-    names = _class_names(val)
-    if train is not None and (trained := _class_names(train)) != names:
-        raise SystemExit(
-            f"error: the classes of {args.data_path} differ: only in train: {_some(set(trained) - set(names))}; "
-            f"only in val: {_some(set(names) - set(trained))}"
-        )
-    if not names:
-        if args.num_classes is None:
-            raise SystemExit(f"error: --data-set {args.data_set} does not say its classes; give --num-classes")
-        return args.num_classes
-    if args.num_classes is not None and args.num_classes < len(names):
-        raise SystemExit(f"error: --num-classes {args.num_classes}, but the data has {len(names)} classes")
-    return args.num_classes or len(names)
+def count_classes(options: SourceOptions, train: Dataset | None, val: Dataset) -> int:
+    """Classes counted from the data, compared between train and val and with --num-classes.
 
-
-def image_name(source: Dataset, index: int) -> str:
-    """Path of an image, or its number where it has none."""
-    if hasattr(source, "samples"):
-        return source.samples[index][0]
-    if isinstance(source, timm.data.ImageDataset):
-        return str(source.filename(index))
-    return f"number {index}"
-
-
-class Digits(Dataset):
-    """The 1,797 scanned digits that ship with scikit-learn, 8 x 8 pixels; a fifth of each class is for validation."""
-
-    classes = tuple("0123456789")
-
-    def __init__(self, is_training: bool):
-        from sklearn.datasets import load_digits  # here, as scikit-learn takes a second to import
-        from sklearn.model_selection import train_test_split
-
-        scans, labels = load_digits(return_X_y=True)
-        parts = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-        chosen = parts[0 if is_training else 1]
-        self.scans = (scans[chosen].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        self.labels = labels[chosen]
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return Image.fromarray(self.scans[index]), int(self.labels[index])
-
-
-class INaturalist(Dataset):
-    """iNaturalist 2018 or 2019 as the competition's archives and annotation files lie after unpacking.
-
-    Needs `<split><year>.json`, `train<year>.json` (which orders the classes, as in DeiT) and `categories.json` in
-    `root`, and the images at the annotations' paths or, as DeiT has them, without the super-category folder.
-
-    Args:
-        root: folder of the files.
-        split: "train" or "val".
-        year: 2018 or 2019.
-        category: the taxonomic rank that serves as the label, e.g. "name" for the species.
+    Raises:
+        SystemExit: the two have different classes, more than --num-classes, or do not know them.
     """
-
-    def __init__(self, root: Path, split: str, year: int, category: str):
-        rank_of = {entry["id"]: entry[category] for entry in json.loads((root / "categories.json").read_text())}
-        train = json.loads((root / f"train{year}.json").read_text())
-        chosen = train if split == "train" else json.loads((root / f"{split}{year}.json").read_text())
-        self.classes = list(dict.fromkeys(rank_of[entry["category_id"]] for entry in train["annotations"]))
-        index_of = {name: index for index, name in enumerate(self.classes)}
-        category_of = {entry["image_id"]: entry["category_id"] for entry in chosen["annotations"]}
-        paths = [Path(image["file_name"]) for image in chosen["images"]]
-        if paths and not (root / paths[0]).exists():
-            paths = [Path(path.parts[0], *path.parts[2:]) for path in paths]
-        unknown = {rank_of[category] for category in category_of.values()} - index_of.keys()
-        if unknown:
-            raise ValueError(f"{split}{year}.json has classes that train{year}.json lacks: {_some(unknown)}")
-        labels = [index_of[rank_of[category_of[image["id"]]]] for image in chosen["images"]]
-        self.samples = [(str(root / path), label) for path, label in zip(paths, labels, strict=True)]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index: int):
-        path, label = self.samples[index]
-        return torchvision.datasets.folder.pil_loader(path), label
+    class_names = find_source(options.data_set).class_names
+    names = class_names(val)
+    if train is not None and (of_train := class_names(train)) != names:
+        raise SystemExit(
+            f"error: the classes of {options.data_path} differ: only in train: "
+            f"{first_names(set(of_train) - set(names))}; only in val: {first_names(set(names) - set(of_train))}"
+        )
+    if not names and options.num_classes is None:
+        raise SystemExit(f"error: --data-set {options.data_set} does not say its classes; give --num-classes")
+    if options.num_classes is not None and options.num_classes < len(names):
+        raise SystemExit(f"error: --num-classes {options.num_classes}, but the data has {len(names)} classes")
+    return options.num_classes or len(names)
 
 
-def _image_folder(root: Path, split: str) -> Dataset:
+def sources_help() -> str:
+    """The help of `--data-set`."""
+    return ", ".join(
+        f"{source.name}{'...' * source.name.endswith('/')} ({source.title})" for source in SOURCES.values()
+    )
+
+
+def markdown_table() -> str:
+    """The documentation's table of data sets, one row per entry of `SOURCES`."""
+    rows = ["| `--data-set` | images | what it reads |", "|---|---|---|"]
+    rows += [f"| `{_with_rest(source, 'NAME')}` | {source.title} | {source.doc} |" for source in SOURCES.values()]
+    return "\n".join(rows)
+
+
+def _with_rest(source: Source, rest: str) -> str:
+    return source.name + (rest if source.name.endswith("/") else "")
+
+
+def first_names(names: set[str]) -> str:
+    """The first three names, for a message."""
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "") or "none"
+
+
+# The data sets
+
+
+@data_set("IMNET", "ImageNet or any image folder")
+def _image_folder(options: SourceOptions, is_training: bool) -> Dataset:
+    """`train/CLASS/IMAGE` and `val/CLASS/IMAGE`; `--train-split` and `--val-split` name other folders."""
+    from torchvision.datasets import ImageFolder
+
+    root, split = Path(options.data_path), options.split(is_training)
     if not (root / split).is_dir():
         found = ", ".join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or "no folder"
         raise SystemExit(
             f"error: --data-path {root} has no folder {split!r} (found: {found}); see --train-split, --val-split"
         )
-    return torchvision.datasets.ImageFolder(str(root / split))
+    return ImageFolder(str(root / split))
 
 
-def _timm_source(args: Namespace, is_training: bool) -> Dataset:
-    prefix, _, name = args.data_set.partition("/")
-    prefix = prefix.lower()
-    split = args.train_split if is_training else args.val_split or "validation"
-    if prefix == "hfds":
-        _give_name_to_hugging_face()
-    if prefix == "torch":
-        _require_torch_split(name.lower(), args.data_path, split, is_training)
-    options = {"seed": args.seed} if prefix == "wds" else {}
+@data_set("CIFAR", "CIFAR-100", flags=("data_path",))
+def _cifar100(options: SourceOptions, is_training: bool) -> Dataset:
+    """The folder `cifar-100-python` as it is published."""
+    from torchvision.datasets import CIFAR100
+
+    return CIFAR100(options.data_path, train=is_training)
+
+
+@data_set("CIFAR10", "CIFAR-10", flags=("data_path",))
+def _cifar10(options: SourceOptions, is_training: bool) -> Dataset:
+    """The folder `cifar-10-batches-py` as it is published."""
+    from torchvision.datasets import CIFAR10
+
+    return CIFAR10(options.data_path, train=is_training)
+
+
+@data_set("INAT", "iNaturalist 2018", flags=SOURCE_FLAGS)
+def _inaturalist_2018(options: SourceOptions, is_training: bool) -> Dataset:
+    """`train2018.json`, `val2018.json`, `categories.json` and images; `--inat-category` is the rank of the label."""
+    return INaturalist(Path(options.data_path), options.split(is_training), 2018, options.inat_category)
+
+
+@data_set("INAT19", "iNaturalist 2019", flags=SOURCE_FLAGS)
+def _inaturalist_2019(options: SourceOptions, is_training: bool) -> Dataset:
+    """`train2019.json`, `val2019.json`, `categories.json` and images; `--inat-category` is the rank of the label."""
+    return INaturalist(Path(options.data_path), options.split(is_training), 2019, options.inat_category)
+
+
+@data_set("DIGITS", "1,797 scanned digits", flags=())
+def _digits(options: SourceOptions, is_training: bool) -> Dataset:
+    """Nothing: 8 x 8 pixels that scikit-learn brings with it, a fifth of each class for validation."""
+    return Digits(is_training)
+
+
+@data_set("FAKE", "noise", flags=(), class_names=lambda dataset: [str(i) for i in range(dataset.num_classes)])
+def _fake(options: SourceOptions, is_training: bool) -> Dataset:
+    """Nothing: 1,024 random images to train on and 256 to evaluate, of `--num-classes` classes (1,000)."""
+    from torchvision.datasets import FakeData
+
+    shape = (3, options.input_size, options.input_size)
+    size, first = (1024, 0) if is_training else (256, 1024)  # no image is in both
+    return FakeData(size, shape, options.num_classes or 1000, random_offset=first)
+
+
+@data_set("torch/", "timm's choice of torchvision's")
+def _torchvision(options: SourceOptions, is_training: bool) -> Dataset:
+    """What torchvision's data set needs, such as `torch/image_folder` or `torch/cifar10`; it is not downloaded."""
+    split = options.split(is_training, "validation")
+    timm_sets.require_torch_split(options.data_set, options.data_path, split, is_training)
+    return _open_by_timm(options, is_training)
+
+
+# A process that does not fork would import this project's datasets.py in place of Hugging Face's package.
+@data_set("hfds/", "Hugging Face's", path_is_optional=True, start_method="fork")
+def _hugging_face(options: SourceOptions, is_training: bool) -> Dataset:
+    """The cache of Hugging Face's package `datasets`; empty = the package's usual one."""
+    timm_sets.import_hugging_face()
+    return _open_by_timm(options, is_training)
+
+
+@data_set("wds/", "WebDataset shards", is_stream=True)
+def _webdataset(options: SourceOptions, is_training: bool) -> Dataset:
+    """Tar files and an `info.json` that lists them, as timm reads them; `--num-classes` is needed."""
+    return _open_by_timm(options, is_training, seed=options.seed)
+
+
+def _open_by_timm(options: SourceOptions, is_training: bool, **settings) -> Dataset:
     return timm.data.create_dataset(
-        args.data_set,
-        root=args.data_path or None,
-        split=split,
+        options.data_set,
+        root=options.data_path or None,
+        split=options.split(is_training, "validation"),
         is_training=is_training,
-        batch_size=args.batch_size,
-        **options,
+        batch_size=options.batch_size,
+        **settings,
     )
-
-
-def _require_torch_split(name: str, root: str, split: str, is_training: bool):
-    """Refuse what timm would misread: an unknown split as the test set, a folder without sub-folders as any split."""
-    train, test = ("train", "training"), ("val", "valid", "validation", "eval", "evaluation", "test")
-    synonyms = next((names for names in (train, test) if split in names), (split,))
-    if name in ("image_folder", "folder"):
-        if not any((Path(root) / folder).is_dir() for folder in synonyms):
-            raise FileNotFoundError(f"it has no folder {' or '.join(synonyms)}")
-    elif name in ("cifar10", "cifar100", "mnist", "qmnist", "kmnist", "fashion_mnist"):
-        allowed = train if is_training else test
-        if split not in allowed:
-            flag = "--train-split" if is_training else "--val-split"
-            raise ValueError(f"{flag} {split} is not one of {', '.join(allowed)}")
-
-
-def _give_name_to_hugging_face():
-    """Let `import datasets`, inside timm, find Hugging Face's package and not this module of the same name.
-
-    Who imported this module before keeps it.
-    """
-    here = Path(__file__).parents[1].resolve()
-    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != here]
-    spec = PathFinder.find_spec("datasets", elsewhere)
-    if spec is None:
-        raise ModuleNotFoundError("Hugging Face's package is not installed; pip install datasets")
-    if getattr(sys.modules.get("datasets"), "__file__", None) == spec.origin:
-        return
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["datasets"] = package
-    spec.loader.exec_module(package)
-
-
-def _some(names: set[str]) -> str:
-    """The first three names, for a message."""
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "") or "none"
-
-
-def _class_names(source: Dataset) -> list[str]:
-    """The classes a data set names, in label order; empty where it does not say."""
-    if isinstance(source, torchvision.datasets.FakeData):
-        return [str(label) for label in range(source.num_classes)]
-    reader = getattr(source, "reader", None)
-    names = getattr(source, "classes", None) or getattr(reader, "class_to_idx", None) or []
-    return [str(name) for name in names]

@@ -1,8 +1,8 @@
-"""What is done to an image before the model sees it: DeiT's transforms through timm."""
+"""What is done to an image before the model gets it: DeiT's transforms through timm."""
 
 import random
-from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import timm.data
@@ -12,31 +12,67 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.nn import functional as F
 from torchvision import transforms
 
+SMALL = 32  # up to this input size in pixels, images are resized and not cropped, as DeiT does for CIFAR
 
-def build_transform(args: Namespace, is_training: bool, as_bytes: bool = False) -> Callable:
+
+@dataclass(frozen=True, kw_only=True)
+class TransformOptions:
+    """How images are cropped and augmented. Each field is the flag of its name.
+
+    Attributes:
+        input_size: side of the square input in pixels.
+        eval_crop_ratio: side of the centre crop, divided by the resized short side.
+        scale: lowest and highest area of a random crop, as fractions of the image's area.
+        ratio: lowest and highest width of a random crop, divided by its height.
+        train_interpolation: "random", "bilinear" or "bicubic", of training crops.
+        fast_crop: whether torch resizes training crops, in place of Pillow.
+        hflip: probability of a horizontal flip.
+        aa: timm's auto-augment policy; None = off.
+        color_jitter: strength; 0 = off.
+        reprob: probability of random erasing.
+        remode: "const", "rand" or "pixel": what an erased box is filled with.
+        recount: most boxes erased per image.
+    """
+
+    input_size: int
+    eval_crop_ratio: float
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    train_interpolation: str
+    fast_crop: bool
+    hflip: float
+    aa: str | None
+    color_jitter: float
+    reprob: float
+    remode: str
+    recount: int
+
+
+def build_transform(options: TransformOptions, is_training: bool, as_bytes: bool = False) -> Callable:
     """PIL image -> normalised tensor [3, S, S].
 
-    Up to 32 px an image is resized whole, and in training padded by 4 px and cropped, as DeiT does for CIFAR.
+    Up to 32 px an image is resized without a crop, and in training padded by 4 px and cropped, as DeiT does for CIFAR.
 
     Args:
-        as_bytes: uint8 [S, S, 3], neither normalised nor erased, which a `Prefetcher` does.
+        as_bytes: return uint8 [S, S, 3], neither normalised nor erased: both is done on the device.
     """
-    transform = _training_transform(args, as_bytes) if is_training else _validation_transform(args, as_bytes)
+    build = _training_transform if is_training else _validation_transform
+    transform = build(options, as_bytes)
     if as_bytes:
         transform.transforms[-1] = pixels
     return transform
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
-    """An RGB image's bytes as they lie in memory, [H, W, 3]: batches of them are stacked without rearranging."""
+    """The bytes of an RGB image in their order in memory, [H, W, 3]: a batch stacks them without rearranging."""
     return torch.from_numpy(np.array(image))
 
 
 class FastCrop(RandomResizedCropAndInterpolation):
-    """timm's random resized crop, enlarged or reduced by torch's kernel for bytes, several times as fast as Pillow's.
+    """timm's random resized crop, resized by torch's kernel for bytes, several times as fast as Pillow's.
 
-    Both filter alike, antialiased, and round differently: about 1 % of the values differ, by 2 of 255 at most. An image
-    is remembered, as repeated augmentation crops it several times in a row.
+    Both use the same antialiased filter and round differently: about 1 % of the values differ, by 2 of 255 at most.
+    The last image is remembered, as repeated augmentation crops it several times in a row.
     """
 
     image: Image.Image | None = None
@@ -45,50 +81,50 @@ class FastCrop(RandomResizedCropAndInterpolation):
         if image is not self.image:
             self.image, self.planes = image, pixels(image).permute(2, 0, 1)
         top, left, height, width = self.get_params(image, self.scale, self.ratio)
-        height, width = max(1, height), max(1, width)  # of an image a few pixels long it takes none
+        height, width = max(1, height), max(1, width)  # it may return 0 for an image of a few pixels
         top, left = min(top, image.height - height), min(left, image.width - width)
         kind = random.choice(self.interpolation) if isinstance(self.interpolation, tuple) else self.interpolation
         crop = self.planes[None, :, top : top + height, left : left + width]
-        crop = crop.contiguous(memory_format=torch.channels_last)  # as Pillow has it, and twice as fast
+        crop = crop.contiguous(memory_format=torch.channels_last)  # as Pillow stores it, and twice as fast
         [crop] = F.interpolate(crop, size=self.size, mode=kind.value, antialias=True)
         return Image.fromarray(crop.permute(1, 2, 0).numpy())
 
 
-def _training_transform(args: Namespace, as_bytes: bool) -> transforms.Compose:
+def _training_transform(options: TransformOptions, as_bytes: bool) -> transforms.Compose:
     try:
         transform = timm.data.create_transform(
-            input_size=args.input_size,
+            input_size=options.input_size,
             is_training=True,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            color_jitter=args.color_jitter or None,
-            auto_augment=args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
+            scale=options.scale,
+            ratio=options.ratio,
+            hflip=options.hflip,
+            color_jitter=options.color_jitter or None,
+            auto_augment=options.aa,
+            interpolation=options.train_interpolation,
+            re_prob=options.reprob,
+            re_mode=options.remode,
+            re_count=options.recount,
             use_prefetcher=as_bytes,
         )
     except (AssertionError, ValueError, KeyError, IndexError, NotImplementedError):
         raise SystemExit(
-            f"error: --aa {args.aa} is no auto-augment policy of timm, such as rand-m9-mstd0.5-inc1"
+            f"error: --aa {options.aa} is no auto-augment policy of timm, such as rand-m9-mstd0.5-inc1"
         ) from None
-    if args.input_size <= 32:
-        size = (args.input_size, args.input_size)
-        whole = transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC)
-        transform.transforms[:1] = [whole, transforms.RandomCrop(size, padding=4)]
-    elif args.fast_crop:
-        transform.transforms[0] = FastCrop(args.input_size, args.scale, args.ratio, args.train_interpolation)
+    size = options.input_size
+    if size <= SMALL:
+        resize = transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)
+        transform.transforms[:1] = [resize, transforms.RandomCrop((size, size), padding=4)]
+    elif options.fast_crop:
+        transform.transforms[0] = FastCrop(size, options.scale, options.ratio, options.train_interpolation)
     return transform
 
 
-def _validation_transform(args: Namespace, as_bytes: bool) -> transforms.Compose:
-    small = args.input_size <= 32
+def _validation_transform(options: TransformOptions, as_bytes: bool) -> transforms.Compose:
+    is_small = options.input_size <= SMALL
     return timm.data.create_transform(
-        input_size=args.input_size,
+        input_size=options.input_size,
         interpolation="bicubic",
-        crop_pct=1.0 if small else args.eval_crop_ratio,
-        crop_mode="squash" if small else "center",
+        crop_pct=1.0 if is_small else options.eval_crop_ratio,
+        crop_mode="squash" if is_small else "center",
         use_prefetcher=as_bytes,
     )

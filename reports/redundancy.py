@@ -13,15 +13,16 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from datasets import build_data
+from datasets import DataOptions, build_data
 from diversity import TapError, TappedViT, measurable, measure_redundancy
 from diversity.backbones import Backbone
 from models import build_model, weights
-from pipeline.transforms import build_transform
+from pipeline.transforms import TransformOptions, build_transform
 from reports import figures, redundancy_figures
 from reports.run_folders import REPORT, without_seed
 from reports.tables import comparison
 from training import arguments, checkpoint
+from training.build import options_of
 from utils import World, write_json
 
 
@@ -57,7 +58,8 @@ def find_subject(run: str, flags: list[str]) -> Subject:
     if file.is_file():
         config, epoch = weights.origin(str(file), "RUN")
         args = _flags(flags, config)
-        return Subject(run, args, file, folder, epoch, build_transform(args, is_training=False))
+        transform = build_transform(options_of(TransformOptions, args), is_training=False)
+        return Subject(run, args, file, folder, epoch, transform)
     if folder:
         raise SystemExit(f"error: {run} is not a run folder of this program: it has no {checkpoint.LAST}")
     if not timm.is_model(run):
@@ -100,7 +102,7 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
 
 def images(subject: Subject, world: World, num_images: int) -> tuple[Iterator[torch.Tensor], int]:
     """The first images of the validation set in batches, and the number of classes."""
-    data = build_data(subject.args, world, subject.transform)
+    data = build_data(options_of(DataOptions, subject.args), world, subject.transform)
 
     def stream():
         left = min(num_images or data.num_val, data.num_val)

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 import main
+from datasets import DataOptions
 from models import build_model
 from training import arguments
+from training.build import options_of
 from utils import World
 
 torch.set_num_threads(1)  # small tensors, and threads that spin make a busy machine many times slower
@@ -66,6 +68,11 @@ def run_process(*words, timeout=240, environment=None) -> subprocess.CompletedPr
 def parse(*words):
     """The flags of `TINY` and `words`, parsed and checked."""
     return arguments.parse_args([*TINY, *map(str, words)])
+
+
+def data_options(*words) -> DataOptions:
+    """The options of `build_data` from the flags of `TINY` and `words`."""
+    return options_of(DataOptions, parse(*words))
 
 
 def world(rank=0, size=1) -> World:

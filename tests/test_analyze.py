@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import BRIEF, TINY, make_image_folder, one_line, parse, run_main, world
+from helpers import BRIEF, TINY, data_options, make_image_folder, one_line, parse, run_main, world
 from matplotlib import pyplot as plt
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -66,7 +66,7 @@ def numbers(report):
 
 def measured(model, num_images=256, flags=TINY):
     """`measure_redundancy` of a model on the first validation images of the digits."""
-    data = build_data(parse(*flags), world())
+    data = build_data(data_options(*flags), world())
     samples = torch.cat([batch for batch, _ in data.val])[:num_images]
     return measure_redundancy(model, [samples])
 
@@ -162,7 +162,9 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
     report = analyzed(tmp_path, "deit_tiny_patch16_224", *published(tmp_path, model), "--num-images", "20")
     assert report["run"] == "deit_tiny_patch16_224" and report["measured_on"]["epoch"] is None
     assert "deit_tiny_patch16_224, 20 images" in (tmp_path / "out" / "redundancy.md").read_text()
-    data = build_data(parse(*TINY), world(), redundancy.find_subject("deit_tiny_patch16_224", [*PLAIN_VIT]).transform)
+    data = build_data(
+        data_options(*TINY), world(), redundancy.find_subject("deit_tiny_patch16_224", [*PLAIN_VIT]).transform
+    )
     samples = torch.cat([batch for batch, _ in data.val])[:20]
     assert numbers(report) == measure_redundancy(model, [samples])
 
@@ -209,10 +211,11 @@ def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
 @pytest.mark.parametrize("num_images", [1, 16, 24, 40, 359, 360, 1000, 0])
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
 def test_exactly_so_many_images_are_streamed(num_images, batch_size):
-    args = parse("--batch-size", batch_size, "--eval", "--resume", "none.pth")
-    subject = redundancy.Subject("", args, None, None, None, build_transform(args, is_training=False))
+    words = ("--batch-size", batch_size, "--eval", "--resume", "none.pth")
+    options = data_options(*words)
+    subject = redundancy.Subject("", parse(*words), None, None, None, build_transform(options, is_training=False))
     stream, num_classes = redundancy.images(subject, world(), num_images)
-    every = torch.cat([samples for samples, _ in build_data(args, world()).val])
+    every = torch.cat([samples for samples, _ in build_data(options, world()).val])
     assert torch.equal(torch.cat([*stream]), every[: num_images or 360]) and num_classes == 10
 
 
@@ -327,7 +330,7 @@ def test_the_heads_drawn_are_those_of_the_block_and_the_image(layer, runs, tmp_p
     attn.fused_attn, kept = False, []
     attn.attn_drop.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
     with torch.no_grad():
-        model(next(iter(build_data(parse(), world()).val))[0][5:6])
+        model(next(iter(build_data(data_options(), world()).val))[0][5:6])
     torch.testing.assert_close(torch.from_numpy(drawn["maps"]), kept[0][0])
     assert drawn["maps"].shape == (3, 17, 17) and (drawn["prefix_tokens"], drawn["grid"]) == (["class token"], (4, 4))
     block = 0 if layer == "first" else 1

@@ -6,12 +6,13 @@ import json
 import math
 import pickle
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import TINY, make_image_folder, parse, photo, run_main, run_process, world
+from helpers import TINY, data_options, make_image_folder, photo, run_main, run_process, world
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -29,7 +30,7 @@ PLAIN = ("--aa", "none", "--color-jitter", 0, "--hflip", 0, "--reprob", 0, "--no
 
 
 def build(*words, rank=0, size=1):
-    return build_data(parse("--batch-size", 2, *words), world(rank, size))
+    return build_data(data_options("--batch-size", 2, *words), world(rank, size))
 
 
 def labels_of(loader):
@@ -217,28 +218,28 @@ def test_timm_torch_set_without_the_split_is_refused(tmp_path, monkeypatch):
 HUGGING_FACE = """
 import faulthandler, json, sys
 sys.path.insert(0, "tests")
-from helpers import parse, world
+from helpers import data_options, world
 from datasets import build_data
 from utils import BadImageError, World
 
 good, bad, cache = sys.argv[1:]
 faulthandler.dump_traceback_later(40, exit=True)  # a loader that waits for ever
 words = ("--data-path", cache, "--batch-size", 2, "--data-set")
-data = build_data(parse(*words, "hfds/" + good), world())
+data = build_data(data_options(*words, "hfds/" + good), world())
 samples, labels = next(iter(data.train))
 print(json.dumps({
     "classes": data.num_classes, "train": len(data.train.dataset), "val": len(data.val.dataset),
     "labels": sorted(label for _, batch in data.val for label in batch.tolist()), "shape": list(samples.shape),
     "their package": hasattr(sys.modules["datasets"], "load_dataset"),
 }))
-data = build_data(parse(*words, "hfds/" + bad, "--num-workers", 1), world())
+data = build_data(data_options(*words, "hfds/" + bad, "--num-workers", 1), world())
 print(json.dumps(sum(len(samples) for samples, _ in data.train)))
 try:
     list(data.val)
 except BadImageError as error:
     print(json.dumps(str(error).splitlines()[-1]))
 try:
-    build_data(parse(*words, "hfds/" + good + "/missing"), world())
+    build_data(data_options(*words, "hfds/" + good + "/missing"), world())
 except SystemExit as error:
     print(json.dumps(str(error)))
 """
@@ -347,9 +348,9 @@ def test_unreadable_image_of_a_webdataset(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("is_training", [True, False])
 def test_transform_shape_and_normalisation(size, is_training):
-    args = parse("--input-size", size, *PLAIN)
+    options = data_options("--input-size", size, *PLAIN)
     grey = Image.new("RGB", (90, 70), (128, 64, 32))
-    out = build_transform(args, is_training)(grey)
+    out = build_transform(options, is_training)(grey)
     assert out.shape == (3, size, size)
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     inside = (out * std + mean)[:, 4:-4, 4:-4] if size <= 32 else out * std + mean
@@ -360,10 +361,10 @@ def test_small_images_are_resized_whole_padded_and_cropped():
     """A frame survives the resize at evaluation; in training up to 4 px of black come in from a side."""
     framed = Image.new("RGB", (64, 48), (255, 255, 255))
     framed.paste((255, 0, 0), (8, 8, 56, 40))
-    out = build_transform(parse(*PLAIN), is_training=False)(framed)
+    out = build_transform(data_options(*PLAIN), is_training=False)(framed)
     assert out[2, 0].min() > 2 and out[2, -1].min() > 2 and out[2, :, 0].min() > 2 and out[2, :, -1].min() > 2
     torch.manual_seed(0)
-    transform = build_transform(parse(*PLAIN), is_training=True)
+    transform = build_transform(data_options(*PLAIN), is_training=True)
     crops = torch.stack([transform(framed) for _ in range(50)])
     black = (crops[:, 0] < -2).float()  # red is bright everywhere but in the padding
     assert (black[:, 16].sum(1).max(), black[:, :, 16].sum(1).max()) == (4, 4)
@@ -371,8 +372,8 @@ def test_small_images_are_resized_whole_padded_and_cropped():
 
 
 def test_large_images_are_cropped_at_random_with_the_flags_of_it():
-    args = parse("--input-size", 64, "--scale", 0.5, 0.75, "--ratio", 0.9, 1.1, "--train-interpolation", "bilinear")
-    crop = build_transform(args, is_training=True).transforms[0]
+    words = ("--input-size", 64, "--scale", 0.5, 0.75, "--ratio", 0.9, 1.1, "--train-interpolation", "bilinear")
+    crop = build_transform(data_options(*words), is_training=True).transforms[0]
     assert isinstance(crop, FastCrop)
     assert tuple(crop.scale) == (0.5, 0.75)
     assert tuple(crop.ratio) == (0.9, 1.1)
@@ -384,7 +385,7 @@ def test_fast_crops_are_pillows_up_to_rounding(interpolation):
     """Enlarged and reduced, of an image seen before and of another one, and the image stays as it is."""
     words = ("--input-size", 64, "--train-interpolation", interpolation)
     fast, pillows = (
-        build_transform(parse(*words, flag), is_training=True).transforms[0]
+        build_transform(data_options(*words, flag), is_training=True).transforms[0]
         for flag in ("--fast-crop", "--no-fast-crop")
     )
     images = [photo(seed, size) for seed, size in enumerate((48, 120, 260))]
@@ -404,7 +405,7 @@ def test_fast_crops_are_pillows_up_to_rounding(interpolation):
 
 
 def test_fast_crops_take_a_pixel_at_least():
-    crop = build_transform(parse("--input-size", 64), is_training=True).transforms[0]
+    crop = build_transform(data_options("--input-size", 64), is_training=True).transforms[0]
     for seed in range(60):
         for size in ((1, 1), (1, 2), (3, 1), (1, 9)):
             reseed("augmentation", seed)
@@ -412,15 +413,15 @@ def test_fast_crops_take_a_pixel_at_least():
 
 
 def test_centre_crop_of_evaluation():
-    args = parse("--input-size", 64, "--eval-crop-ratio", 0.5)
-    resize, crop = build_transform(args, is_training=False).transforms[:2]
+    options = data_options("--input-size", 64, "--eval-crop-ratio", 0.5)
+    resize, crop = build_transform(options, is_training=False).transforms[:2]
     assert resize.size == 128
     assert tuple(crop.size) == (64, 64)
 
 
 def steps_of(*words):
     """{class name: transform} of the training transform."""
-    return {type(step).__name__: step for step in build_transform(parse(*words), is_training=True).transforms}
+    return {type(step).__name__: step for step in build_transform(data_options(*words), is_training=True).transforms}
 
 
 @pytest.mark.parametrize("size", [32, 64])
@@ -438,7 +439,9 @@ def test_augmentation_flags_reach_timm(size):
 
 def test_hflip_of_one_always_flips():
     flip = [
-        step for step in build_transform(parse("--hflip", 1), True).transforms if isinstance(step, RandomHorizontalFlip)
+        step
+        for step in build_transform(data_options("--hflip", 1), True).transforms
+        if isinstance(step, RandomHorizontalFlip)
     ]
     image = photo(0)
     assert np.array_equal(np.asarray(flip[0](image)), np.asarray(image)[:, ::-1])
@@ -448,7 +451,7 @@ def test_hflip_of_one_always_flips():
 def test_default_augmentation_runs(size):
     """Pillow 13 breaks timm's rand-m9-mstd0.5-inc1 in one image of 600; hence the pin."""
     torch.manual_seed(0)
-    transform = build_transform(parse("--input-size", size), is_training=True)
+    transform = build_transform(data_options("--input-size", size), is_training=True)
     for seed in range(300):
         assert transform(photo(seed)).isfinite().all()
 
@@ -465,10 +468,8 @@ def test_default_augmentation_runs(size):
 def test_workers_share_the_cores(monkeypatch, device, cores, ranks, num_workers):
     """Evaluation has half as many; on a GPU machine two cores stay free."""
     monkeypatch.setattr(datasets, "cpu_count", lambda: cores)
-    args = parse()
-    args.num_workers = None
-    args.prefetcher = False
-    data = build_data(args, World(0, ranks, 0, ranks, torch.device(device)))
+    options = replace(data_options(), num_workers=None, prefetcher=False)
+    data = build_data(options, World(0, ranks, 0, ranks, torch.device(device)))
     assert (data.train.num_workers, data.val.num_workers) == (num_workers, math.ceil(num_workers / 2))
     assert build("--num-workers", 5, size=ranks).train.num_workers == 5
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import TINY, parse, run_main, run_process, world
+from helpers import TINY, data_options, parse, run_main, run_process, world
 
 from datasets import build_data
 from diversity import PRESETS, REGULARIZERS
@@ -163,7 +163,7 @@ def test_two_processes_train_accumulate_and_evaluate_each_image_once(tmp_path):
     stored = torch.load(tmp_path / "two" / "checkpoint.pth", weights_only=True)
     for name, loss in (("model", "test_loss"), ("model_ema", "test_loss_ema")):
         model.load_state_dict(stored[name])
-        alone = evaluate(model, build_data(args, world()).val, world())
+        alone = evaluate(model, build_data(data_options(), world()).val, world())
         assert alone["loss"] == pytest.approx(record[loss], rel=1e-5), "the ranks evaluated different weights"
 
 

@@ -12,6 +12,7 @@ import timm.optim
 from diversity import MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS
 from diversity.mixing import MODES
 from diversity.objective import MIXING
+from pipeline.sources import SOURCE_FLAGS, find_source, sources_help
 from training.parsing import (
     KeyValues,
     Parser,
@@ -75,6 +76,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
     cutmix = args.cutmix > 0 or args.cutmix_minmax
     small = args.input_size <= 32
     optimizer = _optimizer_info(args.opt)
+    source = find_source(args.data_set)
     active = [term for name, term in REGULARIZERS.items() if coefficients(args)[name] > 0]
     reads = {tap for term in active for tap in term.reads}
     idle = [
@@ -94,7 +96,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (args.accum_steps > 1, "static_graph", "--accum-steps keeps some gradients local"),
         (args.device == "cpu", "tf32", "--device is cpu"),
         (not args.repeated_aug, "aug_repeats decode_once repeats_together", "--no-repeated-aug"),
-        (args.data_set.lower().startswith("wds/"),
+        (source.is_stream,
          "repeated_aug aug_repeats decode_once repeats_together max_bad_images dist_eval",
          "--data-set streams: its reader skips unreadable images"),
         (args.resume, "start_epoch", "--resume sets it"),
@@ -103,10 +105,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) takes its place"),
         (small, "scale ratio eval_crop_ratio fast_crop", "inputs up to 32 px are resized whole"),
-        (args.data_set in ("DIGITS", "FAKE"), "data_path", f"--data-set is {args.data_set}"),
-        (args.data_set in ("DIGITS", "FAKE", "CIFAR", "CIFAR10"), "train_split val_split",
-         f"--data-set is {args.data_set}"),
-        (not args.data_set.startswith("INAT"), "inat_category", f"--data-set is {args.data_set}"),
+        *((flag not in source.flags, flag, f"--data-set is {args.data_set}") for flag in SOURCE_FLAGS),
         (args.lr_noise is None, "lr_noise_pct lr_noise_std", "--lr-noise is off"),
         (args.sched != "step" and args.sched != "plateau", "decay_rate", f"--sched is {args.sched}"),
         (args.sched != "step", "decay_epochs", f"--sched is {args.sched}"),
@@ -350,10 +349,8 @@ def _distillation(parser):
 
 def _data(parser):
     add = parser.add_argument_group("data").add_argument
-    add("--data-set", default="IMNET", metavar="NAME",
-        help="IMNET (any image folder), CIFAR (100), CIFAR10, INAT (2018), INAT19, DIGITS, FAKE, "
-        "or a timm name: torch/..., hfds/..., wds/...")  # fmt: skip
-    add("--data-path", default="", metavar="DIR", help="not needed by DIGITS and FAKE")
+    add("--data-set", default="IMNET", metavar="NAME", help=sources_help())
+    add("--data-path", default="", metavar="DIR", help="folder that holds the data; not needed by DIGITS and FAKE")
     add("--train-split", "--train-dir", default="train", metavar="NAME", help="sub-folder or split to train on")
     add("--val-split", "--val-dir", default=None, metavar="NAME",
         help="sub-folder or split to evaluate on; None = val (folders) or validation (timm names)")  # fmt: skip

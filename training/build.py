@@ -1,8 +1,10 @@
 """The parts of a run as the flags describe them: weights, objective, taps, compiled step, mixing, optimizer."""
 
+import dataclasses
 import sys
 from argparse import Namespace
 from functools import partial
+from typing import TypeVar
 
 import timm.optim
 import torch
@@ -22,7 +24,13 @@ from training.distillation import DistillationLoss
 from training.parsing import flag_of
 from utils import World, seed_everything
 
+T = TypeVar("T")
 FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefined if the first step is skipped
+
+
+def options_of(cls: type[T], args: Namespace) -> T:
+    """A dataclass of options, each field filled from the flag of its name."""
+    return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
 def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:

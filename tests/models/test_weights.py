@@ -20,10 +20,10 @@ from helpers import (
     BRIEF,
     TINY,
     assert_equal,
+    data_options,
     make_image_folder,
     model_of,
     one_line,
-    parse,
     photo,
     run_main,
     run_process,
@@ -593,8 +593,8 @@ def test_code_in_webdataset_shards(plant, tmp_path):
                     add_member(tar, f"{number:04}.{suffix}", content)
         splits[split] = {"name": split, "num_samples": 2, "filenames": [f"{split}.tar"], "shard_lengths": [2]}
     (tmp_path / "info.json").write_text(json.dumps({"splits": splits}))
-    args = parse("--data-set", "wds/any", "--data-path", tmp_path, "--num-classes", 2, "--batch-size", 2)
-    data = build_data(args, world())
+    options = data_options("--data-set", "wds/any", "--data-path", tmp_path, "--num-classes", 2, "--batch-size", 2)
+    data = build_data(options, world())
     assert [len(samples) for samples, _ in data.val] == [2]
     assert [len(samples) for samples, _ in data.train] == [2]
     splits["validation"]["filenames"] = [f"pipe:touch {tmp_path / 'ran'}"]  # which webdataset would give to a shell
@@ -607,12 +607,12 @@ def test_code_in_webdataset_shards(plant, tmp_path):
 HUGGING_FACE = """
 import sys
 sys.path.insert(0, "tests")
-from helpers import parse
+from helpers import data_options
 from pipeline.sources import build_source
 cache, *folders = sys.argv[1:]
 for folder in folders:
     try:
-        build_source(parse("--data-set", "hfds/" + folder, "--data-path", cache), is_training=False)
+        build_source(data_options("--data-set", "hfds/" + folder, "--data-path", cache), is_training=False)
     except SystemExit as error:
         print(error)
 """

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from helpers import make_image_folder, parse, world
+from helpers import data_options, make_image_folder, world
 from test_datasets import write_webdataset
 from test_resume import EVERYTHING, content, cut_run
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def build(*words, rank=0, size=1, **kwargs):
-    return build_data(parse("--batch-size", 6, "--prefetcher", *words), world(rank, size), **kwargs)
+    return build_data(data_options("--batch-size", 6, "--prefetcher", *words), world(rank, size), **kwargs)
 
 
 def folder_words(tmp_path):
@@ -102,7 +102,7 @@ def test_streams_are_those_of_the_float_path(num_workers, tmp_path):
 def test_a_transform_that_is_given_is_kept(tmp_path):
     """As analyze.py gives that of published weights, which may normalise otherwise."""
     words = folder_words(tmp_path)
-    own = build_transform(parse(*words), is_training=False)
+    own = build_transform(data_options(*words), is_training=False)
     own.transforms[-1] = transforms.Normalize([0.5] * 3, [0.5] * 3)
     data = build(*words, val_transform=own)
     assert isinstance(data.val, DataLoader)
@@ -119,7 +119,7 @@ def test_a_gpu_prefetches_unless_told_not_to(device, flag, prefetches, monkeypat
     made = []
     monkeypatch.setattr(datasets, "Normalize", torch.nn.Identity)  # which has nothing to move to a GPU
     monkeypatch.setattr(datasets, "Prefetcher", lambda loader, device, *_: made.append((loader.pin_memory, device)))
-    build_data(parse(*flag), World(0, 1, 0, 1, torch.device(device)))
+    build_data(data_options(*flag), World(0, 1, 0, 1, torch.device(device)))
     assert made == [(device == "cuda", torch.device(device))] * 2 * prefetches
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, one_line, parse, photo
+from helpers import REPOSITORY, data_options, one_line, parse, photo
 from PIL import Image, JpegImagePlugin
 
 from pipeline import resize as program
@@ -230,7 +230,7 @@ def test_a_copy_is_a_training_source(source, tmp_path, capsys):
     resize(source, tmp_path / "copy", SIDE)
     read = {}
     for root in (source, tmp_path / "copy"):
-        folder = build_source(parse("--data-set", "IMNET", "--data-path", root), is_training=True)
+        folder = build_source(data_options("--data-set", "IMNET", "--data-path", root), is_training=True)
         images = ReadableImages(folder, lambda image: image, max_bad=1)
         read[root.name] = [images[index] for index in range(len(images))]
         assert [folder.samples[index][0] for index in images.bad_indices()] == [str(root / "train/dog/half.png")]

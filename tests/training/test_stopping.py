@@ -10,7 +10,7 @@ import torch
 from forking import exit_code, receive
 from torch.utils.data import DataLoader
 
-from pipeline.workers import ignore_in_worker
+from pipeline.workers import ignore_signals
 from training import stopping
 from training.stopping import Agreement, StopSignals
 from utils import World, joined_world
@@ -157,7 +157,7 @@ def load(pipe, how):
     """An epoch of a loader with two workers in a process group of its own, which the test signals after a batch."""
     os.setsid()
     with StopSignals():
-        batches = iter(DataLoader(Pids(), batch_size=2, num_workers=2, worker_init_fn=ignore_in_worker))
+        batches = iter(DataLoader(Pids(), batch_size=2, num_workers=2, worker_init_fn=ignore_signals))
         pids = set(next(batches).tolist()) | set(next(batches).tolist())
         pipe.send(pids)
         pipe.recv()
