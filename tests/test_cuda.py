@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 from benchmarks import training_steps
 from benchmarks.measure import host_syncs
 from diversity import REGULARIZERS, MixedTarget, PatchMixup, TappedViT
-from training import checkpoint_files
+from training.background import copy_to_cpu
 from training.build import build_optimizer
 from training.stopping import RESUMABLE
 from utils import World, reseed
@@ -154,7 +154,7 @@ def test_a_copy_from_the_gpu_does_not_follow_the_original():
     whole = torch.randn(512, 1024, device="cuda")
     tree = {"whole": whole, "turned": whole.t(), "column": whole[:, 3], "more": [whole.clone() for _ in range(20)]}
     expected = {key: value.cpu().clone() for key, value in tree.items() if key != "more"}
-    copies = checkpoint_files.copied(tree)
+    copies = copy_to_cpu(tree)
     whole.zero_()
     for key, value in expected.items():
         assert copies[key].device.type == "cpu" and copies[key].is_pinned() and torch.equal(copies[key], value)

@@ -15,7 +15,7 @@ from benchmarks.fake_cuda import CUDA, fake_cuda
 from diversity import REGULARIZERS
 from pipeline.batch_augmentation import BatchAugmentation, Draws, Normalize
 from pipeline.prefetch import Prefetcher
-from training import checkpoint_files
+from training.background import copy_to_cpu
 from training.build import (
     build_augmentation,
     build_diverse_loss,
@@ -74,7 +74,7 @@ def run_on_fake_cuda(*words, batch=8, teacher=None):
             evaluate = engine.evaluate.__wrapped__  # inference mode knows no fake tensors
             evaluate(model, val, WORLD, dtype, stop, len(batches), model_ema and model_ema.module)
         watch.phase = "save"
-        checkpoint_files.copied({"model": model.state_dict(), "optimizer": state.optimizer.state_dict()})
+        copy_to_cpu({"model": model.state_dict(), "optimizer": state.optimizer.state_dict()})
     return watch.findings
 
 
@@ -148,12 +148,12 @@ def test_the_buffers_of_saves_are_allocated_once():
     with fake_cuda():
         state = {"model": {"a": torch.empty(3, device=CUDA), "b": [torch.empty(2, 2, device=CUDA)]}, "epoch": 1}
         buffers = {}
-        first = checkpoint_files.copied(state, buffers)
+        first = copy_to_cpu(state, buffers)
         assert len(buffers) == 2
-        second = checkpoint_files.copied(state, buffers)
+        second = copy_to_cpu(state, buffers)
         assert second["model"]["a"] is first["model"]["a"] and second["model"]["b"][0] is first["model"]["b"][0]
         state["model"]["a"] = torch.empty(4, device=CUDA)
-        third = checkpoint_files.copied(state, buffers)
+        third = copy_to_cpu(state, buffers)
         assert third["model"]["a"].shape == (4,) and third["model"]["b"][0] is first["model"]["b"][0]
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from models.weights import is_weights, load_state_dict, local_file, read
 from training import checkpoint_files
+from training.background import BackgroundWriter, copy_to_cpu, first_non_finite
 from training.log import EpochTotals, RunLog
 from training.stopping import RESUMABLE, Agreement, StopSignals
 from utils import World
@@ -184,7 +185,7 @@ class Saver:
         self.state, self.extras, self.output_dir, self.log, self.world = state, extras, output_dir, log, world
         self.signals, self.steps, self.minutes, self.keep = signals, steps, minutes, keep
         self.agreement = Agreement(world)
-        self.writer = checkpoint_files.BackgroundWriter(self._failed)
+        self.writer = BackgroundWriter(self._failed)
         self.error: BaseException | None = None
         self.buffers: dict[tuple, torch.Tensor] = {}
         self._begin_interval()
@@ -234,7 +235,6 @@ class Saver:
         if self.error is not None:
             self._submit([])
             self.writer.wait()
-        self.writer.close()
         if self.error is not None:
             raise SystemExit(f"error: the last checkpoint could not be written: {self.error}")
 
@@ -253,11 +253,11 @@ class Saver:
         if self.output_dir is None:
             return
         self.writer.wait()  # which reads the buffers
-        whole, path = checkpoint_files.copied(whole, self.buffers), self.output_dir / LAST
+        whole, path = copy_to_cpu(whole, self.buffers), self.output_dir / LAST
         weights = {"acc1": whole["model"], "acc1_ema": whole.get("model_ema")}
 
         def write():
-            bad = checkpoint_files.first_non_finite({key: whole.get(key, {}) for key in ("model", "model_ema")})
+            bad = first_non_finite({key: whole.get(key, {}) for key in ("model", "model_ema")})
             if bad:
                 raise ValueError(f"{bad} is not finite")
             for name in improved:  # first, since a run that goes on from before them writes them again
@@ -293,8 +293,6 @@ def find_newest(folder: Path) -> Path | None:
     for path in checkpoint_files.candidates(folder / LAST):
         try:
             checkpoint_files.verify(path)
-        except checkpoint_files.UnsealedFile:  # an older version's
-            return path
         except checkpoint_files.DamagedFile as error:
             aside = checkpoint_files.set_aside(path)
             print(f"damaged checkpoint: {error}; it is now {aside.name}", file=sys.stderr, flush=True)

@@ -1,26 +1,21 @@
-"""Sealed files: read by torch and timm, every change noticed; failures and stops at any point leave a whole file."""
+"""Checkpoint files: damage is found, the previous ones are kept, and an error or a stop at any point loses none."""
 
 import errno
-import gc
+import hashlib
+import io
 import os
-import subprocess
-import sys
-import textwrap
 import threading
 import tracemalloc
-import weakref
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
+import utils
 from training import checkpoint_files as files
 from training.run_folder import remove_temporary_files
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +46,11 @@ def written(tmp_path, count, keep):
     return path
 
 
-# reading
+# Reading
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_torch_reads_a_sealed_file(tmp_path, mmap):
+def test_torch_reads_the_file(tmp_path, mmap):
     path = written(tmp_path, 1, 1)
     loaded = torch.load(path, weights_only=True, mmap=mmap)
     assert loaded["epoch"] == 1
@@ -63,55 +58,97 @@ def test_torch_reads_a_sealed_file(tmp_path, mmap):
         assert torch.equal(loaded["model"][name], tensor)
 
 
-def test_timm_and_zip_tools_read_a_sealed_file(tmp_path):
+def test_timm_and_zip_tools_read_the_file(tmp_path):
     path = written(tmp_path, 1, 1)
     assert torch.equal(timm.models.load_state_dict(str(path), weights_only=True)["weight"], torch.ones(3, 5))
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        assert archive.comment.startswith(b"sha256:")
 
 
-def test_the_file_is_torchs_own_but_for_the_seal(tmp_path):
-    files.write(state_of(1), tmp_path / "sealed.pth")
+def test_the_file_is_what_torch_saves(tmp_path):
+    files.write(state_of(1), tmp_path / "written.pth")
     with open(tmp_path / "plain.pth", "wb") as file:
         torch.save(state_of(1), file)
-    sealed, plain = (tmp_path / "sealed.pth").read_bytes(), (tmp_path / "plain.pth").read_bytes()
-    assert sealed[: len(plain) - 2] == plain[:-2]
-    assert len(sealed) == len(plain) + 71
+    assert (tmp_path / "written.pth").read_bytes() == (tmp_path / "plain.pth").read_bytes()
 
 
-# verification
+# Verification
 
 
-def test_every_changed_byte_is_noticed(tmp_path):
+def seal(path):
+    """Turn a file into the form of earlier versions, a zip file whose comment is a checksum of what precedes it."""
+    plain = path.read_bytes()
+    assert plain.endswith(b"\0\0")  # the length of the comment
+    path.write_bytes(plain[:-2] + b"\x47\0sha256:" + hashlib.sha256(plain).hexdigest().encode())
+
+
+def is_damage_found(path):
+    """If it is not, then torch loads what was written."""
+    try:
+        files.verify(path)
+    except files.DamagedFile as error:
+        assert "\n" not in str(error)
+        return True
+    torch.testing.assert_close(torch.load(path, weights_only=True), state_of(1), rtol=0, atol=0)
+    return False
+
+
+def test_every_changed_byte_of_the_content_is_found(tmp_path):
+    """The others, such as the padding between records and the time of writing, change nothing."""
     path = written(tmp_path, 1, 1)
     whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        content = sum(info.file_size + len(info.filename) for info in archive.infolist())
+    found = 0
     with open(path, "r+b", buffering=0) as file:
         for position, byte in enumerate(whole):
-            for change in (0x01, 0x20, 0xFF) if position > len(whole) - 100 else (0x01,):  # 0x20: a is A
+            for change in (0x01, 0xFF):
                 os.pwrite(file.fileno(), bytes([byte ^ change]), position)
-                with pytest.raises(files.DamagedFile) as caught:
-                    files.verify(path)
-                assert not isinstance(caught.value, files.UnsealedFile)
+                found += is_damage_found(path)
             os.pwrite(file.fileno(), bytes([byte]), position)
+    assert found > 2 * content
     files.verify(path)
 
 
-def test_every_truncation_and_every_addition_is_noticed(tmp_path):
+def test_every_truncation_is_found(tmp_path):
     path = written(tmp_path, 1, 1)
     whole = path.read_bytes()
     sizes = {*range(0, len(whole), 7), *range(len(whole) - 100, len(whole))}
-    for other in [*(whole[:size] for size in sizes), whole + b"\0", whole + whole, b"\0" * len(whole)]:
+    for other in [*(whole[:size] for size in sizes), b"\0" * len(whole), os.urandom(len(whole))]:
         path.write_bytes(other)
-        with pytest.raises(files.DamagedFile, match=r"does not end with a checksum|does not match") as caught:
+        with pytest.raises(files.DamagedFile, match="truncated or damaged"):
             files.verify(path)
-        assert not isinstance(caught.value, files.UnsealedFile)
+    for other in (whole + b"\0", whole + whole):
+        path.write_bytes(other)
+        is_damage_found(path)
 
 
-def test_a_file_without_a_seal_is_told_apart(tmp_path):
-    torch.save(state_of(1), tmp_path / "plain.pth")
-    with pytest.raises(files.UnsealedFile, match="no checksum"):
-        files.verify(tmp_path / "plain.pth")
+def test_files_of_earlier_versions_and_of_plain_torch_are_intact(tmp_path):
+    path = written(tmp_path, 1, 1)
+    seal(path)
+    assert epoch_in(path) == 1
+    torch.save(state_of(2), tmp_path / "plain.pth")
+    assert epoch_in(tmp_path / "plain.pth") == 2
+    torch.save({"args": Path()}, tmp_path / "objects.pth")
+    files.verify(tmp_path / "objects.pth")
+
+
+def test_damage_of_files_of_earlier_versions_is_found(tmp_path):
+    path = written(tmp_path, 1, 1)
+    size = path.stat().st_size
+    seal(path)
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 11):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        is_damage_found(path)
+        path.write_bytes(whole[:position])
+        assert is_damage_found(path) or position >= size
+
+
+def test_torchs_format_before_zip_files_is_not_accepted(tmp_path):
+    torch.save(state_of(1), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    with pytest.raises(files.DamagedFile, match="no checkpoint of this program"):
+        files.verify(tmp_path / "old.pth")
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path):
@@ -131,7 +168,7 @@ def test_verifying_takes_little_memory(tmp_path):
         tracemalloc.stop()
 
 
-# rotation
+# Rotation
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 4])
@@ -190,7 +227,7 @@ def test_candidates_are_ordered_by_number_and_by_name_alone(tmp_path):
     assert files.candidates(tmp_path / "none" / "checkpoint.pth") == []
 
 
-# failures
+# Errors
 
 
 def test_a_file_is_flushed_before_any_name_changes_and_the_folder_after(tmp_path, monkeypatch):
@@ -243,61 +280,61 @@ def nth(call, number, then):
     return counted
 
 
-class Disk:
-    """Stands for a raw file: takes `room` bytes, then raises `error`; at most `most` bytes a call."""
+class Disk(io.FileIO):
+    """A file that takes `room` bytes, then raises `error`; at most `most` bytes a call."""
 
-    def __init__(self, room=2**40, error=None, most=2**30):
-        self.room, self.error, self.most = room, error, most
-
-    def open(self, *args, **kwargs):
-        self.file = open(*args, **kwargs)  # noqa: SIM115
-        return self
+    room, error, most = 2**40, None, 2**30
 
     def write(self, data):
         size = min(len(data), self.most, self.room)
         if size == 0 and self.error:
             raise self.error
         self.room -= size
-        return self.file.write(data[:size])
+        return super().write(data[:size])
 
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
-    def __enter__(self):
-        return self
+def use(disk, monkeypatch):
+    """Have files written through a kind of `Disk`; returns the list of those that are opened."""
+    opened = []
 
-    def __exit__(self, *error):
-        self.file.close()
+    def open_file(path, mode):
+        opened.append(disk(path, mode))
+        return io.BufferedWriter(opened[-1])
+
+    monkeypatch.setattr(utils, "open", open_file, raising=False)
+    return opened
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch, code):
+@pytest.mark.parametrize("more", [0, 10_000])  # with more than a buffer, the error comes from within torch's writer
+def test_a_full_disk_leaves_the_old_files(tmp_path, monkeypatch, code, more):
     path = written(tmp_path, 3, 2)
-    before, size = folder_of(tmp_path), path.stat().st_size
-    for room in [*range(0, size, 37), size - 72, size - 71, size - 1]:
-        disk = Disk(room, OSError(code, os.strerror(code)))
-        monkeypatch.setattr(files, "open", disk.open, raising=False)
-        with pytest.raises(OSError) as caught:
-            files.write(state_of(4), path, 2)
+    before, state = folder_of(tmp_path), state_of(4) | {"more": torch.ones(more)}
+    size = path.stat().st_size + 4 * more
+
+    class Full(Disk):
+        error = OSError(code, os.strerror(code))
+
+    for room in [*range(0, size, size // 40), size - 72, size - 71, size - 1]:
+        Full.room = room
+        with monkeypatch.context() as patch:
+            opened = use(Full, patch)
+            with pytest.raises(OSError) as caught:
+                files.write(state, path, 2)
         assert caught.value.errno == code
-        assert disk.file.closed
+        assert [file.closed for file in opened] == [True]
         assert folder_of(tmp_path) == before
 
 
-@pytest.mark.parametrize("most", [1, 10, 1000])
-def test_a_disk_that_takes_little_at_a_time_is_written_in_full(tmp_path, monkeypatch, most):
-    monkeypatch.setattr(files, "open", Disk(most=most).open, raising=False)
-    path = written(tmp_path, 1, 1)
-    monkeypatch.undo()
+@pytest.mark.parametrize("size", [1, 10, 1000])
+def test_a_disk_that_takes_little_at_a_time_is_written_in_full(tmp_path, monkeypatch, size):
+    class Slow(Disk):
+        most = size
+
+    with monkeypatch.context() as patch:
+        use(Slow, patch)
+        path = written(tmp_path, 1, 1)
     assert epoch_in(path) == 1
-
-
-def test_a_disk_that_takes_nothing_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "open", Disk(room=100).open, raising=False)
-    with pytest.raises(OSError) as caught:
-        written(tmp_path, 1, 1)
-    assert caught.value.errno == errno.EIO
-    assert folder_of(tmp_path) == {}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
@@ -364,301 +401,66 @@ def test_what_cannot_be_pickled_leaves_the_old_files(tmp_path):
     assert folder_of(tmp_path) == before
 
 
-CRASH = """
-    import os, shutil, sys, torch
-    from pathlib import Path
-    from training import checkpoint_files as files
+class Stopping:
+    """Wraps functions; the process ends right after the `number`-th call of any of them."""
 
-    os.fsync = os.fstat  # quicker; a process that ends loses nothing
-    originals = {name: getattr(os, name) for name in ("fsync", "link", "replace")}
+    def __init__(self, number):
+        self.left = number
 
-    def state(epoch): return {"model": {"weight": torch.full((3, 5), float(epoch))}, "epoch": epoch}
-
-    def refuse(*args): raise PermissionError
-
-    class Disk:
-        writes = 0
-        def __init__(self, *args, **kwargs): self.file = open(*args, **kwargs); passed()
-        def seek(self, *args): return point(self.file.seek)(*args)
-        def write(self, data):
-            self.writes += 1
-            return (self.file.write if self.writes % 10 else point(self.file.write))(data)
-        def __getattr__(self, name): return getattr(self.file, name)
-        def __enter__(self): return self
-        def __exit__(self, *error): self.file.close()
-
-    def point(call):
-        def stopping(*args):
-            result = call(*args)
-            passed()
+    def __call__(self, function):
+        def stopping(*args, **kwargs):
+            result = function(*args, **kwargs)
+            self.left -= 1
+            if self.left == 0:
+                os._exit(9)
             return result
+
         return stopping
 
-    def passed():
-        global left
-        left -= 1
-        if left == 0:
-            os._exit(9)
 
-    def stop_everywhere(path, keep):
-        for epoch in range(1, keep + 1):
-            files.write(state(epoch), path / "0" / "checkpoint.pth", keep)
-        for stop in range(1, 1000):  # each time one point later, in a child, until the write is through
-            folder = path / str(stop)
-            shutil.copytree(path / "0", folder)
-            child = os.fork()
-            if not child:
-                global left
-                left = stop
-                files.open = Disk
-                for name in originals:
-                    setattr(os, name, point(getattr(os, name)))
-                files.write(state(9), folder / "checkpoint.pth", keep)
-                os._exit(0)
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            assert code in (0, 9), code
-            if not code:
-                return
+def write_and_stop(path, keep, number, monkeypatch):
+    """Write in a forked process that ends at a point of the writing; False if there is no such point."""
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 9), code
+        return code == 9
+    try:
+        stopping = Stopping(number)
 
-    for links in (True, False):
-        os.link = originals["link"] if links else refuse
-        for keep in (1, 2, 3):
-            folder = Path(sys.argv[1], f"{keep}-{links}")
-            (folder / "0").mkdir(parents=True)
-            stop_everywhere(folder, keep)
-"""
+        class Stopped(Disk):
+            most, write = 300, stopping(Disk.write)
 
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """Folders of writes that were stopped, each one a point later than the one before."""
-    folder = tmp_path_factory.mktemp("stopped")
-    subprocess.run([sys.executable, "-c", textwrap.dedent(CRASH), folder], cwd=ROOT, check=True, timeout=300)
-    return folder
+        use(stopping(Stopped), monkeypatch)
+        for name in ("fsync", "link", "replace", "unlink"):
+            monkeypatch.setattr(os, name, stopping(getattr(os, name)))
+        files.write(state_of(9), path, keep)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_a_stop_anywhere_leaves_a_whole_file(stopped, keep, hard_links):
-    folders = sorted((stopped / f"{keep}-{hard_links}").iterdir(), key=lambda folder: int(folder.name))[1:]
-    assert len(folders) > 8
-    outcomes = []
-    for folder in folders:
-        path = folder / "checkpoint.pth"
-        epochs = [epoch_in(file) for file in files.candidates(path)]  # every one of them is whole
+def test_a_stop_anywhere_leaves_a_complete_file(tmp_path, monkeypatch, keep, hard_links):
+    """Each write is stopped one point later than the one before, until one is not stopped."""
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    outcomes, is_stopped = [], True
+    while is_stopped:
+        folder = tmp_path / str(len(outcomes))
+        folder.mkdir()
+        path = written(folder, keep, keep)
+        is_stopped = write_and_stop(path, keep, len(outcomes) + 1, monkeypatch)
+        epochs = [epoch_in(file) for file in files.candidates(path)]  # every one of them is complete
         assert epochs[0] in (keep, 9) and epochs == sorted(epochs, reverse=True)
         assert path.exists() or (not hard_links and keep > 1)
         outcomes.append(epochs[0])
         remove_temporary_files(folder)
         assert [epoch_in(file) for file in files.candidates(path)] == epochs
-        files.write(state_of(10), path, keep)  # the next run goes on from there, and loses nothing it could keep
+        files.write(state_of(10), path, keep)  # the next run continues from there, and loses nothing it could keep
         remove_temporary_files(folder)
         kept = [epoch_in(file) for file in files.candidates(path)]
         assert kept == sorted({10, *epochs}, reverse=True)[:keep]
+    assert len(outcomes) > 8
     assert outcomes == sorted(outcomes) and {*outcomes} == {keep, 9}
-
-
-# copies and names
-
-
-def test_a_copy_does_not_follow_the_original():
-    whole = torch.arange(12.0).reshape(3, 4)
-    original = OrderedDict(
-        whole=whole,
-        row=whole[1],
-        turned=whole.t(),
-        same=whole,
-        spread=torch.ones(1).expand(3),
-        parameter=torch.nn.Parameter(torch.ones(2)),
-        nested=[torch.tensor(1), (torch.tensor(2), {"x": torch.zeros(2)}), [3]],
-        plain={"lr": 0.1, "name": "a", "none": None},
-        empty=torch.empty(0, 3),
-        half=torch.ones(2, dtype=torch.bfloat16),
-    )
-    original._metadata = {"version": 1}
-    copies = files.copied(original)
-    assert type(copies) is OrderedDict and copies._metadata == {"version": 1}
-    assert [*copies] == [*original]
-    expected = torch.arange(12.0).reshape(3, 4)
-    with torch.no_grad():
-        for tensor in (whole, original["parameter"], original["nested"][0], original["nested"][1][1]["x"]):
-            tensor.add_(100)
-        original["nested"][1][0].fill_(9)
-    original["nested"][2].append(4)
-    original["plain"]["lr"] = 5
-    original["plain"]["more"] = 1
-    del original["half"]
-    assert torch.equal(copies["whole"], expected) and torch.equal(copies["same"], expected)
-    assert torch.equal(copies["row"], expected[1]) and torch.equal(copies["turned"], expected.t())
-    assert copies["row"].untyped_storage().nbytes() == 16  # the row alone, not what it is a view of
-    assert torch.equal(copies["spread"], torch.ones(3))
-    assert torch.equal(copies["parameter"], torch.ones(2)) and not copies["parameter"].requires_grad
-    first, second, third = copies["nested"]
-    assert first == 1 and isinstance(second, tuple) and second[0] == 2 and third == [3]
-    assert torch.equal(second[1]["x"], torch.zeros(2))
-    assert copies["plain"] == {"lr": 0.1, "name": "a", "none": None}
-    assert copies["empty"].shape == (0, 3) and copies["half"].dtype == torch.bfloat16
-    copies["spread"][0] = 7
-    assert copies["spread"].tolist() == [7, 1, 1] and original["spread"].tolist() == [1, 1, 1]
-
-
-def test_a_copy_of_a_training_state_is_the_state():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.randn(5, 3)).square().sum().backward()
-    optimizer.step()
-    tree = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    copies = files.copied(tree)
-    torch.testing.assert_close(copies, tree, rtol=0, atol=0)
-    before = files.copied(copies)
-    optimizer.step()
-    torch.testing.assert_close(copies, before, rtol=0, atol=0)
-    assert not torch.equal(model[0].weight, copies["model"]["0.weight"])
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_tensor_that_is_not_finite_is_named(value):
-    def bad():
-        return torch.tensor([[0.0, 1.0], [value, 2.0]])
-
-    good = {"count": torch.tensor([1, 2]), "flag": torch.tensor(True), "lr": float("nan"), "empty": torch.empty(0)}
-    assert files.first_non_finite(good | {"w": torch.full((2,), 3e38)}) is None  # whose sum is not finite
-    assert files.first_non_finite({"model": good | {"blocks.0.attn.qkv.weight": bad(), "z": bad()}}) == (
-        "model.blocks.0.attn.qkv.weight"
-    )
-    assert files.first_non_finite({"optimizer": {"state": {7: {"exp_avg": bad()}}}}) == "optimizer.state.7.exp_avg"
-    assert files.first_non_finite({"a": [torch.ones(1), (good, bad())]}) == "a.1.1"
-    assert files.first_non_finite({"a": bad().bfloat16()}) == "a"
-
-
-# the background writer
-
-
-@pytest.fixture
-def writer():
-    errors = []
-    writer = files.BackgroundWriter(lambda error: errors.append((error, threading.current_thread())))
-    writer.errors = errors
-    yield writer
-    writer.close()
-    assert not any(thread.name == "background writer" for thread in threading.enumerate())
-
-
-def test_a_job_runs_beside_the_caller_and_one_at_a_time(writer):
-    gates = [threading.Event() for _ in range(3)]
-    started, threads = [], []
-
-    def job(number):
-        started.append(number)
-        threads.append(threading.current_thread())
-        assert gates[number].wait(20)
-
-    assert not writer.busy
-    writer.submit(lambda: job(0))
-    assert writer.busy  # and this line is reached while the job waits
-    second = threading.Thread(target=lambda: writer.submit(lambda: job(1)))
-    second.start()
-    second.join(0.2)
-    assert second.is_alive() and started == [0]
-    gates[0].set()
-    second.join(20)
-    assert not second.is_alive() and not gates[1].is_set()  # it waited for the first job, not for its own
-    gates[1].set()
-    writer.wait()
-    assert started == [0, 1] and not writer.busy and not any(thread.is_alive() for thread in threads)
-    assert threading.current_thread() not in threads and not any(thread.daemon for thread in threads)
-    assert writer.errors == []
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SystemExit("no"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", ["submit", "poll", "wait", "close"])
-def test_an_error_is_told_once_in_the_callers_thread(writer, error, call):
-    def fail():
-        raise error
-
-    writer.submit(fail)
-    writer._thread.join()
-    assert not writer.errors
-    done = []
-    if call == "submit":
-        writer.submit(lambda: done.append(1))
-    else:
-        getattr(writer, call)()
-    assert writer.errors == [(error, threading.current_thread())]
-    writer.submit(lambda: done.append(2))
-    writer.poll()
-    writer.wait()
-    assert len(writer.errors) == 1 and done[-1] == 2
-
-
-def test_poll_waits_for_nothing(writer):
-    gate = threading.Event()
-    writer.submit(lambda: gate.wait(20))
-    writer.poll()
-    assert writer.busy
-    gate.set()
-
-
-def test_a_callback_that_raises_loses_nothing():
-    def stop(error):
-        raise SystemExit(str(error))
-
-    writer = files.BackgroundWriter(stop)
-    writer.submit(refuse(errno.EIO))
-    with pytest.raises(SystemExit):
-        writer.wait()
-    done = []
-    writer.submit(lambda: done.append(1))
-    writer.close()
-    assert done == [1]
-
-
-def test_a_failed_job_does_not_hold_its_state(writer):
-    class State(dict):
-        pass
-
-    def submit():
-        state = State()
-        references.append(weakref.ref(state))
-
-        def job():
-            local = state
-            raise OSError(errno.EIO, str(local))
-
-        writer.submit(job)
-
-    references = []
-    gc.disable()
-    try:
-        submit()
-        writer.wait()
-        assert len(writer.errors) == 1 and references[0]() is None
-    finally:
-        gc.enable()
-
-
-def test_without_a_thread_the_job_runs_all_the_same(writer, monkeypatch):
-    def no_thread(self):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", no_thread)
-    done = []
-    writer.submit(lambda: done.append(1))
-    assert done == [1] and not writer.busy
-    writer.submit(refuse(errno.EIO))
-    writer.wait()
-    assert len(writer.errors) == 1
-
-
-def test_files_written_in_the_background(writer, tmp_path):
-    path = tmp_path / "checkpoint.pth"
-    weight = torch.zeros(1000)
-    for epoch in range(1, 6):
-        weight.fill_(epoch)
-        state = files.copied({"model": {"weight": weight}, "epoch": epoch})
-        writer.submit(lambda state=state: files.write(state, path))
-    weight.fill_(-1)
-    writer.wait()
-    assert [epoch_in(file) for file in files.candidates(path)] == [5, 4]
-    assert torch.load(path, weights_only=True)["model"]["weight"].unique().tolist() == [5]
-    assert writer.errors == []
