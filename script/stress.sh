@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Kill small training runs again and again, some of them within a save, and check that they end as the run that nobody
-# killed: a few seconds for each kill on two CPU cores.
+# Kill small training runs again and again, many of them during a save, and check that they end like a run that was not
+# killed. It takes a few seconds for each kill on two CPU cores.
 #
 #   script/stress.sh [KILLS] [SEED]
 #
@@ -8,5 +8,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 script/setup.sh
-export OMP_NUM_THREADS=1  # a life is forked, and a fork takes no thread along
+export OMP_NUM_THREADS=1  # the runs are forked, and a fork has no other threads
 exec .venv/bin/python tests/stress.py --kills "${1:-200}" --seed "${2:-0}"

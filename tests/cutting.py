@@ -1,4 +1,4 @@
-"""What a run feeds its model, and a signal in the midst of it.
+"""What a run feeds its model and leaves in its folder, and a signal during it.
 
 As a program, also for torchrun: python cutting.py OUT MOMENT RANK TARGET SIGNAL FLAGS of main.py... At the moment,
 once, that rank sends the signal; every rank leaves the sample indices of its steps as OUT/<rank>.json.
@@ -17,9 +17,75 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 import main
 from pipeline.batch_augmentation import BatchAugmentation
 from training import checkpoint, checkpoint_files
+
+TIMES = ("images_per_s", "data_wait", "training_seconds")  # endings of the names of measured times
+
+
+def content(folder: Path) -> str:
+    """Digest of the last checkpoint and the best ones, without the flags and times."""
+    last = torch.load(folder / checkpoint.LAST, weights_only=True)
+    kept = {key: value for key, value in last.items() if key not in ("args", "seconds", "totals")}
+    best = [torch.load(folder / name, weights_only=True)["model"] for name in checkpoint.BEST.values()]
+    return digest([kept, *best])
+
+
+def digest(tree) -> str:
+    """Of nested dicts and lists of tensors and numbers, with the types and shapes of the tensors."""
+    state = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, dict):
+            for key in value:
+                add(str(key))
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        elif torch.is_tensor(value):
+            state.update(f"{value.dtype} {tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+        else:
+            state.update(repr(value).encode())
+
+    add(tree)
+    return state.hexdigest()
+
+
+def records(folder: Path) -> list[dict]:
+    """log.txt without times."""
+    return [without_times(json.loads(line)) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def without_times(record: dict) -> dict:
+    return {name: value for name, value in record.items() if not name.endswith(TIMES)}
+
+
+def points(folder: Path) -> dict[str, list[tuple]]:
+    """TensorBoard's points without times."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second to import
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if not tag.endswith(TIMES)
+    }
+
+
+def outcome(folder: Path) -> dict:
+    """What a finished run has left that must not depend on how often it was stopped."""
+    unfinished = sorted(path.name for path in folder.iterdir() if path.suffix in (".damaged", ".tmp"))
+    return {
+        "checkpoints": content(folder),
+        "log.txt": records(folder),
+        "TensorBoard's points": points(folder),
+        "summary.json": without_times(json.loads((folder / "summary.json").read_text())),
+        "damaged and temporary files": unfinished,
+    }
 
 
 class Fed:

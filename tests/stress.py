@@ -1,36 +1,25 @@
-"""Kill a training run again and again, and check that it ends as the run that nobody killed.
+"""Kill a training run again and again, and check that it ends like a run that was not killed.
 
     python tests/stress.py --kills 200 --seed 0 [--keep DIR]
 
-A tiny ViT trains on the digits with all that draws random numbers switched on, once uninterrupted and then from life to
-life: every life is a process that starts with `--resume auto`, and ends in one of these ways.
+A tiny ViT trains on digits with every source of random numbers in use. Each process of a run starts with
+`--resume auto` and is killed by SIGKILL: some at a random moment, the others before, within or after a call
+that writes a file, most of them within a save. A run that is finished is compared with one that was not killed, and the
+next run starts in a new folder. Checked:
 
-    SIGKILL  at any moment
-    SIGTERM  at any moment, on which it must save and leave with code 75; in some lives SIGKILL follows at once
-    a call   it kills itself before, after or halfway through some call of fsync, replace, link, unlink or a raw write,
-             most of them within a save: of a checkpoint, of the best ones, in their rotation
-
-A run that has come to its end is compared with the uninterrupted one, and the next one begins in a new folder. Checked:
-
-    after each life  The newest checkpoint is whole, as are the best ones, and the life began at the newest one of the
-                     life before. Of the optimizer steps done since the newest one, no more than --save-every-steps
-                     ended while no save was being written: a save begins when it is due and the one before is on disk.
-                     Leaving with code 75 loses none. Loader workers go with their parent.
-    after each run   Weights, average, optimizer, schedule and counters of the last checkpoint, and the best
-                     checkpoints, are the same bit for bit; so are log.txt, TensorBoard's points as its own reader
-                     has them, and summary.json, but for times.
+    after each kill  All checkpoints are complete. At most --save-every-steps of the steps that are not saved ended
+                     while no save was being written: a save starts when it is due and the one before is on disk.
+    after each run   Weights, averaged weights, optimizer, schedule, counters and best checkpoints are the same bit for
+                     bit, as are log.txt, TensorBoard's points and summary.json, except for times.
 """
 
 import argparse
 import collections
-import hashlib
+import io
 import itertools
-import json
 import logging
-import multiprocessing
 import os
 import random
-import select
 import shutil
 import signal
 import sys
@@ -43,406 +32,171 @@ from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch start threads, which a fork would lose
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from cutting import outcome  # noqa: E402
+from forking import FORK  # noqa: E402
+from helpers import TINY, few_digits, run_main  # noqa: E402
 
-import main  # noqa: E402
-from training import checkpoint, checkpoint_files, run_folder  # noqa: E402
-from training.stopping import RESUMABLE  # noqa: E402
+import utils  # noqa: E402
+from training import checkpoint, checkpoint_files  # noqa: E402
 
-SAVE_EVERY = 3  # optimizer steps, 45 of which are an epoch: saves fall on its last one, too
+SAVE_EVERY = 3  # optimizer steps
 FLAGS = (
-    *("--data-set", "DIGITS", "--device", "cpu", "--input-size", "32", "--batch-size", "14", "--accum-steps", "2"),
-    *("--model", "deit_tiny_patch16_224_diverse", "--patch-size", "8"),
-    *("--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3"),
-    *("--preset", "released", "--drop", "0.1", "--drop-path", "0.2", "--reprob", "0.5", "--model-ema-decay", "0.9"),
-    *("--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1", "--log-interval", "2", "--resume", "auto"),
-    *("--save-every-steps", str(SAVE_EVERY), "--save-every-minutes", "0", "--keep-checkpoints", "3"),
+    *(*TINY, "--tensorboard", "--preset", "released", "--batch-size", "14", "--accum-steps", "2", "--resume", "auto"),
+    *("--drop", "0.1", "--drop-path", "0.2", "--reprob", "0.5", "--model-ema-decay", "0.9"),
+    *("--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1", "--log-interval", "2"),
+    *("--save-every-steps", SAVE_EVERY, "--save-every-minutes", "0", "--keep-checkpoints", "3"),
 )
-LONGEST_LIFE = 25  # optimizer steps until a signal, on average half as many
-CALLS = {"fsync": 12, "replace": 18, "link": 6, "unlink": 6, "write": 4000}  # those of five or six saves
-CALLS_FOR_BEST = {"fsync": 2, "replace": 2, "write": 390}  # those of the two best checkpoints of an epoch
-ENDS = (*["SIGKILL"] * 4, "SIGTERM", *CALLS)
-WORKERS_LEAVE = 20  # seconds; a loader worker looks for its parent every five
-HANGS = 300  # seconds
-TIMES = ("images_per_s", "data_wait", "training_seconds")  # endings of the names of what a clock tells
+CALLS = {"write": 300, "fsync": 12, "replace": 18, "link": 6, "unlink": 6}  # about those of five saves
 
 
 @dataclass
-class Plan:
-    """How a life is to end; by default at the end of its run.
+class Death:
+    """How a process ends: after some seconds, or at a call, such as "before" its 3rd "link"; by default it does not."""
 
-    Attributes:
-        signal: SIGKILL or SIGTERM, sent by the parent; None for none.
-        in_startup: when, as a share of the time that a life takes to its first step; None for later.
-        steps: when, in the time of a step, from the first one on.
-        then_kill: seconds from SIGTERM to SIGKILL; None for none.
-        call, number, where: what the life kills itself at, such as the 3rd "link", and "before" it, "after" it or
-            "half" way through it; an empty `call` for nothing.
-        best: whether only calls that write best checkpoints count.
-        workers: of its loader.
-    """
-
-    signal: int | None = None
-    in_startup: float | None = None
-    steps: float = 0.0
-    then_kill: float | None = None
+    seconds: float | None = None
     call: str = ""
     number: int = 0
-    where: str = ""
-    best: bool = False
-    workers: int = 0
+    moment: str = ""
+
+    def end_at_call(self):
+        """Kill this process at the call."""
+        if self.call == "write":
+            killing_file = type("KillingFile", (io.FileIO,), {"write": self._killing(io.FileIO.write)})
+            utils.open = lambda *args: io.BufferedWriter(killing_file(*args))
+        elif self.call:
+            setattr(os, self.call, self._killing(getattr(os, self.call)))
+
+    def _killing(self, function):
+        numbers = itertools.count(1)
+
+        def killing(*args, **kwargs):
+            if next(numbers) != self.number:
+                return function(*args, **kwargs)
+            if self.moment == "within":
+                file, data = args
+                function(file, data[: len(data) // 2])
+            elif self.moment == "after":
+                function(*args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return killing
 
 
-def plans(draw: random.Random) -> Iterator[Plan]:
-    """Lives that are to be killed; any ten from a multiple of ten on have every kind of end."""
+def deaths(draw: random.Random, seconds: float) -> Iterator[Death]:
+    """Deaths in random order, of every kind equally often but "time" twice; `seconds` is the longest time."""
     while True:
-        for end in draw.sample(ENDS, len(ENDS)):
-            (workers,) = draw.choices([0, 1, 2], [75, 15, 10])
-            if end in CALLS:
-                best = end in CALLS_FOR_BEST and draw.random() < 0.4
-                number = draw.randint(1, (CALLS_FOR_BEST if best else CALLS)[end])
-                where = draw.choice(["before", "half", "after"] if end == "write" else ["before", "after"])
-                yield Plan(call=end, number=number, where=where, best=best, workers=workers)
+        for call in draw.sample([*CALLS, "time", "time"], len(CALLS) + 2):
+            if call == "time":
+                yield Death(seconds=draw.uniform(0, seconds))
             else:
-                in_startup = draw.random() if draw.random() < 0.1 else None
-                then_kill = draw.uniform(0, 0.15) if end == "SIGTERM" and draw.random() < 0.4 else None
-                steps = draw.uniform(0, LONGEST_LIFE)
-                yield Plan(signal.Signals[end], in_startup, steps, then_kill, workers=workers)
-
-
-class Progress:
-    """What a life tells its parent, in memory that both have.
-
-    Attributes:
-        steps_per_epoch: 0 until it is known.
-    """
-
-    def __init__(self, most_steps: int = 10**5):
-        self.steps_per_epoch = 0
-        self._first, self._done = RawValue("q"), RawValue("q")
-        self._writing = RawArray("b", most_steps)
-
-    def begin(self, done: int):
-        """Before a life that starts after `done` optimizer steps of the run."""
-        self._first.value, self._done.value = 0, done
-
-    def step(self, epoch: int, step: int, writing: bool):
-        """In a life, after an optimizer step, the `step`-th of an epoch: whether a save is being written."""
-        done = epoch * self.steps_per_epoch + step
-        self._writing[done] = writing
-        self._first.value = self._first.value or done
-        self._done.value = done  # last, since the process may be killed between two lines
-
-    @property
-    def done(self) -> int:
-        """Optimizer steps of the run."""
-        return self._done.value
-
-    @property
-    def first(self) -> int:
-        """The first step of the life, counted from 1 in the run; 0 before there is one."""
-        return self._first.value
-
-    def idle_since(self, step: int) -> int:
-        """Steps after `step` that ended while no save was being written."""
-        return sum(not self._writing[i] for i in range(step + 1, self.done + 1))
-
-
-def live(folder: Path, epochs: int, plan: Plan, progress: Progress):
-    """One life, in a process of its own."""
-    with open(output_of(folder), "ab") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    print(f"--- process {os.getpid()}: {plan}", flush=True)
-    after_step = checkpoint.Saver.after_step
-
-    def told(saver):
-        progress.step(saver.state.epoch, saver.state.step, saver.writer.busy)
-        after_step(saver)
-
-    checkpoint.Saver.after_step = told
-    if plan.call:
-        arrange_end(plan)
-    own = ["--epochs", epochs, "--num-workers", plan.workers, "--output-dir", folder]
-    main.command_line([*FLAGS, *map(str, own)])
-
-
-def arrange_end(plan: Plan):
-    """Have this process kill itself at a call, as planned."""
-    counting, calls = not plan.best, 0
-    write = checkpoint_files.write
-
-    def watched_write(state, path, keep):
-        nonlocal counting
-        counting = not plan.best or path.name in checkpoint.BEST.values()
-        write(state, path, keep)
-        counting = not plan.best
-
-    checkpoint_files.write = watched_write
-    owner, name = (checkpoint_files, "_write_all") if plan.call == "write" else (os, plan.call)
-    call = getattr(owner, name)
-
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += counting
-        if not counting or calls != plan.number:
-            return call(*args, **kwargs)
-        if plan.where == "half":
-            file, data = args
-            call(file, memoryview(data)[: len(data) // 2])
-        elif plan.where == "after":
-            call(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(owner, name, counted)
-
-
-class Lives:
-    """Starts lives and ends them.
-
-    Attributes:
-        startup: seconds from the last life's start to its first step.
-        step_time: seconds of an optimizer step, all else of a run included.
-    """
-
-    def __init__(self, progress: Progress, epochs: int):
-        self.progress, self.epochs = progress, epochs
-        self.startup = self.step_time = 0.0
-        self._families: list[tuple[float, int]] = []
-
-    def live(self, folder: Path, plan: Plan) -> int:
-        """Live one; returns its exit code, negative for a signal.
-
-        Raises:
-            SystemExit: it hangs.
-        """
-        assert threading.active_count() == torch.get_num_threads() == 1  # a fork takes no other thread along
-        sys.stdout.flush()
-        family, inherited = os.pipe()  # it ends when the life and all its loader workers have
-        arguments = (folder, self.epochs, plan, self.progress)
-        life = multiprocessing.get_context("fork").Process(target=live, args=arguments)
-        begun = time.monotonic()
-        life.start()
-        os.close(inherited)
-        try:
-            self._end(life, plan, begun)
-        finally:
-            life.kill()
-            self._families.append((time.monotonic(), family))
-        return life.exitcode
-
-    def _end(self, life: multiprocessing.Process, plan: Plan, begun: float):
-        first_step = signalled = None
-        while life.exitcode is None:
-            now = time.monotonic()
-            if first_step is None and self.progress.first:
-                first_step, self.startup = now, now - begun
-            if plan.signal and signalled is None:
-                is_due = first_step is not None and now >= first_step + plan.steps * self.step_time
-                if is_due or (plan.in_startup is not None and now >= begun + plan.in_startup * self.startup):
-                    os.kill(life.pid, plan.signal)
-                    signalled = now
-            if signalled is not None and plan.then_kill is not None and now >= signalled + plan.then_kill:
-                life.kill()
-            if now > begun + HANGS:
-                raise SystemExit(f"error: a life has not ended after {HANGS} s: {plan}")
-            time.sleep(0.002)
-
-    def lingering(self, timeout: float) -> int:
-        """Lives that ended longer than `WORKERS_LEAVE` ago and have left a worker, after a wait for the others."""
-        late, waiting = 0, []
-        for ended, family in self._families:
-            due = ended + WORKERS_LEAVE - time.monotonic()
-            has_left, _, _ = select.select([family], [], [], min(max(due, 0), timeout))
-            if not has_left and due > timeout:
-                waiting.append((ended, family))
-                continue
-            late += not has_left
-            os.close(family)
-        self._families = waiting
-        return late
-
-
-def output_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.txt")
-
-
-def steps_saved(folder: Path, steps_per_epoch: int) -> int:
-    """Optimizer steps of the run in the newest checkpoint, as the next life will find it.
-
-    Raises:
-        checkpoint_files.DamagedFile: that one, or a best one, is not whole.
-    """
-    candidates = checkpoint_files.candidates(folder / checkpoint.LAST)
-    best = [folder / name for name in checkpoint.BEST.values() if (folder / name).exists()]
-    for path in candidates[:1] + best:
-        checkpoint_files.verify(path)
-    if not candidates:
-        return 0
-    whole = torch.load(candidates[0], weights_only=True)
-    return (whole["epoch"] + 1) * steps_per_epoch + whole["step"]
-
-
-def outcome(folder: Path) -> dict:
-    """What a run has left, without times, by where it is found."""
-    last = torch.load(folder / checkpoint.LAST, weights_only=True)
-    best = [torch.load(folder / name, weights_only=True) for name in checkpoint.BEST.values()]
-    parts = {name: value for name, value in last.items() if name not in ("args", "seconds")}
-    parts["best checkpoints"] = [{name: value for name, value in one.items() if name != "args"} for one in best]
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    scalars = (name for name in events.Tags()["scalars"] if not name.endswith(TIMES))
-    return {
-        "checkpoint": {name: digest(value) for name, value in parts.items()},
-        "log.txt": [untimed(json.loads(line)) for line in (folder / "log.txt").read_text().splitlines()],
-        "TensorBoard": {name: [(event.step, event.value) for event in events.Scalars(name)] for name in scalars},
-        "summary.json": untimed(json.loads((folder / "summary.json").read_text())),
-        "other files": sorted(path.name for path in folder.glob("*") if path.suffix in (".tmp", ".damaged")),
-    }
-
-
-def untimed(record: dict) -> dict:
-    return {name: value for name, value in record.items() if not name.endswith(TIMES)}
-
-
-def digest(tree) -> str:
-    """Of nested dicts and lists of tensors and numbers, their order and types included."""
-    state = hashlib.sha256()
-    if isinstance(tree, torch.Tensor):
-        state.update(f"{tree.dtype} {tuple(tree.shape)}".encode() + tree.contiguous().numpy().tobytes())
-    elif isinstance(tree, dict):
-        state.update(repr([(name, digest(value)) for name, value in tree.items()]).encode())
-    elif isinstance(tree, list | tuple):
-        state.update(repr([digest(value) for value in tree]).encode())
-    else:
-        state.update(repr(tree).encode())
-    return state.hexdigest()
-
-
-def difference(first, second, name: str = "") -> str:
-    """The first place where two nested values differ, in a few words; empty where they are the same."""
-    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
-        pairs = [(f"{name} {key}", first[key], second[key]) for key in first]
-    elif isinstance(first, list) and isinstance(second, list):
-        pairs = [(f"{name}[{i}]", *two) for i, two in enumerate(itertools.zip_longest(first, second))]
-    else:
-        return "" if first == second or first != first != second != second else f"{name}: {first} is not {second}"
-    return next(filter(None, (difference(one, other, place) for place, one, other in pairs)), "")
+                moments = ["before", "after", *["within"] * (call == "write")]
+                yield Death(call=call, number=draw.randint(1, CALLS[call]), moment=draw.choice(moments))
 
 
 class Stress:
-    """Runs that are killed, one after the other, and what was found.
+    """Runs that are killed, and what was found.
 
     Attributes:
         kills: how many of each kind.
         violations: one line each.
-        most_lost, most_idle: optimizer steps that a kill has cost, and those of them done while no save was written.
+        most_lost: optimizer steps that a kill has cost.
     """
 
     def __init__(self, folder: Path, epochs: int):
-        self.folder, self.progress = folder, Progress()
-        self.lives = Lives(self.progress, epochs)
-        self.kills = collections.Counter()
-        self.violations: list[str] = []
-        self.num_lives = self.num_runs = self.num_wrong = self.most_lost = self.most_idle = 0
+        self.folder, self.epochs, self.num_runs, self.most_lost = folder, epochs, 0, 0
+        self.kills, self.violations = collections.Counter(), []
         self.begun = time.monotonic()
-        self.reference = self._uninterrupted(epochs)
+        self.done, self.is_idle, self.steps_per_epoch = RawValue("q"), RawArray("b", 10**5), 0  # of a run's steps
+        assert self.live(folder / "reference", Death()) == 0, f"see {folder / 'reference.txt'}"
+        self.seconds = time.monotonic() - self.begun
+        self.steps_per_epoch = self.done.value
+        self.reference = outcome(folder / "reference")
 
-    def _uninterrupted(self, epochs: int) -> dict:
-        folder = self.folder / "uninterrupted"
-        if code := self.lives.live(folder, Plan()):
-            raise SystemExit(f"error: the uninterrupted run ended with {code}, see {output_of(folder)}")
-        self.progress.steps_per_epoch = self.progress.done
-        self.lives.step_time = (time.monotonic() - self.begun) / (epochs * self.progress.done)
-        return outcome(folder)
+    def live(self, folder: Path, death: Death, workers: int = 0) -> int:
+        """One process of a run; returns its exit code."""
+        assert threading.active_count() == torch.get_num_threads() == 1  # a fork has no other thread
+        process = FORK.Process(target=self._train, args=(folder, death, workers))
+        process.start()
+        process.join(death.seconds or 300)
+        process.kill()
+        process.join()
+        return process.exitcode
 
-    def run(self, plans: Iterator[Plan], num_kills: int):
-        """One run from its start to its end, with kills as long as there are fewer than `num_kills`."""
+    def _train(self, folder: Path, death: Death, workers: int):
+        with open(folder.with_suffix(".txt"), "ab") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        after_step = checkpoint.Saver.after_step
+
+        def watched(saver):
+            done = saver.state.epoch * self.steps_per_epoch + saver.state.step
+            self.is_idle[done], self.done.value = not saver.writer.busy, done
+            after_step(saver)
+
+        checkpoint.Saver.after_step = watched
+        death.end_at_call()
+        run_main(*FLAGS, "--epochs", self.epochs, "--num-workers", workers, "--output-dir", folder)
+
+    def run(self, deaths: Iterator[Death], num_kills: int, draw: random.Random):
+        """One run from its start to its end, killed as long as there are fewer than `num_kills`."""
         self.num_runs += 1
-        folder, saved, code = self.folder / f"run{self.num_runs}", 0, None
+        folder, code, self.done.value = self.folder / f"run{self.num_runs}", None, 0
         while code != 0:
-            plan = next(plans) if self.kills.total() < num_kills else Plan()
-            self.progress.begin(saved)
-            code = self.lives.live(folder, plan)
-            if code not in (0, -signal.SIGKILL, -signal.SIGTERM, RESUMABLE):
-                raise SystemExit(f"error: a life ended with {code}, see {output_of(folder)}")
-            self.num_lives += 1
+            death = next(deaths) if self.kills.total() < num_kills else Death()
+            code = self.live(folder, death, workers=draw.choice([0, 0, 0, 1]))
+            if code not in (0, -signal.SIGKILL):
+                raise SystemExit(f"error: a process ended with {code}, see {folder.with_suffix('.txt')}")
             if code:
-                self.kills[plan.call or signal.Signals(plan.signal).name] += 1
-            saved = self._check_life(folder, plan, code, saved)
-            if self.num_lives % 10 == 0:
-                print(f"{self.num_lives:4} lives: {self}", flush=True)
-        self._check_run(folder)
-
-    def _check_life(self, folder: Path, plan: Plan, code: int, saved: int) -> int:
-        """Steps that are saved now."""
-        before, done = saved, self.progress.done
-        try:
-            saved = steps_saved(folder, self.progress.steps_per_epoch)
-        except checkpoint_files.DamagedFile as error:
-            raise SystemExit(f"error: {folder} holds a damaged checkpoint: {error}; {plan}") from None
-        lost, idle = done - saved, self.progress.idle_since(saved)
-        self.most_lost, self.most_idle = max(self.most_lost, lost), max(self.most_idle, idle)
-        where = f"{folder.name} at step {done}, {plan}"
-        if self.progress.first not in (0, before + 1):
-            self._violation(f"{where}: began with step {self.progress.first}, but {before} were saved")
-        if lost < 0:
-            self._violation(f"{where}: {saved} steps are saved, but only {done} were done")
-        if idle > SAVE_EVERY:
-            self._violation(f"{where}: {lost} steps lost, {idle} of them while no save was being written")
-        if code == RESUMABLE and lost:
-            self._violation(f"{where}: {lost} steps lost in an orderly stop")
-        if code == -signal.SIGTERM and self.progress.first and not (folder / run_folder.SUMMARY).exists():
-            self._violation(f"{where}: SIGTERM ended a life that should have saved")
-        if late := self.lives.lingering(0):
-            self._violation(f"{late} lives have left a loader worker for longer than {WORKERS_LEAVE} s")
-        return saved
-
-    def _check_run(self, folder: Path):
+                self.kills[death.call or "time"] += 1
+            saved, done = self._saved_steps(folder), self.done.value
+            self.most_lost = max(self.most_lost, done - saved)
+            if (idle := sum(self.is_idle[saved + 1 : done + 1])) > SAVE_EVERY:
+                self.violations.append(f"{folder.name}, {death}: {idle} steps lost while no save was being written")
+            self.done.value = saved  # where the next process starts
         found = outcome(folder)
-        self.num_wrong += found["checkpoint"] != self.reference["checkpoint"]
-        for source, expected in self.reference.items():
-            if told := difference(found[source], expected):
-                self._violation(f"{folder.name}, {source}:{told}")
+        wrong = [name for name in self.reference if found[name] != self.reference[name]]
+        self.violations += [f"{folder.name}: {', '.join(wrong)} differ"] if wrong else []
+        print(f"{folder.name}: {self}", flush=True)
 
-    def finish(self):
-        """Wait for the last loader workers."""
-        if late := self.lives.lingering(WORKERS_LEAVE):
-            self._violation(f"{late} lives have left a loader worker for longer than {WORKERS_LEAVE} s")
-
-    def _violation(self, line: str):
-        self.violations.append(line)
-        print(f"VIOLATION: {line}", flush=True)
+    def _saved_steps(self, folder: Path) -> int:
+        """Optimizer steps in the newest checkpoint; all checkpoints must be complete."""
+        candidates = checkpoint_files.candidates(folder / checkpoint.LAST)
+        for path in [*candidates, *folder.glob("checkpoint_best*.pth")]:
+            checkpoint_files.verify(path)
+        if not candidates:
+            return 0
+        newest = torch.load(candidates[0], weights_only=True)
+        return (newest["epoch"] + 1) * self.steps_per_epoch + newest["step"]
 
     def __str__(self):
         kinds = ", ".join(f"{name} {count}" for name, count in sorted(self.kills.items()))
         return (
-            f"{self.kills.total()} kills ({kinds}) in {self.num_runs} runs; {self.num_wrong} wrong digests, "
-            f"{len(self.violations)} violations, most steps lost {self.most_lost}, "
-            f"{self.most_idle} of them with no save under way; {time.monotonic() - self.begun:.0f} s"
+            f"{self.kills.total()} kills ({kinds}) in {self.num_runs} runs; {len(self.violations)} violations, "
+            f"at most {self.most_lost} steps lost; {time.monotonic() - self.begun:.0f} s"
         )
 
 
 def stress():
-    """Kill as often as the command line says; a violation ends in one line and a non-zero exit."""
+    """Kill as often as the command line says; violations end in one line each and a non-zero exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="lives that do not come to their end")
-    parser.add_argument("--seed", type=int, default=0, help="of how they end; the moments also depend on the machine")
+    parser.add_argument("--kills", type=int, default=200, help="processes to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the deaths; their moments also depend on the machine")
     parser.add_argument("--epochs", type=int, default=6, help="of each run")
     parser.add_argument("--keep", type=Path, default=None, metavar="DIR", help="a new folder for the runs; None = none")
     args = parser.parse_args()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="stress-"))
     folder.mkdir(parents=True, exist_ok=args.keep is None)
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every life that has dropped rows
-    test = Stress(folder, args.epochs)
-    deaths = plans(random.Random(args.seed))
-    while test.kills.total() < args.kills:
-        test.run(deaths, args.kills)
-    test.finish()
-    print(f"total: {test}")
+    draw = random.Random(args.seed)
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every process that has dropped points
+    with few_digits(512):
+        test = Stress(folder, args.epochs)
+        kills = deaths(draw, test.seconds / 2)
+        while test.kills.total() < args.kills:
+            test.run(kills, args.kills, draw)
+    print("\n".join([*test.violations, f"total: {test}"]))
     if test.violations:
         raise SystemExit(f"error: {len(test.violations)} violations; the runs are in {folder}")
     if args.keep is None:

@@ -1,7 +1,6 @@
 """A run that was cut anywhere and continued ends as one that was not: weights, average, optimizer, pixels, log."""
 
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
@@ -12,10 +11,8 @@ from signal import SIGTERM
 
 import pytest
 import torch
-from cutting import Fed, send
+from cutting import Fed, content, points, records, send
 from helpers import REPOSITORY, TINY, run_main
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_end_to_end import log_of
 
 from training import checkpoint
 from training.stopping import RESUMABLE
@@ -40,50 +37,6 @@ EVERYTHING = (
     *("--log-interval", "3", "--save-every-minutes", "0", "--tensorboard"),
 )
 STEPS = 1437 // 256 * 256 // 64  # of an epoch of 1,437 digits, which repeated augmentation rounds down
-TIMES = ("images_per_s", "data_wait")
-
-
-def content(folder):
-    """What a run has left that must not depend on how often it was cut."""
-    whole = torch.load(folder / checkpoint.LAST, weights_only=True)
-    kept = {key: whole[key] for key in ("model", "model_ema", "optimizer", "lr_scheduler", "best", "epoch", "step")}
-    best = [torch.load(folder / name, weights_only=True)["model"] for name in checkpoint.BEST.values()]
-    return digest([kept, *best])
-
-
-def digest(tree):
-    state = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, dict):
-            for key in value:
-                add(str(key))
-                add(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-        elif torch.is_tensor(value):
-            state.update(value.contiguous().numpy().tobytes())
-        else:
-            state.update(repr(value).encode())
-
-    add(tree)
-    return state.hexdigest()
-
-
-def records(folder):
-    """log.txt without times."""
-    return [{k: v for k, v in r.items() if not k.endswith(TIMES)} for r in log_of(folder)]
-
-
-def points(folder):
-    """TensorBoard's points without times."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if not tag.endswith(TIMES)
-    }
 
 
 def stop_at(moment, *now):
