@@ -13,6 +13,7 @@ from helpers import REPOSITORY
 
 import diversity
 from diversity.measures import measures_table
+from pipeline import sources
 from training import arguments
 
 README = REPOSITORY / "README.md"
@@ -129,6 +130,10 @@ def test_the_table_of_terms_is_the_registrys():
 
 def test_the_table_of_measures_is_the_registrys():
     assert measures_table() in (REPOSITORY / "docs" / "analysis.md").read_text()
+
+
+def test_the_table_of_data_sets_is_the_registrys():
+    assert sources.markdown_table() in (REPOSITORY / "docs" / "data.md").read_text()
 
 
 def test_the_readme_lists_the_wired_terms():
