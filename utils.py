@@ -207,12 +207,22 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_backends(fused_attn: bool, tf32: bool):
-    """How torch and timm compute: cuDNN chooses its algorithms by trial, and the flags of the same names."""
-    torch.backends.cudnn.benchmark = True
+def set_backends(fused_attn: bool, tf32: bool, deterministic: bool = False):
+    """Configure how torch and timm compute.
+
+    Args:
+        fused_attn: whether timm uses scaled-dot-product attention.
+        tf32: whether a GPU multiplies float32 matrices with 10 bits of mantissa.
+        deterministic: whether a GPU repeats a run bit for bit, more slowly; an operation without a deterministic form
+            raises. To be set before CUDA is used.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
     set_fused_attn(fused_attn)
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> bool:
@@ -263,13 +273,3 @@ def seed_everything(seed: int):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def make_deterministic():
-    """Have torch take the same path every time, so that a GPU repeats a run bit for bit, more slowly.
-
-    Before CUDA is used. An operation without a deterministic form raises.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)

@@ -17,11 +17,13 @@ from training.build import (
     build_initial,
     build_optimizer,
     compile_and_wrap,
-    compiles,
+    should_compile,
 )
 from training.checkpoint import TrainState
-from training.guard import FiniteGuard
-from training.log import EpochTotals, RunLog
+from training.guard import FiniteGuard, GuardedUpdate
+from training.log import RunLog
+from training.meters import EpochTotals
+from training.progress import Progress
 from utils import World
 
 from . import textbook_step
@@ -41,7 +43,7 @@ def plain(args: Namespace, world: World) -> Run:
     device, dtype = world.device, autocast_dtype(args.amp, world.device)
     model = build_initial(args, NUM_CLASSES).to(device).train()
     model_ema = ModelEmaV3(model, decay=args.model_ema_decay)
-    if compiles(args, world, DiversityObjective({})):
+    if should_compile(args, world, DiversityObjective({})):
         model.compile(dynamic=False)
     optimizer = build_optimizer(args, model, LEARNING_RATE)
     mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=NUM_CLASSES)
@@ -63,12 +65,13 @@ def diversified(args: Namespace, world: World) -> Run:
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     optimizer, model_ema = build_optimizer(args, model, LEARNING_RATE), ModelEmaV3(model, decay=args.model_ema_decay)
     state = TrainState(model, model_ema, optimizer, None, scaler)
-    guard, log = FiniteGuard(args.max_nonfinite_steps, world), RunLog(None, world, tensorboard=False)
+    guard = FiniteGuard(args.max_nonfinite_steps, world)
+    update = GuardedUpdate(model, model_ema, optimizer, scaler, guard)
+    progress = Progress(state, 0, RunLog(None, world, tensorboard=False), world, log_interval=0)
     batch = random_batch(args, world.device)
 
     def run(num_steps):
-        batches = [batch] * num_steps
-        train_one_epoch(training_loss, batches, state, guard, log, world, amp_dtype=dtype, log_interval=0)
+        train_one_epoch(training_loss, [batch] * num_steps, state, update, progress, world, amp_dtype=dtype)
         state.step, state.totals = 0, EpochTotals()
 
     return run

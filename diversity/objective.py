@@ -193,7 +193,7 @@ class DiversityObjective(nn.Module):
             if name == MIXING:
                 reads = f"patch logits, per-patch labels; mixing_balance={self.mixing_balance}"
             else:
-                settings = [f"{option}={value}" for option, value in self.options[name].items()]
+                settings = [f"{option}={value}" for option, value in self.options[name].items() if value is not False]
                 reads = "; ".join([", ".join(self.terms[name].reads), *settings])
             lines.append(f"{name:<28}{coef:>12g}  {reads}")
         return "\n".join(lines if self.coefs else ["no diversity term: plain training"])

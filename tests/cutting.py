@@ -101,9 +101,9 @@ class Fed:
         train, augment = main.train_one_epoch, BatchAugmentation.forward
         after_batch, write = checkpoint.Saver.after_batch, checkpoint_files.write
 
-        def watched_train(training_loss, loader, state, *args, **kwargs):
-            self.state, self.batch = state, state.step * kwargs["accum_steps"]
-            after_step, images = kwargs["after_step"], kwargs["images"]
+        def watched_train(loss_fn, loader, state, update, *args, **kwargs):
+            self.state, self.batch = state, state.step * update.accum_steps
+            after_step, images = kwargs["after_step"], update.guard.images
 
             def stop():
                 self.last = (state.epoch, state.step)
@@ -112,7 +112,7 @@ class Fed:
                 at("step", *self.last)
                 after_step()
 
-            return train(training_loss, loader, state, *args, **kwargs | {"after_step": stop})
+            return train(loss_fn, loader, state, update, *args, **kwargs | {"after_step": stop})
 
         def watched_augment(augmentation, *batch):
             mixed, target = augment(augmentation, *batch)

@@ -8,12 +8,12 @@ import sys
 
 import torch
 import torch.distributed as dist
+from helpers import train_epoch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.training_steps import NUM_CLASSES, random_batch
-from engine import train_one_epoch
 from training.arguments import parse_args
 from training.build import (
     build_augmentation,
@@ -23,8 +23,6 @@ from training.build import (
     compile_and_wrap,
 )
 from training.checkpoint import TrainState
-from training.guard import FiniteGuard
-from training.log import RunLog
 from utils import joined_world
 
 STEPS = 4
@@ -64,14 +62,13 @@ def main(words):
         dist.all_reduce = counting_all_reduce
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         state = TrainState(model, None, build_optimizer(args, model, 1e-3), None, scaler)
-        log, guard = RunLog(None, world, tensorboard=False), FiniteGuard(0, world)
         beside = []  # the gradients, so far
 
         def after_step():
             beside.append(sum(exchanged) - sum(ours))
 
         batches = [(samples, labels)] * STEPS
-        train_one_epoch(ddp, batches, state, guard, log, world, after_step=after_step, log_interval=0)
+        train_epoch(ddp, batches, state, world=world, after_step=after_step, log_interval=0)
         if world.is_main:
             print(json.dumps({"plain": plain, "ours": ours, "beside": beside}))
 

@@ -13,9 +13,13 @@ from PIL import Image
 
 import main
 from datasets import DataOptions
+from engine import train_one_epoch
 from models import build_model
 from training import arguments
 from training.build import options_of
+from training.guard import FiniteGuard, GuardedUpdate
+from training.log import RunLog
+from training.progress import Progress
 from utils import World
 
 torch.set_num_threads(1)  # small tensors, and threads that spin make a busy machine many times slower
@@ -73,6 +77,19 @@ def parse(*words):
 def data_options(*words) -> DataOptions:
     """The options of `build_data` from the flags of `TINY` and `words`."""
     return options_of(DataOptions, parse(*words))
+
+
+def train_epoch(
+    loss_fn, batches, state, *, world, budget=0, log=None, num_steps=None, images=lambda step: "", **options
+):
+    """`train_one_epoch` with the guard, the update and the progress that `options` describe."""
+    update_options = {name: options.pop(name) for name in ("accum_steps", "clip_grad") if name in options}
+    guard = FiniteGuard(budget, world, images=images)
+    update = GuardedUpdate(state.model, state.model_ema, state.optimizer, state.loss_scaler, guard, **update_options)
+    num_steps = num_steps or state.step + len(batches) // update.accum_steps
+    log = log or RunLog(None, world, tensorboard=False)
+    progress = Progress(state, num_steps, log, world, options.pop("log_interval", 50))
+    return train_one_epoch(loss_fn, batches, state, update, progress, world, **options)
 
 
 def world(rank=0, size=1) -> World:

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import parse
+from helpers import parse, train_epoch
 from timm.utils import ModelEmaV3
 
 import engine
@@ -22,12 +22,10 @@ from training.build import (
     build_initial,
     build_model,
     build_optimizer,
-    enable_grad_checkpointing,
 )
 from training.checkpoint import TrainState
 from training.distillation import DistillationLoss
 from training.guard import FiniteGuard, GuardedUpdate
-from training.log import RunLog
 from utils import World
 
 WORLD = World(0, 1, 0, 1, CUDA)
@@ -40,8 +38,6 @@ def run_on_fake_cuda(*words, batch=8, teacher=None):
     """Findings of three training steps, an evaluation and a save: what happens after the first step."""
     args = parse("--batch-size", batch, *words)
     model = build_initial(args, CLASSES)  # real, since timm reads numbers as it builds
-    if args.grad_checkpointing:
-        enable_grad_checkpointing(model, args.model)
     model_ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
     net = build_model(args.model, CLASSES, args.input_size, args.patch_size, **args.model_kwargs) if teacher else None
     with fake_cuda() as watch:
@@ -61,10 +57,10 @@ def run_on_fake_cuda(*words, batch=8, teacher=None):
             watch.phase = "step" if state.step < STEPS else "end of epoch"
 
         watch.phase = "first step"
-        engine.train_one_epoch(
-            training_loss, Prefetcher(batches, CUDA) if prefetches else batches, state, FiniteGuard(0, WORLD),
-            RunLog(None, WORLD, tensorboard=False), WORLD, after_step=after_step, num_steps=STEPS, amp_dtype=dtype,
-            accum_steps=args.accum_steps, clip_grad=args.clip_grad, log_interval=0,
+        train_epoch(
+            training_loss, Prefetcher(batches, CUDA) if prefetches else batches, state, world=WORLD,
+            after_step=after_step, num_steps=STEPS, amp_dtype=dtype, accum_steps=args.accum_steps,
+            clip_grad=args.clip_grad, log_interval=0,
         )  # fmt: skip
         assert state.step == STEPS
         watch.phase = "evaluation"
@@ -137,7 +133,7 @@ def test_decisions_are_read_at_the_same_step_on_all_ranks():
     with fake_cuda() as watch:
         guard = FiniteGuard(0, WORLD)
         for step in range(2 * guard.LAG):
-            guard.check(["loss"], torch.zeros(1, device=CUDA), "", lambda: "")
+            guard.check(["loss"], torch.zeros(1, device=CUDA), 0, step)
             guard.report_pending()
             assert len([each for each in watch.findings if each.kind == "wait"]) == max(0, step + 1 - guard.LAG)
         guard.report_pending(wait=True)
@@ -173,13 +169,13 @@ def test_tensors_of_two_devices_are_found():
 
 
 def test_a_look_at_the_decision_is_found():
-    take = GuardedUpdate.__call__
+    take = GuardedUpdate.apply
 
     def look(update, allowed):
         if allowed:
             take(update, allowed)
 
-    with mock.patch.object(GuardedUpdate, "__call__", look):
+    with mock.patch.object(GuardedUpdate, "apply", look):
         [finding, *_] = findings_of("wait", "step")
     assert "if allowed:" in finding.where and "reads a value" in finding.what
 

@@ -1,6 +1,7 @@
 """Whole runs on the scanned digits: through `python main.py`, through torchrun, and with every option of training."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -53,14 +54,25 @@ def test_a_run_leaves_its_records(digits_run):
 def test_a_run_prints_what_a_reader_needs_and_no_warnings(digits_run):
     folder, result = digits_run
     assert result.stderr == ""
-    header, *_ = result.stdout.split("Epoch: [0]")
+    lines = result.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("epoch "))
+    header, (table, *_) = "\n".join(lines[:first]), [n for n, line in enumerate(lines) if line.startswith("term ")][1:]
     for word in (torch.__version__, timm.__version__, "commit", "cpu", "seed 0", "learning rate", *REGULARIZERS):
         assert word in header
-    for line in (line for line in result.stdout.splitlines() if line.startswith("epoch ")):
-        for name in ("mixing", *REGULARIZERS):
-            assert f"{name} " in line
-    assert "eta:" in result.stdout
-    assert f"run folder: {folder}" in result.stdout
+    num = r"[-\d.e+]+"
+    step = (
+        rf"epoch \d +\d+/80  loss {num}  grad {num}  lr {num}  \d+ images/s  data wait \d+ %  eta (unknown|\d+:\d+:\d+)"
+    )
+    epoch = rf"epoch \d of 2: loss {num}, accuracy raw {num} %, EMA {num} %, \d+ images/s, data wait \d+ %"
+    patterns = [*[step] * 3, epoch] * 2  # steps 0, 50 and 79
+    for line, pattern in zip(lines[first:table], patterns, strict=True):
+        assert re.fullmatch(pattern, line), line
+    record = log_of(folder)[-1]
+    for line, name in zip(lines[table + 1 :], ("cls_ce", "mixing", *REGULARIZERS), strict=False):
+        value, share = record[f"train_{name}"], record[f"train_{name}_share"]
+        assert line.split() == [name, f"{value:.4g}", f"{100 * share:.2f}", "%"]
+    assert lines[-1] == f"run folder: {folder}"
+    assert all(len(line) <= 100 for line in lines if str(folder) not in line)
 
 
 def test_checkpoints_hold_no_code_and_timms_keys(digits_run):

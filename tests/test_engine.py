@@ -6,17 +6,16 @@ import time
 import pytest
 import timm
 import torch
-from helpers import parse
+from helpers import parse, train_epoch
 from timm.utils import ModelEmaV3
 from torch.utils.data import DataLoader, TensorDataset
 
 from diversity import DiverseLoss, PatchMixup
-from engine import autocast_dtype, evaluate, train_one_epoch
+from engine import autocast_dtype, evaluate
 from pipeline.batch_augmentation import BatchAugmentation
 from training import checkpoint
 from training.build import build_optimizer
 from training.guard import FiniteGuard, GuardedUpdate
-from training.log import RunLog
 from utils import World
 
 CPU = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -43,10 +42,8 @@ def make_state(model, optimizer=None, ema=None, loss_scaler=None):
 
 def train(model, batches, coefs=ALL_TERMS, state=None, budget=0, mixup_fn=NO_MIX, smoothing=0.1, world=CPU, **options):
     training_loss = DiverseLoss(model, coefs, BatchAugmentation(mixup_fn), smoothing).to(world.device)
-    log = RunLog(None, world, tensorboard=False)
-    guard = FiniteGuard(budget, world)
     with training_loss.tapped:
-        return train_one_epoch(training_loss, batches, state or make_state(model), guard, log, world, **options)
+        return train_epoch(training_loss, batches, state or make_state(model), world=world, budget=budget, **options)
 
 
 def weights(model):
@@ -130,14 +127,18 @@ def with_batch_norm():
     return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
 
 
+def update_of(model, ema, optimizer):
+    return GuardedUpdate(model, ema, optimizer, torch.amp.GradScaler("cpu", enabled=False), FiniteGuard(0, CPU))
+
+
 def test_the_average_is_timms_also_of_buffers():
     model = with_batch_norm()
     ours, timms = ModelEmaV3(model, decay=0.9), ModelEmaV3(model, decay=0.9)
-    update = GuardedUpdate(model, ours, torch.optim.SGD(model.parameters(), lr=0.1))
+    update = update_of(model, ours, torch.optim.SGD(model.parameters(), lr=0.1))
     for seed in range(3):
-        update.remember_buffers()
+        update.before_forward()
         model(images(4, seed)[0]).square().sum().backward()
-        update(torch.tensor(True))
+        update.apply(torch.tensor(True))
         timms.update(model)
         for name, value in timms.module.state_dict().items():
             torch.testing.assert_close(ours.module.state_dict()[name], value, rtol=1e-6, atol=1e-8)
@@ -150,11 +151,11 @@ def test_a_skipped_step_poisons_neither_buffers_nor_average(opt):
     model = with_batch_norm()
     ema = ModelEmaV3(model, decay=0.5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    update = GuardedUpdate(model, ema, build_optimizer(parse("--opt", opt), model, 0.1))
-    update.remember_buffers()
+    update = update_of(model, ema, build_optimizer(parse("--opt", opt), model, 0.1))
+    update.before_forward()
     model(torch.full((4, 3, 8, 8), math.nan)).sum().backward()
     assert model[1].running_mean.isnan().all()
-    update(torch.tensor(False))
+    update.apply(torch.tensor(False))
     for state in (model.state_dict(), ema.module.state_dict()):
         for name, value in state.items():
             assert torch.equal(value, before[name]), name

@@ -7,26 +7,22 @@ from functools import partial
 import pytest
 import timm
 import torch
-from helpers import TINY, model_of, parse, run_main, world
+from helpers import TINY, model_of, parse, run_main, train_epoch, world
 from test_distributed import ROOT, TORCHRUN, run
 from test_engine import images, make_state, small_vit
 from timm.utils import ModelEmaV3
 from torch._dynamo.backends.common import aot_autograd
 
 from diversity import PRESETS, REGULARIZERS, DiverseLoss, DiversityObjective, PatchMixup
-from engine import train_one_epoch
-from pipeline.batch_augmentation import BatchAugmentation
-from training import build
-from training.build import (
+from models.execution import (
     PatchProduct,
-    build_initial,
-    compile_and_wrap,
-    compiles,
     embed_patches_by_product,
     enable_grad_checkpointing,
     keep_residual_in_bfloat16,
 )
-from training.guard import FiniteGuard
+from pipeline.batch_augmentation import BatchAugmentation
+from training import build
+from training.build import build_initial, compile_and_wrap, should_compile
 from training.log import RunLog
 from utils import World
 
@@ -41,8 +37,7 @@ def losses_of(training_loss, model, num_steps):
     log.scalars = lambda values, step: losses.append(values["train/loss"])
     log.print = lambda text: None
     batches = [images(4, seed=seed) for seed in range(num_steps)]
-    guard = FiniteGuard(0, world())
-    train_one_epoch(training_loss, batches, state, guard, log, world(), log_interval=1)
+    train_epoch(training_loss, batches, state, world=world(), log=log, log_interval=1)
     return losses
 
 
@@ -111,7 +106,7 @@ def test_a_step_that_does_not_compile_runs_in_eager_mode_unless_it_was_asked_for
         args = parse(*([flag] if flag else []))
         if flag != "--no-compile":
             fault(training_loss)
-            monkeypatch.setattr(build, "compiles", lambda *_: True)  # as on a GPU
+            monkeypatch.setattr(build, "should_compile", lambda *_: True)  # as on a GPU
         compile_and_wrap(args, world(), training_loss)
         monkeypatch.undo()
         if flag == "--compile":
@@ -149,11 +144,11 @@ def test_grad_checkpointing_gives_the_gradients_of_every_term(backend):
 
 def test_compiling_is_for_gpus_and_not_for_terms_that_read_a_gradient():
     plain, with_gradient = DiversityObjective({"mixing": 1}), DiversityObjective({"emb_grad_diversity": 1})
-    assert compiles(parse(), ON_GPU, plain)
-    assert not compiles(parse("--no-compile"), ON_GPU, plain)
-    assert not compiles(parse(), world(), plain)
-    assert compiles(parse("--compile"), world(), plain)
-    assert not compiles(parse(), ON_GPU, with_gradient)
+    assert should_compile(parse(), ON_GPU, plain)
+    assert not should_compile(parse("--no-compile"), ON_GPU, plain)
+    assert not should_compile(parse(), world(), plain)
+    assert should_compile(parse("--compile"), world(), plain)
+    assert not should_compile(parse(), ON_GPU, with_gradient)
     with pytest.raises(SystemExit, match="--emb-grad-diversity-coef"):
         run_main(*TINY, "--compile", "--emb_grad_diversity_coef", "1")
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers import REPOSITORY, TINY, run_main
 
-from training.log import Meters
+from training.meters import Meters
 from utils import cpu_count, init_world, one_line_errors, seed_everything
 
 FREED = """

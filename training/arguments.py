@@ -8,6 +8,7 @@ import difflib
 import sys
 
 import timm.optim
+import torch
 
 from diversity import MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS
 from diversity.mixing import MODES
@@ -70,8 +71,13 @@ def term_options(args: argparse.Namespace) -> dict[str, object]:
     return {option: getattr(args, option) for term in REGULARIZERS.values() for option in term.options}
 
 
-def without_effect(args: argparse.Namespace) -> list[str]:
-    """One line for each flag that was set and that another flag makes idle."""
+def repeatable(args: argparse.Namespace) -> dict[str, object]:
+    """The flags that start the same run anew, for args.yaml."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_REPEATED}
+
+
+def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = torch.bfloat16) -> list[str]:
+    """One line for each flag that was set and has no effect beside another flag, or beside the autocast dtype."""
     default = build_parser().parse(["--preset", args.preset or "none"])
     cutmix = args.cutmix > 0 or args.cutmix_minmax
     small = args.input_size <= 32
@@ -95,6 +101,7 @@ def without_effect(args: argparse.Namespace) -> list[str]:
         (args.cutmix_minmax, "cutmix", "--cutmix-minmax takes its place"),
         (args.accum_steps > 1, "static_graph", "--accum-steps keeps some gradients local"),
         (args.device == "cpu", "tf32", "--device is cpu"),
+        (amp_dtype != torch.bfloat16, "residual_dtype", "autocast is not bfloat16"),
         (not args.repeated_aug, "aug_repeats decode_once repeats_together", "--no-repeated-aug"),
         (source.is_stream,
          "repeated_aug aug_repeats decode_once repeats_together max_bad_images dist_eval",

@@ -1,4 +1,7 @@
-"""The parts of a run as the flags describe them: weights, objective, taps, compiled step, mixing, optimizer."""
+"""Builds from the flags what a run is made of: model, average, augmentation, loss, optimizer.
+
+With main.py, the only module that reads the namespace of the parsed flags.
+"""
 
 import dataclasses
 import sys
@@ -17,9 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets import Data
 from diversity import DiverseLoss, DiversityObjective, PatchMixup, TapError
 from models import build_model
+from models.execution import embed_patches_by_product, enable_grad_checkpointing, keep_residual_in_bfloat16
 from models.weights import load_weights
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
-from training import arguments, checkpoint
+from training import arguments
 from training.distillation import DistillationLoss
 from training.parsing import flag_of
 from utils import World, seed_everything
@@ -33,22 +37,8 @@ def options_of(cls: type[T], args: Namespace) -> T:
     return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
-def build_weights(args: Namespace, world: World, data: Data) -> tuple[nn.Module, ModelEmaV3 | None, dict, list[str]]:
-    """The model as the flags start it, its average, the checkpoint to continue from, and what there is to say."""
-    model = build_initial(args, data.num_classes)
-    notes = load_weights(model, args.finetune, "--finetune") if args.finetune and not args.resume else []
-    resumed = checkpoint.load(args.resume, "--resume") if args.resume else {}
-    if args.grad_checkpointing:
-        enable_grad_checkpointing(model, args.model)
-    model.to(world.device)
-    model_ema = None
-    if args.model_ema and (not args.eval or "model_ema" in resumed):
-        model_ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
-    return model, model_ema, resumed, notes
-
-
 def build_initial(args: Namespace, num_classes: int) -> nn.Module:
-    """The model of the flags with its initial weights: the same, and so the same average of them, on every rank."""
+    """The model with its initial weights, which are the same on every rank."""
     seed_everything(args.seed)
     model = build_model(
         args.model, num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
@@ -57,76 +47,25 @@ def build_initial(args: Namespace, num_classes: int) -> nn.Module:
         embed_patches_by_product(model, args.model)
     if args.residual_dtype == "bfloat16":
         keep_residual_in_bfloat16(model, args.model)
+    if args.grad_checkpointing:
+        enable_grad_checkpointing(model, args.model)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def enable_grad_checkpointing(model: nn.Module, name: str):
-    """Have the blocks compute their activations again in the backward pass.
-
-    Raises:
-        SystemExit: the model cannot.
-    """
-    try:
-        model.set_grad_checkpointing()
-    except (AttributeError, AssertionError):
-        raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
-
-
-class PatchProduct(nn.Conv2d):
-    """A convolution of patches that do not overlap, [B, C, H, W] -> [B, D, rows, columns], as one matrix product."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        height, width = self.kernel_size
-        if torch.is_autocast_enabled(images.device.type):  # before patches are copied together, not after
-            images = images.to(torch.get_autocast_dtype(images.device.type))
-        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # [B, C, rows, height, columns, width]
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
-def embed_patches_by_product(model: nn.Module, name: str):
-    """Have the patch embedding compute as a `PatchProduct`; its parameters and their names stay.
-
-    Raises:
-        SystemExit: the model has no convolution of patches that do not overlap.
-    """
-    proj = getattr(getattr(model, "patch_embed", None), "proj", None)
-    plain = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    if (
-        type(proj) is not nn.Conv2d
-        or proj.kernel_size != proj.stride
-        or any(getattr(proj, setting) != value for setting, value in plain.items())
-    ):
-        raise SystemExit(f"error: --model {name} has no plain patch embedding for --patch-product")
-    proj.__class__ = PatchProduct
-
-
-def keep_residual_in_bfloat16(model: nn.Module, name: str):
-    """Have the blocks hand each other tokens in bfloat16 where autocast computes in it, in place of float32.
-
-    Raises:
-        SystemExit: the model has no blocks in a row.
-    """
-    if not hasattr(model, "blocks"):
-        raise SystemExit(f"error: --model {name} has no `blocks` for --residual-dtype bfloat16")
-    for block in model.blocks:  # LayerScale's float32 weights would make them float32 again
-        block.register_forward_pre_hook(_to_bfloat16)
-
-
-def _to_bfloat16(block: nn.Module, inputs: tuple):
-    device_type = inputs[0].device.type
-    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
-        return inputs[0].bfloat16(), *inputs[1:]
-    return None
+def build_ema(args: Namespace, model: nn.Module) -> ModelEmaV3 | None:
+    """The average of the model's weights; made before hooks are registered, since it is a copy of the model."""
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
 
 
 def build_diverse_loss(
     args: Namespace, world: World, model: nn.Module, num_classes: int, mixup: BatchAugmentation | None = None
 ) -> DiverseLoss:
-    """Augmentation, model and objective as the flags describe them, with a teacher if they name one.
+    """Augmentation, model and objective, with a teacher if the flags name one.
 
     Args:
-        mixup: None = images and labels are taken as they are.
+        mixup: None = images and labels stay unchanged.
 
     Raises:
         SystemExit: the model lacks what a term needs.
@@ -167,11 +106,11 @@ def compile_and_wrap(args: Namespace, world: World, loss_fn: DiverseLoss) -> Div
     if args.compile and objective.differentiating:
         flag = flag_of(f"{objective.differentiating[0]}_coef")
         raise SystemExit(f"error: --compile cannot differentiate twice, as {flag} does; leave one of them out")
-    if compiles(args, world, objective):
-        # The hooks of the taps need not run again when a checkpointed block does.
+    if should_compile(args, world, objective):
+        # The hooks of the taps need not run again when a checkpointed block is recomputed.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = args.grad_checkpointing
         torch._functorch.config.force_non_lazy_backward_lowering = True  # so that its errors come in the forward pass
-        # Random numbers as without compiling, so that both train alike.
+        # The same random numbers as without compiling.
         on_error = partial(_on_compile_error, world, is_asked_for=bool(args.compile))
         loss_fn.compile_step(on_error, options={"fallback_random": True})
     if world.size == 1:
@@ -182,7 +121,7 @@ def compile_and_wrap(args: Namespace, world: World, loss_fn: DiverseLoss) -> Div
         gradient_as_bucket_view=True,
         static_graph=has_static_graph(args),
     )
-    ddp.broadcast_buffers = any(True for _ in loss_fn.model.buffers())  # not for a teacher's, which stay as they are
+    ddp.broadcast_buffers = any(True for _ in loss_fn.model.buffers())  # a teacher's never change
     return ddp
 
 
@@ -193,7 +132,7 @@ def _on_compile_error(world: World, reason: str, is_asked_for: bool):
     print(line, file=sys.stderr, flush=True)
 
 
-def compiles(args: Namespace, world: World, objective: DiversityObjective) -> bool:
+def should_compile(args: Namespace, world: World, objective: DiversityObjective) -> bool:
     """Whether model and objective are compiled: by default on a GPU, unless a term reads a gradient.
 
     Compiled (torch 2.14), that term's own gradient comes out wrong, without an error.
@@ -204,14 +143,14 @@ def compiles(args: Namespace, world: World, objective: DiversityObjective) -> bo
 
 
 def has_static_graph(args: Namespace) -> bool:
-    """Whether DistributedDataParallel may take every backward pass to be like the first."""
-    return args.static_graph and args.accum_steps == 1  # else some passes stay local
+    """Whether every backward pass is like the first for DistributedDataParallel."""
+    return args.static_graph and args.accum_steps == 1  # otherwise some passes do not synchronize gradients
 
 
-def fast_parts(args: Namespace, world: World, objective: DiversityObjective, data: Data) -> list[str]:
-    """What is on of the fast path, for the log."""
+def fast_path(args: Namespace, world: World, objective: DiversityObjective, data: Data) -> list[str]:
+    """What makes this run fast, for the log."""
     parts = {
-        "compiled": compiles(args, world, objective),
+        "compiled": should_compile(args, world, objective),
         "fused attention": args.fused_attn,
         "fused optimizer": args.fused_opt and can_fuse(args.opt),
         "prefetcher": data.prefetcher is not None,
@@ -221,15 +160,16 @@ def fast_parts(args: Namespace, world: World, objective: DiversityObjective, dat
 
 
 def build_augmentation(args: Namespace, of_bytes: bool) -> BatchAugmentation:
-    """What is done to a batch on its device.
+    """Normalisation, erasing and mixing of a batch on its device.
 
     Args:
-        of_bytes: whether images come as bytes, and so are erased here.
+        of_bytes: whether the images are bytes, which are erased here and not by the loader.
     """
     erasing = BatchErasing(args.reprob, args.remode, args.recount) if of_bytes and args.reprob else None
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    # A product reads patches, which are copied together anyway.
-    return BatchAugmentation(build_mixup(args), erasing, torch.preserve_format if args.patch_product else layout)
+    if args.patch_product:  # it copies the patches in any case
+        layout = torch.preserve_format
+    return BatchAugmentation(build_mixup(args), erasing, layout)
 
 
 def build_mixup(args: Namespace, grid: tuple[int, int] | None = None) -> PatchMixup:

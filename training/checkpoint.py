@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from timm.scheduler import PlateauLRScheduler
@@ -12,10 +13,11 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from models.weights import is_weights, load_state_dict, local_file, read
+from models.weights import is_weights, load_state_dict, load_weights, local_file, read
 from training import checkpoint_files
 from training.background import BackgroundWriter, copy_to_cpu, first_non_finite
-from training.log import EpochTotals, RunLog
+from training.log import RunLog
+from training.meters import EpochTotals
 from training.stopping import RESUMABLE, Agreement, StopSignals
 from utils import World
 
@@ -32,6 +34,7 @@ class TrainState:
 
     Attributes:
         model: the stock timm model, not its wrappers, so that files hold timm's keys.
+        optimizer, scheduler, loss_scaler: None in an evaluation.
         epoch: the epoch in training, or the next one.
         step: optimizer steps of this epoch that are done.
         totals: what this epoch has added up.
@@ -39,14 +42,13 @@ class TrainState:
         best: {"acc1": percent, "acc1_ema": percent}, the best so far.
         earlier_seconds: of the processes that this one continues.
         started: this process's clock.
-        is_warm: whether this process has taken a step; not saved.
     """
 
     model: nn.Module
     model_ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    scheduler: Scheduler | None
-    loss_scaler: torch.amp.GradScaler
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: Scheduler | None = None
+    loss_scaler: torch.amp.GradScaler | None = None
     epoch: int = 0
     step: int = 0
     totals: EpochTotals = field(default_factory=EpochTotals)
@@ -54,7 +56,6 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)
     earlier_seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
-    is_warm: bool = False
 
     @property
     def seconds(self) -> float:
@@ -286,6 +287,59 @@ def load_model_and_ema(model: nn.Module, model_ema: ModelEmaV3 | None, checkpoin
     load_state_dict(model, checkpoint["model"], path, "--resume")
     if model_ema is not None:
         load_state_dict(model_ema.module, checkpoint.get("model_ema", checkpoint["model"]), path, "--resume")
+
+
+class Start(NamedTuple):
+    """What a run starts from.
+
+    Attributes:
+        path: the checkpoint that was restored; empty for initial or fine-tuned weights.
+        notes: one line for each weight that was not loaded unchanged.
+        bad_images: unreadable training images that the run has met.
+    """
+
+    path: str = ""
+    notes: Sequence[str] = ()
+    bad_images: Sequence[int] = ()
+
+
+def resume(
+    state: TrainState, path: str, folder: str, world: World, *, finetune: str = "", global_batch: int = 0
+) -> Start:
+    """Find, load and restore what a run continues from; without anything to continue, load weights to start from.
+
+    Without an optimizer in `state`, as in an evaluation, only the weights are restored, and an average that the file
+    does not hold is dropped; training starts it from the weights.
+
+    Args:
+        path: a checkpoint.pth, an https URL, "auto" for the newest undamaged checkpoint of `folder` if there is one, or
+            empty.
+        folder: the run folder.
+        finetune: weights in any of timm's and DeiT's layouts; empty = keep the initial weights.
+        global_batch: images per optimizer step.
+
+    Raises:
+        SystemExit: a file is missing, damaged or does not fit.
+    """
+    if path == "auto":
+        newest = find_newest(Path(folder)) if world.is_main else None
+        path = world.from_main(str(newest or ""))
+    is_training = state.optimizer is not None
+    if path:
+        checkpoint = load(path, "--resume")
+        if is_training:
+            state.restore(checkpoint, path, global_batch, world.device)
+        else:
+            if "model_ema" not in checkpoint:
+                state.model_ema = None
+            load_model_and_ema(state.model, state.model_ema, checkpoint, path)
+        return Start(path, bad_images=checkpoint.get("bad_images", []))
+    notes = load_weights(state.model, finetune, "--finetune") if finetune else []
+    if not is_training:
+        state.model_ema = None
+    elif finetune and state.model_ema is not None:
+        state.model_ema.set(state.model)
+    return Start(notes=notes)
 
 
 def find_newest(folder: Path) -> Path | None:

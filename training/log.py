@@ -1,4 +1,4 @@
-"""What a run writes while it trains: means, log.txt, TensorBoard events, and what the console shows."""
+"""What a run writes while it trains: log.txt, TensorBoard events, and the lines on the console."""
 
 import json
 import os
@@ -6,8 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -16,83 +15,6 @@ import torchvision
 from tqdm import tqdm
 
 from utils import World, atomic_write
-
-
-class Meters:
-    """Running sums of named numbers, kept on their device so that adding never waits for the host."""
-
-    def __init__(self):
-        self.names: list[str] = []
-        self.sums: torch.Tensor | None = None  # one vector, so that adding is a kernel or two for any number of names
-        self.count: int | torch.Tensor = 0  # what was added
-        self.of_names: int | torch.Tensor = 0  # of it, what was added under the present names
-
-    def add(self, names: Sequence[str], values: torch.Tensor, counts: torch.Tensor | None = None):
-        """Add values [n] to the sums of n names, where `counts`, a 0-dim boolean, holds.
-
-        Other names than before, as of an epoch that is continued with other terms, begin anew: no mean mixes them.
-        """
-        added, counted = (values.float(), 1) if counts is None else (values.float().where(counts, 0.0), counts)
-        if self.names != [*names]:
-            self.names, self.sums, self.of_names = [*names], None, 0
-        self.sums = added if self.sums is None else self.sums + added
-        self.count = self.count + counted
-        self.of_names = self.of_names + counted
-
-    def averages(self, world: World) -> dict[str, float]:
-        """Means over all steps and processes; every process must call it."""
-        if not self.of_names:
-            return {}
-        return {name: value / int(self.of_names) for name, value in self.state_dict(world)["sums"].items()}
-
-    def state_dict(self, world: World) -> dict:
-        """The sums as means over the processes, and the counts; every process must call it."""
-        means = [] if self.sums is None else (world.sum(self.sums.clone()) / world.size).tolist()
-        counts = {"count": int(self.count), "of_names": int(self.of_names)}
-        return {"sums": dict(zip(self.names, means, strict=True))} | counts
-
-    def load_state_dict(self, state: dict, device: torch.device):
-        self.names = [*state["sums"]]
-        self.sums = torch.tensor([*state["sums"].values()], device=device) if state["sums"] else None
-        self.count, self.of_names = state["count"], state.get("of_names", state["count"])
-
-
-@dataclass
-class EpochTotals:
-    """What an epoch has added up so far.
-
-    Attributes:
-        epoch: means over its steps.
-        window: means since the last console line.
-        images: seen by all processes.
-        seconds: trained.
-        waited: of these seconds, those spent waiting for the loader.
-        overflows: steps that fp16's loss scale skipped, counted on the device.
-    """
-
-    epoch: Meters = field(default_factory=Meters)
-    window: Meters = field(default_factory=Meters)
-    images: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    overflows: int | torch.Tensor = 0
-
-    def skipped(self, steps: int) -> int:
-        """How many of the epoch's steps so far were not finite; waits for the device."""
-        return steps - int(self.epoch.count) - int(self.overflows)
-
-    def state_dict(self, world: World) -> dict:
-        """Numbers only, the same on all processes, each of which must call it."""
-        numbers = {"images": self.images, "seconds": self.seconds, "waited": self.waited}
-        numbers["overflows"] = int(self.overflows)
-        return numbers | {"epoch": self.epoch.state_dict(world), "window": self.window.state_dict(world)}
-
-    def load_state_dict(self, state: dict, device: torch.device):
-        for name, value in state.items():
-            if isinstance(value, dict):
-                getattr(self, name).load_state_dict(value, device)
-            else:
-                setattr(self, name, value)
 
 
 class RunLog:
@@ -190,6 +112,34 @@ def _parsed(line: str) -> dict | None:
         return json.loads(line)
     except json.JSONDecodeError:
         return None
+
+
+def epoch_line(record: dict[str, float], num_epochs: int) -> str:
+    """An epoch on one line of at most 100 columns; its terms are in log.txt and in `terms_table`."""
+    loss = f"loss {record['train_loss']:.4g}" if "train_loss" in record else "no step taken"
+    accuracies = _accuracies({name.removeprefix("test_"): value for name, value in record.items()})
+    speed = f"{record['train_images_per_s']:.0f} images/s, data wait {100 * record['train_data_wait']:.0f} %"
+    return f"epoch {record['epoch']} of {num_epochs}: {loss}, accuracy {accuracies}, {speed}"
+
+
+def accuracy_line(stats: dict[str, float]) -> str:
+    """The accuracies of `evaluate_both` on one line."""
+    return f"test accuracy: {_accuracies(stats)}"
+
+
+def _accuracies(stats: dict[str, float]) -> str:
+    ema = f", EMA {stats['acc1_ema']:.2f} %" if "acc1_ema" in stats else ""
+    return f"raw {stats['acc1']:.2f} %{ema}"
+
+
+def terms_table(record: dict[str, float]) -> str:
+    """The terms of an epoch's record, one line each: raw value and weighted fraction of the loss; empty without one."""
+    names = [name.removesuffix("_share") for name in record if name.endswith("_share")]
+    rows = [
+        f"{name.removeprefix('train_'):<28}{record[name]:>12.4g}{100 * record[f'{name}_share']:>12.2f} %"
+        for name in names
+    ]
+    return "\n".join([f"{'term':<28}{'value':>12}{'of the loss':>14}", *rows]) if rows else ""
 
 
 def environment_lines(world: World, seed: int) -> list[str]:

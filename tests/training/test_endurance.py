@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import world
+from helpers import train_epoch, world
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
 from diversity import PRESETS, DiverseLoss, PatchMixup
-from engine import train_one_epoch
 from pipeline.batch_augmentation import BatchAugmentation
 from training import checkpoint
-from training.guard import FiniteGuard
 from training.log import RunLog
 from training.stopping import StopSignals
 
@@ -49,13 +47,12 @@ def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
             files = len(os.listdir("/proc/self/fd"))
             held[state.step] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files, threading.active_count()
 
-    stats = train_one_epoch(
+    stats = train_epoch(
         DiverseLoss(model, preset.coefs, BatchAugmentation(PatchMixup()), smoothing=0.1),
         [batch] * STEPS,
         state,
-        FiniteGuard(0, world()),
-        log,
-        world(),
+        world=world(),
+        log=log,
         after_step=after_step,
         log_interval=50,
     )

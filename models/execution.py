@@ -1,0 +1,64 @@
+"""How a timm model computes: with less memory, fewer bytes or other kernels, and the same parameters."""
+
+import torch
+from torch import nn
+
+
+def enable_grad_checkpointing(model: nn.Module, name: str):
+    """Recompute the activations of the blocks in the backward pass.
+
+    Raises:
+        SystemExit: the model does not support it.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError):
+        raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
+
+
+class PatchProduct(nn.Conv2d):
+    """A convolution of patches that do not overlap, [B, C, H, W] -> [B, D, rows, columns], as one matrix product."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = self.kernel_size
+        if torch.is_autocast_enabled(images.device.type):  # before the patches are copied, not after
+            images = images.to(torch.get_autocast_dtype(images.device.type))
+        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # [B, C, rows, height, columns, width]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def embed_patches_by_product(model: nn.Module, name: str):
+    """Compute the patch embedding as a `PatchProduct`; its parameters and their names stay.
+
+    Raises:
+        SystemExit: the model has no convolution of patches that do not overlap.
+    """
+    proj = getattr(getattr(model, "patch_embed", None), "proj", None)
+    plain = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    if (
+        type(proj) is not nn.Conv2d
+        or proj.kernel_size != proj.stride
+        or any(getattr(proj, setting) != value for setting, value in plain.items())
+    ):
+        raise SystemExit(f"error: --model {name} has no plain patch embedding for --patch-product")
+    proj.__class__ = PatchProduct
+
+
+def keep_residual_in_bfloat16(model: nn.Module, name: str):
+    """Pass tokens from block to block in bfloat16 instead of float32 where autocast computes in bfloat16.
+
+    Raises:
+        SystemExit: the model has no list of blocks.
+    """
+    if not hasattr(model, "blocks"):
+        raise SystemExit(f"error: --model {name} has no `blocks` for --residual-dtype bfloat16")
+    for block in model.blocks:  # LayerScale's float32 weights would make them float32 again
+        block.register_forward_pre_hook(_to_bfloat16)
+
+
+def _to_bfloat16(block: nn.Module, inputs: tuple):
+    device_type = inputs[0].device.type
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
+        return inputs[0].bfloat16(), *inputs[1:]
+    return None

@@ -1,0 +1,74 @@
+"""What a run measures after an epoch: accuracies of the weights and of their average, and redundancy."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from datasets import Data
+from diversity import TapError, measurable, measure_redundancy
+from engine import evaluate
+from training.log import RunLog
+from utils import World
+
+REDUNDANCY_IMAGES = 64
+
+
+def evaluate_both(
+    model: nn.Module,
+    model_ema: ModelEmaV3 | None,
+    data: Data,
+    world: World,
+    amp_dtype: torch.dtype | None = None,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """`engine.evaluate` of the raw weights and, with `_ema` appended to its names, of their average.
+
+    Raises:
+        SystemExit: a validation image cannot be read.
+    """
+    if not data.val_is_shared:
+        world = dataclasses.replace(world, size=1)
+    average = None if model_ema is None else model_ema.module
+    stats = evaluate(model, data.val, world, amp_dtype, after_batch, data.common_val_batches(world), average)
+    if stats["images"] != data.num_val:
+        raise SystemExit(f"error: {data.num_val - stats['images']} of {data.num_val} validation images are unreadable")
+    return stats
+
+
+class RedundancyMonitor:
+    """Measures the redundancy of a model in training on the first validation images.
+
+    Args:
+        every: epochs between measurements, which the last epoch has too; 0 = none.
+        name: of the model, for messages.
+        draw: a matplotlib figure for TensorBoard, from the epoch and the report of `measure_redundancy`.
+
+    Raises:
+        SystemExit: the model cannot be measured.
+    """
+
+    def __init__(self, every: int, model: nn.Module, name: str, data: Data, world: World, draw: Callable):
+        self.every, self.model, self.draw, self.images = every, model, draw, None
+        if every:
+            try:
+                measurable(model)
+            except TapError as error:
+                raise SystemExit(f"error: --redundancy-every cannot measure --model {name}: {error}") from None
+            if world.is_main:
+                self.images = data.first_val_images(REDUNDANCY_IMAGES).to(world.device)
+
+    def measure(self, epoch: int, is_last: bool, log: RunLog, step: int) -> dict[str, float]:
+        """Means over the layers of what analyze.py measures, for the epoch's record; `log` gets a figure of them."""
+        if self.images is None or not ((epoch + 1) % self.every == 0 or is_last):
+            return {}
+        try:
+            report = measure_redundancy(self.model, [self.images])
+        except ValueError as error:
+            log.print(f"epoch {epoch}: redundancy is not measured: {error}")
+            return {}
+        log.figure("redundancy", lambda: self.draw(epoch, report), step)
+        measures = {f"redundancy_{name}": value for name, value in report["summary"].items()}
+        return measures | {"redundancy_images": report["images"]}

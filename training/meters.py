@@ -1,0 +1,91 @@
+"""Means of named numbers over the steps of an epoch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from utils import World
+
+
+class Meters:
+    """Running sums of named numbers, kept on their device so that adding never waits for the host."""
+
+    def __init__(self):
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # one vector, so that adding is a kernel or two for any number of names
+        self.count: int | torch.Tensor = 0  # how many values were added
+        self.of_names: int | torch.Tensor = 0  # how many of them under the present names
+
+    def add(self, names: Sequence[str], values: torch.Tensor, counts: torch.Tensor | None = None):
+        """Add values [n] to the sums of n names, where `counts`, a 0-dim boolean, is true.
+
+        Other names than before, as in an epoch that is resumed with other terms, start new sums: no mean mixes them.
+        """
+        added, counted = (values.float(), 1) if counts is None else (values.float().where(counts, 0.0), counts)
+        if self.names != [*names]:
+            self.names, self.sums, self.of_names = [*names], None, 0
+        self.sums = added if self.sums is None else self.sums + added
+        self.count = self.count + counted
+        self.of_names = self.of_names + counted
+
+    def averages(self, world: World) -> dict[str, float]:
+        """Means over all steps and processes; every process must call it."""
+        if not self.of_names:
+            return {}
+        return {name: value / int(self.of_names) for name, value in self.state_dict(world)["sums"].items()}
+
+    def state_dict(self, world: World) -> dict:
+        """The sums as means over the processes, and the counts; every process must call it."""
+        means = [] if self.sums is None else (world.sum(self.sums.clone()) / world.size).tolist()
+        counts = {"count": int(self.count), "of_names": int(self.of_names)}
+        return {"sums": dict(zip(self.names, means, strict=True))} | counts
+
+    def load_state_dict(self, state: dict, device: torch.device):
+        self.names = [*state["sums"]]
+        self.sums = torch.tensor([*state["sums"].values()], device=device) if state["sums"] else None
+        self.count, self.of_names = state["count"], state.get("of_names", state["count"])
+
+
+@dataclass
+class EpochTotals:
+    """The sums of an epoch so far.
+
+    Attributes:
+        epoch: means over its steps.
+        window: means since the last console line.
+        images: images that all processes trained on.
+        seconds: time spent training.
+        waited: the part of these seconds spent waiting for the loader.
+        overflows: steps that fp16's loss scale skipped, counted on the device.
+    """
+
+    epoch: Meters = field(default_factory=Meters)
+    window: Meters = field(default_factory=Meters)
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    overflows: int | torch.Tensor = 0
+
+    def add(self, names: Sequence[str], values: torch.Tensor, taken: torch.Tensor, overflowed: torch.Tensor | int):
+        """Count a step; its values [n] enter the means where it was taken, a 0-dim boolean."""
+        self.epoch.add(names, values, taken)
+        self.window.add(names, values, taken)
+        self.overflows = self.overflows + overflowed
+
+    def skipped(self, steps: int) -> int:
+        """How many of the epoch's steps so far were not finite; waits for the device."""
+        return steps - int(self.epoch.count) - int(self.overflows)
+
+    def state_dict(self, world: World) -> dict:
+        """Numbers only, the same on all processes, each of which must call it."""
+        numbers = {"images": self.images, "seconds": self.seconds, "waited": self.waited}
+        numbers["overflows"] = int(self.overflows)
+        return numbers | {"epoch": self.epoch.state_dict(world), "window": self.window.state_dict(world)}
+
+    def load_state_dict(self, state: dict, device: torch.device):
+        for name, value in state.items():
+            if isinstance(value, dict):
+                getattr(self, name).load_state_dict(value, device)
+            else:
+                setattr(self, name, value)
