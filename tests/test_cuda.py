@@ -181,7 +181,7 @@ def stop_in_second_epoch(words):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as run_process does
     options = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, *words], **options) as run:
-        next(line for line in run.stdout if line.startswith("Epoch: [1]"))
+        next(line for line in run.stdout if line.startswith("epoch 1 "))
         run.send_signal(SIGTERM)
         run.communicate(timeout=120)
     assert run.returncode == RESUMABLE
