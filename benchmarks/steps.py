@@ -220,7 +220,7 @@ def tap_seconds(tapped: TappedViT, samples: torch.Tensor, rounds: int, dtype: to
         {
             "maps": lambda: attend(False),
             "fused": lambda: attend(True),
-            "weights": lambda: differentiate(lambda: tapped.backbone.weight_stacks(tapped.weight_groups)[0]),
+            "weights": lambda: differentiate(lambda: tapped.backbone.weight_stacks(tapped.settings.weight_groups)[0]),
             "head": lambda: differentiate(tapped.backbone.classify, tapped.backbone.patch_tokens(tokens)),
         },
         rounds,

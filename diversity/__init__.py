@@ -16,7 +16,8 @@ from .objective import MIXING_BALANCES, DiversityObjective
 from .presets import PRESETS, Preset
 from .redundancy import measurable, measure_redundancy
 from .regularizers import LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer
-from .taps import TAPS, TapOutput, TappedViT
+from .tapped_vit import TappedViT
+from .taps import TAPS, Tap, TapOutput
 
 __all__ = [
     "LEVELS",
@@ -33,6 +34,7 @@ __all__ = [
     "PatchMixup",
     "Preset",
     "Regularizer",
+    "Tap",
     "TapError",
     "TapOutput",
     "TappedViT",

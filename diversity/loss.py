@@ -9,7 +9,7 @@ from torch import nn
 from .backbones import TapError
 from .mixing import PatchMixup
 from .objective import DiversityObjective
-from .taps import TappedViT
+from .tapped_vit import TappedViT
 
 COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
 

@@ -3,14 +3,15 @@
 Images are streamed: only running sums and a few images are held, whatever their number.
 """
 
-import contextlib
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
 
 from .backbones import WEIGHT_GROUPS, Backbone, block_matrices, holds_padding
+from .hooks import ModelHooks
 from .measures import FLOAT64_EPSILON, measures_of, summary_measures
 
 CHUNK = 16  # images that run through the model at a time; maps of all heads are held in float64
@@ -50,7 +51,8 @@ def measure_redundancy(model: nn.Module, batches: Iterable[torch.Tensor]) -> dic
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with meter.hooked():
+        with ModelHooks() as hooks:
+            meter.hook(hooks)
             for samples in (chunk for batch in batches for chunk in batch.split(CHUNK)):
                 if len(samples):
                     meter.begin(len(samples))
@@ -92,42 +94,23 @@ class _Meter:
         self.batch = images
         self.first, self.previous = None, (None, None)
 
-    @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        blocks = self.backbone.all_blocks
-        handles, fused = [], []
-        try:
-            for i, block in enumerate(blocks):
-                attn = block.attn
-                if hasattr(attn, "fused_attn"):
-                    fused.append((attn, attn.fused_attn))
-                    attn.fused_attn = False
-                handles.append(block.register_forward_pre_hook(self._input_hook(i)))
-                handles.append(block.register_forward_hook(self._output_hook(i)))
-                if not holds_padding(block):
-                    handles.append(attn.attn_drop.register_forward_pre_hook(self._maps_hook(i)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for attn, was_fused in fused:
-                attn.fused_attn = was_fused
+    def hook(self, hooks: ModelHooks):
+        """Measure what the model computes from now on."""
+        for i, block in enumerate(self.backbone.all_blocks):
+            hooks.on_input(block, partial(self._see_input, i))
+            hooks.on_output(block, partial(self._see_output, i))
+            if not holds_padding(block):
+                hooks.on_maps(block.attn, partial(self.add_maps, i))
 
-    def _input_hook(self, i):
-        def hook(block, inputs):
-            tokens = self.backbone.patch_tokens(inputs[0])
-            if i == 0 or tokens.shape != self.first.shape:  # another stage of a Swin: other patches
-                self.first = tokens
-            if i == 0:
-                self._see_tokens(0, tokens)
+    def _see_input(self, i: int, tokens: torch.Tensor):
+        tokens = self.backbone.patch_tokens(tokens)
+        if i == 0 or tokens.shape != self.first.shape:  # another stage of a Swin: other patches
+            self.first = tokens
+        if i == 0:
+            self._see_tokens(0, tokens)
 
-        return hook
-
-    def _output_hook(self, i):
-        return lambda block, inputs, output: self._see_tokens(i + 1, self.backbone.patch_tokens(output))
-
-    def _maps_hook(self, i):
-        return lambda module, inputs: self.add_maps(i, inputs[0])
+    def _see_output(self, i: int, tokens: torch.Tensor):
+        self._see_tokens(i + 1, self.backbone.patch_tokens(tokens))
 
     def _see_tokens(self, layer: int, tokens: torch.Tensor):
         tokens = tokens.double()

@@ -1,0 +1,82 @@
+"""Forward hooks that hand a module's tensors to a function, and attention un-fused where its maps are read."""
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import Attention
+from torch import nn
+
+See = Callable[[torch.Tensor], None]
+"""A function that is called with a tensor of every forward pass."""
+
+
+class ModelHooks:
+    """Hooks on the modules of a timm model, which are removed together.
+
+    Usable as a context manager that calls `remove()`.
+    """
+
+    def __init__(self):
+        self._handles = []
+        self._unfused: list[tuple[nn.Module, bool]] = []  # and whether each was fused before
+
+    def on_input(self, module: nn.Module, see: See):
+        """Call `see` with the module's first input."""
+
+        def hook(module, inputs):
+            see(inputs[0])
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def on_output(self, module: nn.Module, see: See):
+        """Call `see` with the module's output."""
+
+        def hook(module, inputs, output):
+            see(output)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def on_maps(self, attn: nn.Module, see: See):
+        """Call `see` with the attention maps [B, H, N, N], after the softmax and before dropout.
+
+        The attention is un-fused, since fused attention never forms its maps.
+        """
+        if hasattr(attn, "fused_attn"):  # Swin V2 has no fused form
+            self._unfused.append((attn, attn.fused_attn))
+            attn.fused_attn = False
+        self.on_input(attn.attn_drop, see)
+
+    def on_compiled_maps(self, attn: Attention, see: See):
+        """Call `see` with the maps under torch.compile, computed beside fused attention from its queries and keys.
+
+        They then need not be stored in the precision of softmax, as they would be for unfused attention. See
+        `fuse_plain_attention`.
+        """
+
+        def hook(module, inputs, output):
+            if torch.compiler.is_compiling():
+                q, k, _ = output.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+                q, k = attn.q_norm(q), attn.k_norm(k)
+                see((q * attn.scale @ k.mT).softmax(dim=-1))
+
+        self._handles.append(attn.qkv.register_forward_hook(hook))
+
+    def fuse_plain_attention(self, fused: bool):
+        """Fuse or un-fuse the attention of plain ViT blocks that `on_maps` un-fused, if it was fused before."""
+        for attn, was_fused in self._unfused:
+            if was_fused and type(attn) is Attention:
+                attn.fused_attn = fused
+
+    def remove(self):
+        """Remove the hooks and restore fused attention."""
+        for handle in self._handles:
+            handle.remove()
+        for attn, was_fused in self._unfused:
+            attn.fused_attn = was_fused
+        self._handles, self._unfused = [], []
+
+    def __enter__(self) -> "ModelHooks":
+        return self
+
+    def __exit__(self, *exception):
+        self.remove()
