@@ -74,6 +74,12 @@ def test_a_launcher_trains_on_the_cpu(tmp_path):
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "run" / "log.txt").read_text())
     assert {f"train_{name}" for name in PAPER} <= record.keys()
+    page = (REPOSITORY / "docs" / "run-folder.md").read_text()
+    files, keys = (re.findall(r"^\| (`.*?`) \|", part, flags=re.MULTILINE) for part in page.split("## log.txt"))
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    one_epoch_without_tensorboard = {"checkpoint.1.pth", "events.out.tfevents.*"}
+    assert set(re.findall("`(.*?)`", "".join(files))) <= written | one_epoch_without_tensorboard
+    assert {key for key in re.findall(r"`(\w+)`", "".join(keys))} <= record.keys()
 
 
 def test_the_paper_values_in_the_registry_are_the_launchers():
@@ -149,7 +155,7 @@ def test_the_benchmark_compares_terms(capsys, tmp_path):
     benchmark.main(["terms", *SMALL_STEP, "--json", str(tmp_path / "terms.json"), "--terms", *terms])
     rows = table(capsys.readouterr().out)
     assert [*rows] == [f"`{name}`" for name in terms]
-    assert all(float(row[2]) > 0 for row in rows.values())  # each of them needs memory of its own
+    assert all(float(row[2]) > 0 for row in rows.values())  # each of them needs additional memory
 
 
 def test_the_benchmark_compares_loaders(capsys, tmp_path, monkeypatch):
