@@ -45,8 +45,9 @@ def curve_styles() -> Iterator[dict]:
 
 def save(figure: Figure, path: Path):
     """Write path.png and path.pdf, and close the figure."""
-    for suffix in (".png", ".pdf"):
-        figure.savefig(path.with_name(path.name + suffix))
+    figure.savefig(path.with_name(f"{path.name}.png"))
+    figure.set_layout_engine("none")  # the layout stays as it was computed for the first file
+    figure.savefig(path.with_name(f"{path.name}.pdf"))
     plt.close(figure)
 
 

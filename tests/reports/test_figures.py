@@ -320,7 +320,6 @@ def test_the_colours_of_a_row_are_of_one_scale_and_follow_the_square_root():
 def test_heads_wrap_at_six_a_line():
     figure = attention_heads(make_maps(16, 5), np.zeros((8, 8, 3)), ["class token"], (2, 2), "")
     panels = panels_of(figure)
-    figure.canvas.draw()
     places = [panels[f"head {head}"][1].get_subplotspec() for head in range(16)]
     assert [(spec.rowspan.start, spec.colspan.start) for spec in places] == [
         (2 * (head // 6), 1 + head % 6) for head in range(16)
