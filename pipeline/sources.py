@@ -130,7 +130,8 @@ def build_source(options: SourceOptions, is_training: bool) -> Dataset:
     except Exception as error:  # the libraries raise anything from AssertionError to HTTP errors
         refused = refusal(error)
         reason = f"a file {refused}" if refused else " ".join(str(error).split()) or type(error).__name__
-        raise SystemExit(f"error: --data-set {name} cannot be read from {path or 'its library'}: {reason}") from None
+        place = f" from {path}" if path else ""
+        raise SystemExit(f"error: --data-set {name} cannot be read{place}: {reason}") from None
 
 
 def count_classes(options: SourceOptions, train: Dataset | None, val: Dataset) -> int:
@@ -162,7 +163,7 @@ def sources_help() -> str:
 
 def markdown_table() -> str:
     """The documentation's table of data sets, one row per entry of `SOURCES`."""
-    rows = ["| `--data-set` | images | what it reads |", "|---|---|---|"]
+    rows = ["| `--data-set` | images | `--data-path` |", "|---|---|---|"]
     rows += [f"| `{_with_rest(source, 'NAME')}` | {source.title} | {source.doc} |" for source in SOURCES.values()]
     return "\n".join(rows)
 
@@ -181,7 +182,7 @@ def first_names(names: set[str]) -> str:
 
 @data_set("IMNET", "ImageNet or any image folder")
 def _image_folder(options: SourceOptions, is_training: bool) -> Dataset:
-    """`train/CLASS/IMAGE` and `val/CLASS/IMAGE`; `--train-split` and `--val-split` name other folders."""
+    """Files `train/CLASS/IMAGE` and `val/CLASS/IMAGE`; `--train-split` and `--val-split` name other folders."""
     from torchvision.datasets import ImageFolder
 
     root, split = Path(options.data_path), options.split(is_training)
@@ -195,7 +196,7 @@ def _image_folder(options: SourceOptions, is_training: bool) -> Dataset:
 
 @data_set("CIFAR", "CIFAR-100", flags=("data_path",))
 def _cifar100(options: SourceOptions, is_training: bool) -> Dataset:
-    """The folder `cifar-100-python` as it is published."""
+    """The unpacked folder `cifar-100-python`."""
     from torchvision.datasets import CIFAR100
 
     return CIFAR100(options.data_path, train=is_training)
@@ -203,7 +204,7 @@ def _cifar100(options: SourceOptions, is_training: bool) -> Dataset:
 
 @data_set("CIFAR10", "CIFAR-10", flags=("data_path",))
 def _cifar10(options: SourceOptions, is_training: bool) -> Dataset:
-    """The folder `cifar-10-batches-py` as it is published."""
+    """The unpacked folder `cifar-10-batches-py`."""
     from torchvision.datasets import CIFAR10
 
     return CIFAR10(options.data_path, train=is_training)
@@ -211,25 +212,29 @@ def _cifar10(options: SourceOptions, is_training: bool) -> Dataset:
 
 @data_set("INAT", "iNaturalist 2018", flags=SOURCE_FLAGS)
 def _inaturalist_2018(options: SourceOptions, is_training: bool) -> Dataset:
-    """`train2018.json`, `val2018.json`, `categories.json` and images; `--inat-category` is the rank of the label."""
+    """Files `train2018.json`, `val2018.json`, `categories.json` and images; `--inat-category` selects the label."""
     return INaturalist(Path(options.data_path), options.split(is_training), 2018, options.inat_category)
 
 
 @data_set("INAT19", "iNaturalist 2019", flags=SOURCE_FLAGS)
 def _inaturalist_2019(options: SourceOptions, is_training: bool) -> Dataset:
-    """`train2019.json`, `val2019.json`, `categories.json` and images; `--inat-category` is the rank of the label."""
+    """Files `train2019.json`, `val2019.json`, `categories.json` and images; `--inat-category` selects the label."""
     return INaturalist(Path(options.data_path), options.split(is_training), 2019, options.inat_category)
 
 
 @data_set("DIGITS", "1,797 scanned digits", flags=())
 def _digits(options: SourceOptions, is_training: bool) -> Dataset:
-    """Nothing: 8 x 8 pixels that scikit-learn brings with it, a fifth of each class for validation."""
+    """Not needed: scikit-learn has the images, of 8 x 8 pixels. A fifth of each class is for validation."""
     return Digits(is_training)
 
 
-@data_set("FAKE", "noise", flags=(), class_names=lambda dataset: [str(i) for i in range(dataset.num_classes)])
+def _numbers(dataset: Dataset) -> list[str]:
+    return [str(label) for label in range(dataset.num_classes)]
+
+
+@data_set("FAKE", "random images, to test a machine", flags=(), class_names=_numbers)
 def _fake(options: SourceOptions, is_training: bool) -> Dataset:
-    """Nothing: 1,024 random images to train on and 256 to evaluate, of `--num-classes` classes (1,000)."""
+    """Not needed: 1,024 images to train on and 256 to evaluate, of `--num-classes` classes (1,000 by default)."""
     from torchvision.datasets import FakeData
 
     shape = (3, options.input_size, options.input_size)
@@ -237,25 +242,25 @@ def _fake(options: SourceOptions, is_training: bool) -> Dataset:
     return FakeData(size, shape, options.num_classes or 1000, random_offset=first)
 
 
-@data_set("torch/", "timm's choice of torchvision's")
+@data_set("torch/", "data sets of torchvision that timm opens")
 def _torchvision(options: SourceOptions, is_training: bool) -> Dataset:
-    """What torchvision's data set needs, such as `torch/image_folder` or `torch/cifar10`; it is not downloaded."""
+    """What torchvision's class needs, e.g. `torch/image_folder` or `torch/cifar10`; nothing is downloaded."""
     split = options.split(is_training, "validation")
     timm_sets.require_torch_split(options.data_set, options.data_path, split, is_training)
     return _open_by_timm(options, is_training)
 
 
 # A process that does not fork would import this project's datasets.py in place of Hugging Face's package.
-@data_set("hfds/", "Hugging Face's", path_is_optional=True, start_method="fork")
+@data_set("hfds/", "data sets of Hugging Face", path_is_optional=True, start_method="fork")
 def _hugging_face(options: SourceOptions, is_training: bool) -> Dataset:
-    """The cache of Hugging Face's package `datasets`; empty = the package's usual one."""
+    """The cache of Hugging Face's package `datasets`; it may be left out."""
     timm_sets.import_hugging_face()
     return _open_by_timm(options, is_training)
 
 
-@data_set("wds/", "WebDataset shards", is_stream=True)
+@data_set("wds/", "WebDataset shards, read as a stream", is_stream=True)
 def _webdataset(options: SourceOptions, is_training: bool) -> Dataset:
-    """Tar files and an `info.json` that lists them, as timm reads them; `--num-classes` is needed."""
+    """Tar files and an `info.json` that lists them, as for timm; `--num-classes` is needed."""
     return _open_by_timm(options, is_training, seed=options.seed)
 
 

@@ -1,6 +1,7 @@
 """What several test files share: a tiny run, image folders, one process's World."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -48,15 +49,20 @@ def run_main(*words):
     main.command_line([str(word) for word in words])
 
 
+@functools.cache
+def _all_digits():
+    from sklearn.datasets import load_digits
+
+    return load_digits(return_X_y=True)
+
+
 @contextlib.contextmanager
 def few_digits(count=128):
     """Within, `--data-set DIGITS` is the first `count` of its 1,797 scans, in this process and those it forks.
 
     The fixture of this name does it for a test; this is for fixtures that serve a module.
     """
-    import sklearn.datasets
-
-    scans, labels = sklearn.datasets.load_digits(return_X_y=True)
+    scans, labels = _all_digits()
     few = scans[:count], labels[:count]
     with mock.patch("sklearn.datasets.load_digits", lambda return_X_y: few):
         yield
