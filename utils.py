@@ -13,11 +13,13 @@ generators first, with `reseed` and its own counters:
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
 import random
 import re
+import socket
 import struct
 import sys
 import warnings
@@ -29,6 +31,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from timm.layers import set_fused_attn
 from torch.distributed.rendezvous import rendezvous
 
@@ -193,6 +196,41 @@ def write_json(value: dict, path: Path):
     """Write a JSON file in one step."""
     with atomic_write(path) as file:
         file.write(f"{json.dumps(value)}\n".encode())
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path, flag: str) -> Iterator[None]:
+    """Lock an existing folder against other processes, on any host, that lock it too.
+
+    The lock ends with the process, also when it is killed; forked processes do not have it. The file `.lock` stays.
+
+    Args:
+        flag: names the folder in messages.
+
+    Raises:
+        SystemExit: another process has locked it.
+        OSError: the folder cannot be written.
+    """
+    path = folder / ".lock"
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)  # a soft lock would remain after a kill
+    try:
+        lock.acquire()
+    except Timeout:
+        owner = path.read_text(errors="replace").strip() or "another process"
+        line = f"error: {flag} {folder} is in use by {owner}; wait for its end, or choose another folder"
+        raise SystemExit(line) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
+        sys.stderr.write(
+            f"warning: {flag} {folder} is on a file system without locks ({error.strerror}); "
+            "nothing prevents a second run in it\n"
+        )
+    try:
+        path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        yield
+    finally:
+        lock.release()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

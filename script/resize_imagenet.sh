@@ -3,9 +3,9 @@
 #
 #   script/resize_imagenet.sh SRC DST [SIDE]
 #
-# Images of SRC/train with a short side above SIDE (256 by default) are resized to it; all else in the folders of SRC is
-# copied as it is. The same command again goes on where an interrupted one stopped. See pipeline/resize.py, also
-# for what it changes in training.
+# Images of SRC/train with a short side above SIDE (256 by default) are resized to it. All other files in the folders of
+# SRC are copied. The same command continues an interrupted copy. pipeline/resize.py says what the copy changes in
+# training.
 set -euo pipefail
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
   echo "usage: $0 SRC DST [SIDE]" >&2

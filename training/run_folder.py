@@ -1,22 +1,15 @@
 """The run folder: made and locked before anything else, and the files that describe the run and its end."""
 
 import contextlib
-import errno
-import os
-import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
-from utils import TEMPORARY, World, atomic_write, write_json
+from utils import TEMPORARY, World, atomic_write, lock_folder, write_json
 
-LOCK = ".lock"
 RECORDS = "log.txt"
 SUMMARY = "summary.json"
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 @contextlib.contextmanager
@@ -46,7 +39,7 @@ def lock_run_folder(folder: str, world: World, resume: str = "") -> Iterator[Pat
                         "or choose another folder"
                     )
                 path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(path))
+                stack.enter_context(lock_folder(path, "--output-dir"))
                 remove_temporary_files(path)
         yield path
 
@@ -90,33 +83,6 @@ def remove_temporary_files(folder: Path) -> list[Path]:
     for path in stale:
         path.unlink()
     return stale
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of an existing folder; on a file system without locks, warn and continue without one."""
-    path = folder / LOCK
-    lock = FileLock(path, blocking=False, fallback_to_soft=False)  # a soft lock would outlive a killed run
-    try:
-        lock.acquire()
-    except Timeout:
-        owner = path.read_text(errors="replace").strip()
-        raise SystemExit(
-            f"error: --output-dir {folder} is in use by {owner or 'another process'}; wait for its end, "
-            "or choose another folder"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        sys.stderr.write(
-            f"warning: --output-dir {folder} is on a file system without locks ({error.strerror}); "
-            "nothing keeps a second run out of it\n"
-        )
-    path.write_text(f"process {os.getpid()} on host {socket.gethostname()}\n")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
