@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -23,11 +24,9 @@ def run(command, **environment):
 
 
 def test_two_ranks_take_the_steps_of_one_process_with_all_terms(tmp_path):
-    worker = ROOT / "tests" / "ddp_steps.py"
-    one = run([sys.executable, worker, tmp_path / "one.pth"])
-    two = run([*TORCHRUN, worker, tmp_path / "two.pth"])
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
+    for count, name in ((1, "one"), (2, "two")):
+        result = run_ranks(count, "tests/ddp_steps.py", tmp_path / f"{name}.pth")
+        assert result.returncode == 0, result.stderr
     weights = [torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-9, atol=1e-12, msg=name)
@@ -48,7 +47,7 @@ def test_main_under_torchrun_skips_a_step_on_both_ranks_and_names_the_rank(tmp_p
 def test_an_error_of_the_main_process_ends_all_with_the_same_line(tmp_path):
     (tmp_path / "file").write_text("")
     flags = "--data-set DIGITS --model deit_tiny_patch16_224 --input-size 32 --patch-size 8 --model-kwargs depth=1"
-    result = run([*TORCHRUN, "main.py", *flags.split(), "--output_dir", tmp_path / "file" / "run"])
+    result = run_ranks(2, "main.py", *flags.split(), "--output_dir", tmp_path / "file" / "run")
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: --output-dir")]
     assert len(lines) == 2

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from helpers import TINY, model_of, parse, run_main, train_epoch, world
-from test_distributed import ROOT, TORCHRUN, run
+from ranks import run_ranks
 from test_engine import images, make_state, small_vit
 from timm.utils import ModelEmaV3
 from torch._dynamo.backends.common import aot_autograd
@@ -249,7 +249,7 @@ def test_a_model_without_checkpointing_is_refused_in_one_line():
 
 def test_two_ranks_exchange_what_plain_data_parallel_training_does():
     words = [*TINY, "--preset", "released", "--batch-size", "4"]
-    result = run([*TORCHRUN, ROOT / "tests" / "ddp_volume.py", *words])
+    result = run_ranks(2, "tests/ddp_volume.py", *words)
     assert result.returncode == 0, result.stderr
     (volume,) = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert volume["ours"] == volume["plain"]  # bucket by bucket
@@ -259,7 +259,7 @@ def test_two_ranks_exchange_what_plain_data_parallel_training_does():
 
 def test_gradients_travel_early_also_compiled_with_checkpointed_blocks():
     """In many buckets that leave while the backward pass goes on, and with equal gradients."""
-    result = run([*TORCHRUN, ROOT / "tests" / "ddp_buckets.py"])
+    result = run_ranks(2, "tests/ddp_buckets.py")
     assert result.returncode == 0, result.stderr
     ways = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert len(ways) == 4

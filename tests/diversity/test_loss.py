@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_distributed import ROOT, TORCHRUN, run
+from ranks import run_ranks
 
 from diversity import DiverseLoss, DiversityObjective, PatchMixup, TapError, TappedViT
 from training.distillation import DistillationLoss
@@ -165,7 +165,7 @@ def test_without_a_teacher_a_distilled_model_trains_the_mean_of_its_heads():
 
 
 def test_two_ranks_take_the_steps_of_one_process():
-    result = run([*TORCHRUN, ROOT / "tests" / "ddp_diverse_loss.py"])
+    result = run_ranks(2, "tests/ddp_diverse_loss.py")
     assert result.returncode == 0, result.stderr
     (differences,) = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert [*differences] == ["loss", "weights"]
