@@ -128,6 +128,11 @@ def test_the_table_of_terms_is_the_registrys():
     assert rows[1:] == TERM_ROWS
 
 
+def test_the_table_of_taps_is_the_registrys():
+    rows = [f"| `{tap.name}` | {tap.shape} | {' '.join(tap.doc.split())} |" for tap in diversity.TAPS.values()]
+    assert "\n".join(["|---|---|---|", *rows, ""]) in (REPOSITORY / "docs" / "terms.md").read_text()
+
+
 def test_the_table_of_measures_is_the_registrys():
     assert measures_table() in (REPOSITORY / "docs" / "analysis.md").read_text()
 
