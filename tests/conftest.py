@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import forking
 import pytest
 
 
@@ -10,3 +11,19 @@ def few_digits():
 
     with helpers.few_digits():
         yield
+
+
+@pytest.fixture
+def fork():
+    """`forking.start`, whose processes end with the test."""
+    started = []
+
+    def start(function, *args):
+        started.append(forking.start(function, *args))
+        return started[-1]
+
+    yield start
+    for process, pipe in started:
+        process.kill()
+        process.join()
+        pipe.close()

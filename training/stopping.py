@@ -13,14 +13,15 @@ from utils import World
 
 RESUMABLE = 75  # exit code, EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; start again to continue
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_STOP_SECONDS = 2.0  # terminals, torchrun and SLURM each pass one stop on, so it comes several times
+SAME_STOP_SECONDS = 2.0  # a terminal, torchrun and SLURM each forward a stop, so one stop sends several signals
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 are noted instead of ending the process.
+    """Context manager that records SIGTERM, SIGINT and SIGUSR1, which then do not end the process.
 
-    A second signal, later than `SAME_STOP_SECONDS` after the first, ends the process at once with 128 + its number and
-    without any cleanup. As always in Python, both wait for the call into C that the main thread is in.
+    A signal that comes more than `SAME_STOP_SECONDS` after the first one ends the process at once, without any cleanup
+    and with exit code 128 + its number. As always in Python, a signal is handled after the C function that the main
+    thread is running.
 
     Attributes:
         received: name of the first signal, or None.
@@ -32,32 +33,32 @@ class StopSignals:
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame):
+    def _record(self, number: int, _frame):
         now = time.monotonic()
         if self.received is None:
             self.received, self._first = signal.Signals(number).name, now
-            line = f"{self.received} received: saving at the next step; a second signal leaves at once\n"
-            with contextlib.suppress(OSError):  # print could find its own lock taken by the code that was interrupted
+            line = f"{self.received} received: saving at the next step; a second signal exits at once\n"
+            with contextlib.suppress(OSError):  # print could wait for a lock that the interrupted code holds
                 os.write(2, line.encode())
         elif now - self._first > SAME_STOP_SECONDS:
             os._exit(128 + number)
 
 
 class Agreement:
-    """Flags that are set for all ranks as soon as one rank sets them; told between CPUs, without waiting for a GPU.
+    """Flags that count for all ranks if one rank sets them. They are exchanged between CPUs, without waiting for a GPU.
 
-    All ranks make it, and call its methods in the same order with the same number of flags.
+    All ranks create it, and call its methods in the same order with the same number of flags.
 
     Args:
         world: this process.
-        timeout: how long a rank waits for the slowest.
+        timeout: how long a rank waits for the slowest one.
     """
 
     def __init__(self, world: World, timeout: datetime.timedelta = datetime.timedelta(minutes=30)):
@@ -66,29 +67,29 @@ class Agreement:
 
     def vote(self, *flags: bool) -> tuple[bool, ...]:
         """Whether any rank set each flag; waits for all ranks."""
-        return self._result(self._start(flags)) if self.group else flags
+        return self._wait(self._start(flags)) if self.group else flags
 
     def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """Once a step: `vote`'s result for the flags of the previous call, at first all False, without waiting for it.
+        """Start a vote, and return the result of the previous call's vote, which has had a step's time to arrive.
 
-        A single process gets back the flags of this call.
+        The first call returns False for each flag. A single process gets the flags of this call.
         """
         if not self.group:
             return flags
-        before, self._pending = self._pending, self._start(flags)
-        return self._result(before) if before else (False,) * len(flags)
+        previous, self._pending = self._pending, self._start(flags)
+        return self._wait(previous) if previous else (False,) * len(flags)
 
     def finish(self) -> tuple[bool, ...]:
-        """The result for the flags of the last `exchange`; empty if that is known already or there was none."""
-        before, self._pending = self._pending, None
-        return self._result(before) if before else ()
+        """The result of the last `exchange`'s vote; empty if it is known already or there was none."""
+        previous, self._pending = self._pending, None
+        return self._wait(previous) if previous else ()
 
     def _start(self, flags: tuple[bool, ...]) -> tuple[dist.Work, torch.Tensor]:
         votes = torch.tensor(flags, dtype=torch.int32)
         return dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group, async_op=True), votes
 
     @staticmethod
-    def _result(started: tuple[dist.Work, torch.Tensor]) -> tuple[bool, ...]:
+    def _wait(started: tuple[dist.Work, torch.Tensor]) -> tuple[bool, ...]:
         work, votes = started
         work.wait()
         return tuple(bool(vote) for vote in votes.tolist())

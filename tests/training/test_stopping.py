@@ -1,16 +1,13 @@
-"""Signals, agreement of ranks, loader workers: real processes that end in bounded time."""
+"""Signals and the agreement of ranks, in real processes that end in bounded time."""
 
 import os
-import select
 import signal
 import time
 
 import pytest
 import torch
 from forking import exit_code, receive
-from torch.utils.data import DataLoader
 
-from pipeline.workers import ignore_signals
 from training import stopping
 from training.stopping import Agreement, StopSignals
 from utils import World, joined_world
@@ -33,7 +30,7 @@ def wait_for_signals(pipe, cleanup):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_the_first_signal_is_noted_and_said(name, fork, tmp_path, capfd):
+def test_the_first_signal_is_recorded_and_reported(name, fork, tmp_path, capfd):
     process, pipe = fork(wait_for_signals, tmp_path / "cleanup")
     receive(pipe)
     os.kill(process.pid, signal.Signals[name])
@@ -41,11 +38,11 @@ def test_the_first_signal_is_noted_and_said(name, fork, tmp_path, capfd):
     pipe.send("end")
     assert receive(pipe) == name
     assert exit_code(process) == 0
-    line = f"{name} received: saving at the next step; a second signal leaves at once\n"
+    line = f"{name} received: saving at the next step; a second signal exits at once\n"
     assert capfd.readouterr().err.count(line) == 1
 
 
-def test_the_same_stop_may_come_several_times_but_a_later_one_leaves_at_once(fork, tmp_path):
+def test_one_stop_may_send_several_signals_but_a_later_one_exits_at_once(fork, tmp_path):
     process, pipe = fork(wait_for_signals, tmp_path / "cleanup")
     receive(pipe)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
@@ -58,7 +55,7 @@ def test_the_same_stop_may_come_several_times_but_a_later_one_leaves_at_once(for
     assert not (tmp_path / "cleanup").exists()
 
 
-def test_without_a_signal_nothing_is_noted_and_the_handlers_come_back():
+def test_without_a_signal_nothing_is_recorded_and_the_handlers_are_restored():
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     with StopSignals() as stop:
@@ -113,7 +110,7 @@ def agree(pipe, world, agreement):
     return votes, exchanged, agreement.finish()
 
 
-def test_each_flag_is_set_where_any_rank_sets_it_one_exchange_later(two_ranks):
+def test_a_flag_of_any_rank_is_set_on_all_ranks_one_exchange_later(two_ranks):
     no, results = (False, False), [receive(pipe) for _, pipe in two_ranks(agree)]
     votes = [(True, True, False), (False, False, True)]
     exchanged = [no, no, no, (True, False), (False, True), no, ()]
@@ -140,64 +137,3 @@ def test_a_single_process_agrees_with_itself():
     assert agreement.vote(True, False) == (True, False)
     assert agreement.exchange(False, True) == (False, True)
     assert agreement.finish() == ()
-
-
-# Loader workers
-
-
-class Pids:
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, index):
-        return os.getpid()
-
-
-def load(pipe, how):
-    """An epoch of a loader with two workers in a process group of its own, which the test signals after a batch."""
-    os.setsid()
-    with StopSignals():
-        batches = iter(DataLoader(Pids(), batch_size=2, num_workers=2, worker_init_fn=ignore_signals))
-        pids = set(next(batches).tolist()) | set(next(batches).tolist())
-        pipe.send(pids)
-        pipe.recv()
-        if how == "leave":
-            load.batches = batches  # still at work when the process exits
-            return
-        later = set(torch.cat(list(batches)).tolist())
-        pipe.send(later)
-
-
-def test_workers_outlive_a_stop_of_the_group_and_end_with_their_loader(fork, capfd):
-    process, pipe = fork(load, "finish")
-    pids = receive(pipe)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        os.killpg(process.pid, number)
-    time.sleep(0.2)
-    pipe.send("go on")
-    assert receive(pipe) == pids
-    assert len(pids) == 2
-    assert exit_code(process, seconds=8) == 0
-    assert capfd.readouterr().err.count("received") == 1  # the workers have nothing to say
-
-
-def test_a_process_that_leaves_workers_behind_at_its_exit_does_not_hang(fork):
-    process, pipe = fork(load, "leave")
-    receive(pipe)
-    pipe.send("leave")
-    assert exit_code(process, seconds=8) == 0
-
-
-def test_workers_end_when_their_parent_is_killed(fork):
-    read_end, write_end = os.pipe()  # open in the workers too, so that its end is theirs
-    process, pipe = fork(load, "finish")
-    os.close(write_end)
-    receive(pipe)
-    os.killpg(process.pid, signal.SIGTERM)
-    process.kill()
-    try:
-        assert not select.select([read_end], [], [], 0)[0]
-        assert select.select([read_end], [], [], 12)[0]
-        assert os.read(read_end, 1) == b""
-    finally:
-        os.close(read_end)

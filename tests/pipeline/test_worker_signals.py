@@ -1,0 +1,72 @@
+"""The signals of loader workers: a stop of the whole process group does not end them, their parent's end does."""
+
+import os
+import select
+import signal
+import time
+
+import torch
+from forking import exit_code, receive
+from torch.utils.data import DataLoader
+
+from pipeline.workers import ignore_signals
+from training.stopping import StopSignals
+
+
+class Pids:
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+
+def load(pipe, how):
+    """An epoch of a loader with two workers in a process group of its own, which the test signals after a batch."""
+    os.setsid()
+    with StopSignals():
+        batches = iter(DataLoader(Pids(), batch_size=2, num_workers=2, worker_init_fn=ignore_signals))
+        pids = set(next(batches).tolist()) | set(next(batches).tolist())
+        pipe.send(pids)
+        pipe.recv()
+        if how == "leave":
+            load.batches = batches  # still working when the process exits
+            return
+        later = set(torch.cat(list(batches)).tolist())
+        pipe.send(later)
+
+
+def test_workers_survive_a_stop_of_the_group_and_end_with_their_loader(fork, capfd):
+    process, pipe = fork(load, "finish")
+    pids = receive(pipe)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.killpg(process.pid, number)
+    time.sleep(0.2)
+    pipe.send("continue")
+    assert receive(pipe) == pids
+    assert len(pids) == 2
+    assert exit_code(process, seconds=8) == 0
+    assert capfd.readouterr().err.count("received") == 1  # not by the workers
+
+
+def test_a_process_that_leaves_workers_behind_at_its_exit_does_not_hang(fork):
+    process, pipe = fork(load, "leave")
+    receive(pipe)
+    pipe.send("leave")
+    assert exit_code(process, seconds=8) == 0
+
+
+def test_workers_end_when_their_parent_is_killed(fork, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.2)  # 5 s
+    read_end, write_end = os.pipe()  # open in the workers too, so that it ends when they do
+    process, pipe = fork(load, "finish")
+    os.close(write_end)
+    receive(pipe)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.kill()
+    try:
+        assert not select.select([read_end], [], [], 0)[0]
+        assert select.select([read_end], [], [], 12)[0]
+        assert os.read(read_end, 1) == b""
+    finally:
+        os.close(read_end)
