@@ -23,7 +23,7 @@ from diversity.measures import measures_of, summary_measures
 from models import build_model
 from pipeline.sources import Digits
 from pipeline.transforms import build_transform
-from reports import figures, redundancy, redundancy_figures
+from reports import figures, redundancy, redundancy_figures, subjects
 from training import checkpoint
 
 PLAIN_VIT = (*BRIEF, "--patch-size", "8", "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3")
@@ -171,7 +171,7 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
     assert report["run"] == "deit_tiny_patch16_224" and report["measured_on"]["epoch"] is None
     assert "deit_tiny_patch16_224, 20 images" in (tmp_path / "out" / "redundancy.md").read_text()
     data = build_data(
-        data_options(*TINY), world(), redundancy.find_subject("deit_tiny_patch16_224", [*PLAIN_VIT]).transform
+        data_options(*TINY), world(), subjects.find_subject("deit_tiny_patch16_224", [*PLAIN_VIT]).transform
     )
     samples = torch.cat([batch for batch, _ in data.val])[:20]
     assert numbers(report) == measure_redundancy(model, [samples])
@@ -186,7 +186,7 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
     ],
 )
 def test_published_weights_see_the_images_they_were_trained_for(name, flags, size, crop, mean):
-    subject = redundancy.find_subject(name, ["--data-set", "FAKE", *flags])
+    subject = subjects.find_subject(name, ["--data-set", "FAKE", *flags])
     resize, centre, *_, normalise = subject.transform.transforms
     assert subject.args.input_size == size and tuple(centre.size) == (size, size)
     assert resize.size == math.floor(size / crop)
@@ -196,7 +196,7 @@ def test_published_weights_see_the_images_they_were_trained_for(name, flags, siz
 
 @pytest.mark.parametrize("name", ["resnet18", "cait_xxs24_224"])
 def test_a_model_that_cannot_be_measured_is_refused_before_its_weights_are_fetched(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(redundancy, "build_model", no_download(redundancy.build_model))
+    monkeypatch.setattr(subjects, "build_model", no_download(subjects.build_model))
     refused(name, "--data-set", "FAKE", "--output-dir", tmp_path, named=("ViT",))
 
 
@@ -211,7 +211,7 @@ def no_download(build):
 @pytest.mark.parametrize("flag", ["--data-set", "--batch-size", "--model"])
 def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
     value = {"--data-set": "FAKE", "--batch-size": "4", "--model": "vit_tiny_patch16_224"}[flag]
-    args = redundancy.find_subject(str(runs / "plain"), [flag, value]).args
+    args = subjects.find_subject(str(runs / "plain"), [flag, value]).args
     assert str(getattr(args, flag[2:].replace("-", "_"))) == value
     assert args.input_size == 32 and args.model_kwargs == {"depth": 2, "embed_dim": 24, "num_heads": 3}
 
@@ -221,8 +221,8 @@ def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
 def test_exactly_so_many_images_are_streamed(num_images, batch_size):
     words = ("--batch-size", batch_size, "--eval", "--resume", "none.pth")
     options = data_options(*words)
-    subject = redundancy.Subject("", parse(*words), None, None, None, build_transform(options, is_training=False))
-    stream, num_classes = redundancy.images(subject, world(), num_images)
+    subject = subjects.Subject("", parse(*words), None, None, None, build_transform(options, is_training=False))
+    stream, num_classes = subjects.images(subject, world(), num_images)
     every = torch.cat([samples for samples, _ in build_data(options, world()).val])
     assert torch.equal(torch.cat([*stream]), every[: num_images or 360]) and num_classes == 10
 
@@ -322,7 +322,7 @@ def test_several_runs_leave_figures_and_a_report_each(compared, runs):
 def test_runs_that_differ_in_their_seed_alone_are_one_cell(runs, cells, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    names = redundancy.configuration_names(runs)
+    names = subjects.configuration_names(runs)
     assert names == (["here/a.pth", "b/a.pth"] if "a.pth" in runs else cells)
 
 

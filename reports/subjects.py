@@ -1,0 +1,144 @@
+"""The models that analyze.py measures: found by the words of its command line, loaded, described, with their images."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import timm.data
+import torch
+from torch import nn
+
+from datasets import DataOptions, build_data
+from diversity import measurable
+from diversity.backbones import Backbone
+from models import build_model, weights
+from pipeline.transforms import TransformOptions, build_transform
+from reports.run_folders import without_seed
+from training import arguments, checkpoint
+from training.build import options_of
+from utils import World
+
+
+class Subject(NamedTuple):
+    """A model to measure.
+
+    Attributes:
+        run: the word on the command line that names it.
+        args: main.py's flags: model, data set, batch size.
+        file: the checkpoint; None for published weights.
+        folder: the run folder, where there is one; its report is written there too.
+        epoch: the last one in which its weights were trained, from 0; None where that is not known.
+        transform: of its images.
+    """
+
+    run: str
+    args: Namespace
+    file: Path | None
+    folder: Path | None
+    epoch: int | None
+    transform: Callable
+
+
+def find_subject(run: str, flags: list[str]) -> Subject:
+    """The model that RUN names; the flags of the command line override those that it brings.
+
+    Raises:
+        SystemExit: it is none of the three, or a folder without a checkpoint.
+    """
+    path = Path(run)
+    folder = path if path.is_dir() else None
+    file = path / checkpoint.LAST if folder else path
+    if file.is_file():
+        config, epoch = weights.origin(str(file), "RUN")
+        args = _flags(flags, config)
+        transform = build_transform(options_of(TransformOptions, args), is_training=False)
+        return Subject(run, args, file, folder, epoch, transform)
+    if folder:
+        raise SystemExit(f"error: {run} is not a run folder of this program: it has no {checkpoint.LAST}")
+    if not timm.is_model(run):
+        raise SystemExit(f"error: {run} is not a run folder, a checkpoint file or the name of a timm model")
+    published = timm.get_pretrained_cfg(run)
+    published = published.to_dict() if published else {}
+    args = _flags([*flags, "--model", run], {"input_size": published.get("input_size", (224,))[-1]})
+    args = Namespace(**vars(args) | {"model_kwargs": {"pretrained": True} | args.model_kwargs})
+    data_config = timm.data.resolve_data_config({"img_size": args.input_size}, published)
+    return Subject(run, args, None, None, None, timm.data.create_transform(**data_config))
+
+
+def _flags(flags: list[str], config: dict) -> Namespace:
+    """main.py's flags from a command line and a configuration, for an evaluation, which reads no training set."""
+    config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
+    return Namespace(**vars(arguments.parse_args(flags, config)) | {"eval": True})
+
+
+def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> nn.Module:
+    """The subject's model with its weights, in eval mode.
+
+    Raises:
+        SystemExit: the weights cannot be loaded, or do not fit the model.
+        TapError: the model cannot be measured.
+    """
+    if ema and subject.file is None:
+        raise SystemExit(f"error: --ema: {subject.run} has no averaged weights")
+    args = subject.args
+    shape = num_classes, args.input_size, args.patch_size
+    model = build_model(args.model, *shape, **args.model_kwargs | {"pretrained": False})
+    measurable(model)  # before a download
+    if subject.file is None:
+        model = build_model(args.model, *shape, **args.model_kwargs)
+    else:
+        for note in weights.load_weights(model, str(subject.file), "RUN", use_ema=ema):
+            print(f"{subject.run}: {note}")
+    return model.to(world.device).eval()
+
+
+def images(subject: Subject, world: World, num_images: int) -> tuple[Iterator[torch.Tensor], int]:
+    """The first images of the validation set in batches, and the number of classes."""
+    data = build_data(options_of(DataOptions, subject.args), world, subject.transform)
+
+    def stream():
+        left = min(num_images or data.num_val, data.num_val)
+        for samples, _ in data.val:
+            yield samples[:left].to(world.device)
+            left -= len(samples)
+            if left <= 0:
+                return
+
+    return stream(), data.num_classes
+
+
+def architecture(model: nn.Module) -> str:
+    """What two models must have in common to be drawn over the same layers."""
+    backbone = Backbone.of(model)
+    if backbone is None:
+        return f"a {type(model).__name__}"
+    width = getattr(model, "embed_dim", None)
+    heads = getattr(getattr(backbone.blocks[0], "attn", None), "num_heads", None)
+    return (
+        f"a {type(model).__name__} of {len(backbone.all_blocks)} blocks, {width} wide, {heads} heads, "
+        f"{backbone.grid[0]} x {backbone.grid[1]} patches and {backbone.num_prefix_tokens} prefix tokens"
+    )
+
+
+def measured_data(subject: Subject) -> str:
+    """What two runs must have in common to be compared."""
+    args = subject.args
+    return f"measured on {args.data_set} {args.val_split or 'validation'} at {args.input_size} px"
+
+
+def prefix_names(model: nn.Module) -> list[str]:
+    """Names of a model's tokens in front of the patches, in order."""
+    names = ["class token"] if getattr(model, "cls_token", None) is not None else []
+    names += ["distillation token"] if getattr(model, "dist_token", None) is not None else []
+    registers = getattr(model, "num_prefix_tokens", 0) - len(names)
+    return names + [f"register {i}" for i in range(registers)]
+
+
+def configuration_names(runs: list[str]) -> list[str]:
+    """For each run the shortest end of its path, without its seed, by which the configurations differ."""
+    paths = [without_seed(Path(run).resolve()).parts for run in runs]
+    lengths = range(1, max(map(len, paths)) + 1)
+    ends = (["/".join(path[-n:]) for path in paths] for n in lengths)
+    return next(names for names in ends if len({*names}) == len({*paths}))
