@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from diversity.measures import summary_measures
-from reports.run_folders import ACCURACIES, Run, choose_redundancy, find_runs
+from reports.run_folders import ACCURACIES, LOG, PROVENANCE, REPORT, Run, find_runs
 from reports.tables import latex, markdown
 
 BEST = {"lower": min, "higher": max}
@@ -190,3 +190,43 @@ def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | Non
     missing = [name for name in chosen if name not in measured]
     note += f"; it lacks {', '.join(missing)}" if missing else ""
     return source, [name for name in chosen if name in measured], [note]
+
+
+def choose_redundancy(runs: list[Run]) -> tuple[str | None, str | None]:
+    """The one source from which the redundancy of all runs is read, so that only equal measurements are compared.
+
+    Returns:
+        source: the first of REPORT and LOG in which all finished runs were measured in the same way after their last
+            epoch, or None.
+        note: what was measured, or why nothing is compared; None where nothing was measured.
+    """
+    finished = [run for run in runs if not run.problem]
+    if not any(run.redundancy for run in finished):
+        return None, None
+    reasons = []
+    for source in (REPORT, LOG):
+        reason = _reason_against(source, finished)
+        if reason is None:
+            values = finished[0].redundancy[source].provenance
+            words = [text.format(values[name]) for name, text in PROVENANCE.items() if values[name] is not None]
+            skipped = reasons and any(REPORT in run.redundancy for run in finished)
+            instead = f", as {reasons[0]}" if skipped else ""
+            return source, f"redundancy: measured after the last epoch on {', '.join(words)} ({source}{instead})"
+        reasons.append(reason)
+    return None, f"redundancy: not in the table, as {' and '.join(reasons)}; run analyze.py on all runs in the same way"
+
+
+def _reason_against(source: str, runs: list[Run]) -> str | None:
+    """Why a source does not serve for all runs; None if it does."""
+    for run in runs:
+        if source not in run.redundancy:
+            return f"{run.name} has none in {REPORT if source == REPORT else f'the last epoch of {LOG}'}"
+        ours, theirs, last = runs[0].redundancy[source], run.redundancy[source], run.records[-1]["epoch"]
+        if theirs.epoch != last:
+            epoch = "an unknown epoch" if theirs.epoch is None else f"epoch {theirs.epoch}"
+            return f"the {source} of {run.name} is of {epoch}, not of its last, {last}"
+        for name, text in PROVENANCE.items():
+            if ours.provenance[name] != theirs.provenance[name]:
+                values = text.format(ours.provenance[name]), text.format(theirs.provenance[name])
+                return f"in {source}, {runs[0].name} was measured on {values[0]}, {run.name} on {values[1]}"
+    return None

@@ -270,7 +270,7 @@ LOGGED = (
 
 
 def chosen(out):
-    return run_folders.choose_redundancy(run_folders.find_runs([out]))
+    return study_table.choose_redundancy(run_folders.find_runs([out]))
 
 
 @pytest.fixture
