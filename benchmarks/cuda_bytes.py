@@ -22,7 +22,7 @@ from training.build import build_augmentation, build_diverse_loss, build_initial
 from utils import World
 
 from .fake_cuda import CUDA, backward, fake_cuda, grad
-from .loader import new_process
+from .measure import new_process
 from .steps import only, terms_to_compare
 from .training_steps import NUM_CLASSES
 

@@ -4,6 +4,7 @@ Each is called with the flags of benchmark.py, those of main.py, the results of 
 it passes its results one by one.
 """
 
+import dataclasses
 import gc
 import math
 import subprocess
@@ -15,11 +16,13 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from datasets import DataOptions
 from engine import autocast_dtype
+from training.build import options_of
 from utils import World, cpu_count, init_world, keep_freed_memory, quiet_warnings, set_backends
 
 from . import training_steps
-from .loader import ALL, AS_IS, PARTS, images_of_all_workers, images_per_core, make_photographs
+from .loader import ALL, AS_IS, EVERY, NONE, images_of_all_workers, images_per_core, make_photographs
 from .measure import copy_bytes_per_second, matmul_flops_per_second, now
 from .parts import one_line
 from .scratch import scratch_folder
@@ -237,8 +240,7 @@ def measure_loader(own: Namespace, args: Namespace, earlier: dict, send: Send):
         source = f"{size['photographs']} random JPEG images of 500 x 375 pixels, read again and again"
     workers = cpu_count() if args.num_workers is None else args.num_workers
     send({"source": source, "workers": workers, "batch_size": size["batch_size"]})
-    parts = dict.fromkeys(PARTS.values(), False)
-    modes = {AS_IS: parts, ALL: dict.fromkeys(PARTS.values(), True)}
-    modes = {name: with_flags(args, **flags | mode) for name, mode in modes.items()}
-    send({"images_per_s_of_a_core": images_per_core(modes, size["num_batches"], min(own.rounds, 3), "fork")})
+    options = options_of(DataOptions, with_flags(args, **flags))
+    modes = {AS_IS: dataclasses.replace(options, **NONE), ALL: dataclasses.replace(options, **EVERY)}
+    send({"images_per_s_of_a_core": images_per_core(modes, size["num_batches"], min(own.rounds, 3))})
     send({"images_per_s_of_all_workers": images_of_all_workers(modes[ALL], size["seconds"])})

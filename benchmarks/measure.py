@@ -1,9 +1,11 @@
 """How benchmark.py measures: times in turns, peak memory, waits of the host, and the largest rates of the device."""
 
+import multiprocessing
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -104,3 +106,8 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def new_process() -> ProcessPoolExecutor:
+    """A process that runs what is submitted to it, and that shares nothing with this one."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))

@@ -1,7 +1,6 @@
 """The shell scripts: the launchers start the paper's recipe, the quickstart parses; the package installs alone."""
 
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -158,9 +157,7 @@ def test_the_benchmark_compares_terms(capsys, tmp_path):
     assert all(float(row[2]) > 0 for row in rows.values())  # each of them needs additional memory
 
 
-def test_the_benchmark_compares_loaders(capsys, tmp_path, monkeypatch):
-    forked = multiprocessing.get_context("fork")  # in place of eight processes that import everything again
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
+def test_the_benchmark_compares_loaders(capsys, tmp_path):
     data = make_image_folder(tmp_path / "data", n=24)
     flags = ["--data-set", "IMNET", "--data-path", data, "--resized", data, "--num-workers", "1"]
     own = ["--rounds", "1", "--steps", "2", "--json", tmp_path / "loader.json"]
@@ -170,7 +167,6 @@ def test_the_benchmark_compares_loaders(capsys, tmp_path, monkeypatch):
     parts = ["decode once", "fast crop", "bytes", "all three", "all three, resized copy"]
     assert [*rows] == ["DeiT's", *parts]
     assert all(float(cell) > 0 for row in rows.values() for cell in row)
-    assert re.findall("with (no part|every part): [0-9.]+ images/s, [0-9.]+ %", printed) == ["no part", "every part"]
 
 
 def test_the_package_installs_alone(tmp_path):

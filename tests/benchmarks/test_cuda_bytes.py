@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.cuda_bytes import count_step
-from benchmarks.loader import new_process
+from benchmarks.measure import new_process
 from training import arguments
 
 DEIT_SMALL = "--model deit_small_patch16_224_diverse --batch-size 1024 --preset released --device cpu"
