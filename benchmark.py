@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler prints no messages
 
 from benchmarks import cuda_bytes, gpu, loader, steps
-from diversity import REGULARIZERS
+from diversity import ALIASES, REGULARIZERS
 from diversity.objective import MIXING
 from training import arguments
 from training.log import environment_lines
@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None):
     add("--steps", type=count, default=None,
         help="training steps of a round: 1 on a CPU, on a GPU 20 (gpu: as many as take 0.3 s, at most 20) "
         "by default; loader: batches, 8")  # fmt: skip
-    add("--terms", nargs="*", choices=(MIXING, *REGULARIZERS), metavar="TERM", default=None,
-        help="only these; for step and bytes the list may be empty")  # fmt: skip
+    add("--terms", nargs="*", type=lambda name: ALIASES.get(name, name), choices=(MIXING, *REGULARIZERS),
+        metavar="TERM", default=None, help="only these; for step and bytes the list may be empty")  # fmt: skip
     add("--resized", default="", metavar="DIR", help="loader: a copy of the images by script/resize_imagenet.sh")
     add("--json", default="", metavar="FILE", help="file of the numbers; default: runs/benchmark_WHAT.json")
     add("--minutes", type=positive, default=8.0, help="gpu: time limit; what is not finished by then is stopped")

@@ -15,11 +15,12 @@ from .mixing import MixedTarget, PatchMixup, patch_lam, token_cross_entropy
 from .objective import MIXING_BALANCES, DiversityObjective
 from .presets import PRESETS, Preset
 from .redundancy import measurable, measure_redundancy
-from .regularizers import LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer
+from .regularizers import ALIASES, LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer, resolve_aliases
 from .tapped_vit import TappedViT
 from .taps import TAPS, Tap, TapOutput
 
 __all__ = [
+    "ALIASES",
     "LEVELS",
     "MEASURES",
     "MIXING_BALANCES",
@@ -45,6 +46,7 @@ __all__ = [
     "measure_redundancy",
     "patch_lam",
     "regularizer",
+    "resolve_aliases",
     "token_cross_entropy",
     "weight",
 ]

@@ -9,7 +9,6 @@ import torch
 from .regularizers import regularizer
 from .similarity import (
     contrast,
-    cosines,
     log_gram_determinant,
     mean_cross_cosine,
     mean_map_cosine,
@@ -26,9 +25,11 @@ def _flat(attention: torch.Tensor) -> torch.Tensor:
     return attention.flatten(start_dim=-2)
 
 
-@regularizer(level="attention", coef=1e-4)
+@regularizer(level="attention", coef=1e-4, alias="attn_abscos_within")
 def attn_cos_within(attention: torch.Tensor) -> torch.Tensor:
     """Mean cosine between all pairs of heads' attention maps, a head with itself included.
+
+    The absolute cosine is the same, since maps are not negative.
 
     Args:
         attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
@@ -40,22 +41,6 @@ def attn_cos_within(attention: torch.Tensor) -> torch.Tensor:
     Differs: computed as the squared norm of the mean unit map, which equals the mean over pairs.
     """
     return mean_map_cosine(attention).mean()
-
-
-@regularizer(level="attention")
-def attn_abscos_within(attention: torch.Tensor) -> torch.Tensor:
-    """Mean absolute cosine between all pairs of heads' maps; equal to attn_cos_within, since maps are not negative.
-
-    Args:
-        attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
-
-    Returns:
-        0-dim, in [1/H, 1], as attn_cos_within.
-
-    Source: The Principle of Diversity, attention diversity; a variant in the released code.
-    Differs: none.
-    """
-    return cosines(_flat(attention)).abs().mean()
 
 
 @regularizer(level="attention")
@@ -77,9 +62,11 @@ def attn_offdiag_cos_within(attention: torch.Tensor) -> torch.Tensor:
     return without_diagonal(mean_map_cosine(attention), _flat(attention)).mean()
 
 
-@regularizer(level="attention")
+@regularizer(level="attention", alias="attn_abscos_cross")
 def attn_cos_cross(attention_first: torch.Tensor, attention_last: torch.Tensor) -> torch.Tensor:
     """Mean cosine between all heads' attention maps of the first block and all of the last block.
+
+    The absolute cosine is the same, since maps are not negative.
 
     Args:
         attention_first, attention_last: [B, H, N, N], rows sum to 1.
@@ -91,22 +78,6 @@ def attn_cos_cross(attention_first: torch.Tensor, attention_last: torch.Tensor) 
     Differs: computed as the inner product of the two mean unit maps, which equals the mean over pairs.
     """
     return mean_cross_cosine(_flat(attention_first), _flat(attention_last)).mean()
-
-
-@regularizer(level="attention")
-def attn_abscos_cross(attention_first: torch.Tensor, attention_last: torch.Tensor) -> torch.Tensor:
-    """Mean absolute cosine between the heads' maps of two blocks; equal to attn_cos_cross, since maps are not negative.
-
-    Args:
-        attention_first, attention_last: [B, H, N, N], rows sum to 1.
-
-    Returns:
-        0-dim, in [0, 1], as attn_cos_cross.
-
-    Source: The Principle of Diversity, attention diversity across layers; a variant in the released code.
-    Differs: none.
-    """
-    return cosines(_flat(attention_first), _flat(attention_last)).abs().mean()
 
 
 @regularizer(level="attention")

@@ -1,6 +1,5 @@
 """DiversityObjective: the one place where the terms are weighed and summed into the training loss."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,7 +8,8 @@ import torch
 from torch import nn
 
 from .mixing import MixedTarget, token_cross_entropy
-from .regularizers import REGULARIZERS
+from .regularizers import ALIASES, REGULARIZERS, resolve_aliases
+from .spelling import did_you_mean
 from .taps import TapOutput
 
 MIXING = "mixing"
@@ -27,8 +27,8 @@ class DiversityObjective(nn.Module):
     classification is (1 - alpha) of the above plus alpha times the distillation loss.
 
     Args:
-        coefs: {name of a term in REGULARIZERS, or "mixing": coefficient >= 0}. A term at 0 is not computed, and `reads`
-            does not ask for its taps.
+        coefs: {name of a term in REGULARIZERS, its alias, or "mixing": coefficient >= 0}. A term at 0 is not computed,
+            and `reads` does not ask for its taps.
         smoothing: label smoothing, in [0, 1).
         distillation: None, or a callable (samples, logits) -> 0-dim loss with an attribute `alpha` in [0, 1]; it is
             given the logits of the distillation head where the model has one, the class logits otherwise.
@@ -36,14 +36,15 @@ class DiversityObjective(nn.Module):
         options: settings of the terms, such as cond_orth_steps=5; each goes to the terms that have it.
 
     Raises:
-        ValueError: an unknown name, a coefficient that is negative or not finite, or a smoothing outside [0, 1).
+        ValueError: an unknown name, a coefficient that is negative or not finite, a coefficient for a term and for its
+            alias, or a smoothing outside [0, 1).
         TypeError: an unknown option.
 
     Source: The Principle of Diversity; coefficients of its runs are each term's `coef`.
     Differs: the mixing coefficient is a multiplier, where the released code reads it as a switch; equal balance.
 
     Attributes:
-        coefs: the active coefficients.
+        coefs: the active coefficients, without aliases.
         options: the settings of the active terms that were given.
         reads: names of the taps the active terms need, for `TappedViT`.
         patch_logits: whether they need patch logits.
@@ -59,6 +60,7 @@ class DiversityObjective(nn.Module):
     ):
         super().__init__()
         _check(coefs, smoothing, mixing_balance, options)
+        coefs = resolve_aliases(coefs)
         self.coefs = {name: float(coefs[name]) for name in (MIXING, *REGULARIZERS) if coefs.get(name)}
         self.smoothing = smoothing
         self.distillation = distillation
@@ -201,11 +203,11 @@ class DiversityObjective(nn.Module):
 
 def _check(coefs, smoothing, mixing_balance, options):
     """Raise for arguments of `DiversityObjective` that it cannot take."""
-    known = (MIXING, *REGULARIZERS)
+    known = (MIXING, *REGULARIZERS, *ALIASES)
     for name, coef in coefs.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known
-            raise ValueError(f"unknown term {name!r}; there are {', '.join(near)}")
+            hint = did_you_mean(name, known, f"; there are {', '.join(known)}")
+            raise ValueError(f"unknown term {name!r}{hint}")
         if not (math.isfinite(coef) and coef >= 0):
             raise ValueError(f"the coefficient of {name} must be a finite number >= 0; got {coef}")
     if not 0 <= smoothing < 1:

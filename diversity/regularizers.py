@@ -6,7 +6,7 @@ column, README row, tests) follows from its entry in `REGULARIZERS`.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,15 +55,26 @@ class Regularizer:
         return " ".join(self.doc.split("\n\n")[0].split())
 
     def option_help(self, option: str) -> str:
-        """What the docstring's Args say about an option, on one line."""
-        (text,) = re.findall(rf"^ +{option}: (.*(?:\n {{8,}}.*)*)", self.doc, flags=re.MULTILINE)
-        return " ".join(text.split()).rstrip(".")
+        """The line about an option in the docstring's Args; without one, which term has the option."""
+        found = re.search(rf"^ +{option}: (.*(?:\n {{8,}}.*)*)", self.doc, flags=re.MULTILINE)
+        return " ".join(found[1].split()).rstrip(".") if found else f"setting of {self.name}"
 
 
-REGULARIZERS: dict[str, Regularizer] = {}
+class _Registry(dict):
+    def __missing__(self, name: str) -> Regularizer:
+        if name in ALIASES:
+            return self[ALIASES[name]]
+        raise KeyError(name)
 
 
-def regularizer(level: str, coef: float = 0.0):
+REGULARIZERS: dict[str, Regularizer] = _Registry()
+"""Every term under its name; looking up an alias finds its term too."""
+
+ALIASES: dict[str, str] = {}
+"""{other name of a term: its name}."""
+
+
+def regularizer(level: str, coef: float = 0.0, alias: str | None = None):
     """Enter the decorated function into `REGULARIZERS` under its own name.
 
     The function's positional parameters are the taps it reads; keyword-only parameters are options with a default,
@@ -72,6 +83,7 @@ def regularizer(level: str, coef: float = 0.0):
     Args:
         level: one of `LEVELS`.
         coef: coefficient in the paper's training runs.
+        alias: another name of the term, for `ALIASES`.
     """
     assert level in LEVELS, f"unknown level {level!r}"
 
@@ -82,21 +94,42 @@ def regularizer(level: str, coef: float = 0.0):
         options = {name: p.default for name, p in parameters.items() if name not in no_options}
         skips_prefix = "num_prefix_tokens" in parameters
         assert function.__name__ not in REGULARIZERS, f"{function.__name__} is entered twice"
-        doc = inspect.getdoc(function)
+        doc = inspect.getdoc(function) or function.__name__
         term = Regularizer(function.__name__, level, reads, options, doc, coef, skips_prefix, function)
         REGULARIZERS[term.name] = term
+        if alias is not None:
+            ALIASES[alias] = term.name
         return term
 
     return enter
 
 
+def resolve_aliases(coefs: Mapping[str, float]) -> dict[str, float]:
+    """Coefficients with the names of `REGULARIZERS` in place of aliases.
+
+    Raises:
+        ValueError: a term has a coefficient under both of its names.
+    """
+    resolved = {}
+    for name, coef in coefs.items():
+        term = ALIASES.get(name, name)
+        if coef and resolved.get(term):
+            alias = next(alias for alias in ALIASES if ALIASES[alias] == term)
+            raise ValueError(f"{alias} is another name of {term}; give one of them a coefficient, not both")
+        resolved[term] = coef or resolved.get(term, coef)
+    return resolved
+
+
 def markdown_table() -> str:
-    """The README's table of terms, one row per entry of `REGULARIZERS`."""
+    """The table of terms in the docs, one row per entry of `REGULARIZERS`."""
+    aliases = {name: f" Alias: `--{alias}_coef`." for alias, name in ALIASES.items()}
     rows = ["| flag | level | reads | paper's value | minimises |", "|---|---|---|---|---|"]
     for term in REGULARIZERS.values():
         reads = ", ".join(f"`{tap}`" for tap in term.reads)
         coef = f"{term.coef:g}" if term.coef else "off"
-        rows.append(f"| `--{term.name}_coef` | {term.level} | {reads} | {coef} | {term.formula} |")
+        rows.append(
+            f"| `--{term.name}_coef` | {term.level} | {reads} | {coef} | {term.formula}{aliases.get(term.name, '')} |"
+        )
     return "\n".join(rows)
 
 

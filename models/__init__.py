@@ -1,10 +1,9 @@
 """Building timm models from the command line. Importing this package registers the paper's models with timm."""
 
-import difflib
-
 import timm
 from torch import nn
 
+from diversity.spelling import did_you_mean
 from models.weights import refusal
 
 from . import diverse_deit
@@ -37,8 +36,8 @@ def build_model(
         SystemExit: an unknown name, arguments the model does not take, or a size its patches do not divide.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3) or ["see timm.list_models()"]
-        raise SystemExit(f"error: {flag} {name} is unknown; did you mean {', '.join(near)}?")
+        hint = did_you_mean(name, timm.list_models(), "; timm.list_models() lists them")
+        raise SystemExit(f"error: {flag} {name} is unknown{hint}")
     optional = {"patch_size": patch_size, "drop_path_rate": drop_path or None}
     model_kwargs = {key: value for key, value in optional.items() if value is not None} | model_kwargs
     model_kwargs |= {"num_classes": num_classes, "drop_rate": drop}

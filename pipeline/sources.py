@@ -5,7 +5,6 @@ To add a data set, write a function here that opens it and decorate it with `dat
 table of the documentation follow from the entry in `SOURCES`.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import timm.data
 from torch.utils.data import Dataset
 
+from diversity.spelling import did_you_mean
 from models.weights import refusal
 from pipeline import timm_sets
 from pipeline.digits import Digits
@@ -108,8 +108,8 @@ def find_source(name: str) -> Source:
     prefix, slash, _ = name.partition("/")
     key = f"{prefix.lower()}/" if slash else name
     if key not in SOURCES:
-        near = difflib.get_close_matches(name.upper(), SOURCES, n=2) or SOURCES
-        raise SystemExit(f"error: --data-set {name} is unknown; did you mean {', '.join(near)}?")
+        hint = did_you_mean(name.upper(), SOURCES, f"; there are {', '.join(SOURCES)}")
+        raise SystemExit(f"error: --data-set {name} is unknown{hint}")
     return SOURCES[key]
 
 

@@ -1,6 +1,5 @@
 """The paper-style table of a study: means and differences over the finished runs of each configuration."""
 
-import difflib
 import math
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from diversity.measures import summary_measures
+from diversity.spelling import did_you_mean
 from reports.run_folders import ACCURACIES, LOG, PROVENANCE, REPORT, Run, find_runs
 from reports.tables import latex, markdown
 
@@ -178,8 +178,7 @@ def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | Non
     chosen = [*dict.fromkeys(DEFAULT_MEASURES if names is None else names)]
     for name in chosen:
         if name not in known:
-            near = difflib.get_close_matches(name, known)
-            hint = f"; did you mean {' or '.join(near)}?" if near else "."
+            hint = did_you_mean(name, known, ".")
             raise SystemExit(f"error: unknown measure {name}{hint} There are {', '.join(known)}")
     source, note = choose_redundancy(runs)
     if not chosen or (names is None and note is None):

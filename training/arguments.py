@@ -4,15 +4,15 @@ The names are DeiT's and the released code's. `--output_dir` and `--output-dir` 
 """
 
 import argparse
-import difflib
 import sys
 
 import timm.optim
 import torch
 
-from diversity import MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS
+from diversity import ALIASES, MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS, resolve_aliases
 from diversity.mixing import MODES
 from diversity.objective import MIXING
+from diversity.spelling import did_you_mean
 from pipeline.sources import SOURCE_FLAGS, find_source, sources_help
 from training.parsing import (
     KeyValues,
@@ -23,6 +23,7 @@ from training.parsing import (
     device,
     flag_of,
     layers,
+    literal,
     or_none,
     positive,
     seed,
@@ -63,12 +64,13 @@ def parse_args(argv: list[str] | None = None, config: dict | None = None) -> arg
 
 def coefficients(args: argparse.Namespace) -> dict[str, float]:
     """{term: coefficient} for every term and for mixing."""
-    return {name: getattr(args, f"{name}_coef") for name in (MIXING, *REGULARIZERS)}
+    return resolve_aliases({name: getattr(args, f"{name}_coef") for name in (MIXING, *REGULARIZERS, *ALIASES)})
 
 
 def term_options(args: argparse.Namespace) -> dict[str, object]:
     """{option: value} for every setting that some term has."""
-    return {option: getattr(args, option) for term in REGULARIZERS.values() for option in term.options}
+    values = {option: getattr(args, option) for term in REGULARIZERS.values() for option in term.options}
+    return {option: tuple(value) if isinstance(value, list) else value for option, value in values.items()}
 
 
 def repeatable(args: argparse.Namespace) -> dict[str, object]:
@@ -254,6 +256,9 @@ def _diversity(parser):
             metavar="COEF",
             help=f"{term.formula} {paper}".replace("%", "%%"),
         )
+    for alias, name in ALIASES.items():
+        add(flag_of(f"{alias}_coef"), type=coefficient, default=0.0, metavar="COEF",
+            help=f"another name of {flag_of(f'{name}_coef')}")  # fmt: skip
     add("--emb-layers", type=layers, default="last", metavar="LAYERS",
         help="blocks whose output embedding terms read: first, last, all, or a list such as 0,5,11")  # fmt: skip
     add("--attn-layers", type=layers, default="first", metavar="LAYERS",
@@ -262,14 +267,24 @@ def _diversity(parser):
         help=f"matrices that weight terms read, some of {','.join(WEIGHT_GROUPS)}")  # fmt: skip
     options = {option: term for term in reversed(REGULARIZERS.values()) for option in term.options}
     for option, term in options.items():
-        default = term.options[option]
-        kind = (
-            {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": _KINDS[type(default)]}
-        )
-        add(flag_of(option), default=default, help=term.option_help(option).replace("%", "%%"), **kind)
+        add(flag_of(option), help=term.option_help(option).replace("%", "%%"), **_option(term.options[option]))
 
 
-_KINDS = {int: count, float: coefficient}
+def _option(default: object) -> dict[str, object]:
+    """Arguments of `add_argument` for an option of a term with this default, which says its type."""
+    match default:
+        case bool():
+            return {"default": default, "action": argparse.BooleanOptionalAction}
+        case int():
+            return {"default": default, "type": count if default >= 1 else int}
+        case float():
+            return {"default": default, "type": coefficient if default >= 0 else float}
+        case str():
+            return {"default": default, "type": str}
+        case tuple():
+            return {"default": [*default], "type": literal, "nargs": "*"}
+        case _:
+            return {"default": default, "type": literal}
 
 
 def _preset(text: str) -> str | None:
@@ -400,10 +415,12 @@ def _check(parser, args):
     try:
         optimizer = _optimizer_info(args.opt)
     except ValueError:
-        near = difflib.get_close_matches(args.opt, timm.optim.list_optimizers(), n=3) or [
-            "see timm.optim.list_optimizers()"
-        ]
-        parser.error(f"--opt {args.opt} is unknown; did you mean {', '.join(near)}?")
+        hint = did_you_mean(args.opt, timm.optim.list_optimizers(), "; timm.optim.list_optimizers() lists them")
+        parser.error(f"--opt {args.opt} is unknown{hint}")
+    try:
+        coefficients(args)
+    except ValueError as error:
+        parser.error(f"coefficients: {error}")
     if not args.eval and args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         parser.error(
             f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "

@@ -1,7 +1,7 @@
 """argparse as this project wants it: flags from a file or the command line, values checked, one line for a mistake."""
 
 import argparse
-import difflib
+import ast
 import math
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from diversity.backbones import parse_layers, parse_weight_groups
+from diversity.spelling import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,8 +40,8 @@ class Parser(argparse.ArgumentParser):
             self._use_preset(preset)
         args, unknown = self.parse_known_args(words + argv)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
+            self.error(f"unknown argument {unknown[0]}{hint}")
         return args
 
     def _use_preset(self, name: str | None):
@@ -131,6 +132,14 @@ def device(text: str) -> str:
     if text not in ("auto", "cpu") and not text.startswith("cuda"):
         raise argparse.ArgumentTypeError(f"is auto, cuda or cpu; got {text}")
     return text
+
+
+def literal(text: str) -> object:
+    """A Python literal such as 0.5 or (1, 2), None for "none", and any other text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return or_none(text)
 
 
 def or_none(text: str) -> str | None:

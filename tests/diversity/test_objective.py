@@ -108,6 +108,14 @@ def test_equal_balance_weighs_the_patches_as_one(coef, alpha):
         assert terms["mixing_share"].item() == pytest.approx(share.item(), rel=1e-10)
 
 
+def test_an_alias_is_the_term_it_names():
+    objective = DiversityObjective({"attn_abscos_within": 0.5, "attn_cos_within": 0, "attn_abscos_cross": 0.0})
+    assert objective.coefs == {"attn_cos_within": 0.5} and objective.reads == ["attention"]
+    assert REGULARIZERS["attn_abscos_within"] is REGULARIZERS["attn_cos_within"]
+    with pytest.raises(ValueError, match="attn_abscos_within is another name of attn_cos_within; give one of them"):
+        DiversityObjective({"attn_abscos_within": 0.5, "attn_cos_within": 0.5})
+
+
 def test_unknown_balance_is_an_error():
     with pytest.raises(ValueError, match="unknown mixing_balance 'even'; there are tokens, equal"):
         DiversityObjective({"mixing": 1.0}, mixing_balance="even")

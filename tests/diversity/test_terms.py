@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from textbook import OPTION_VALUES, TEXTBOOK
 
 import diversity
-from diversity import REGULARIZERS, similarity
+from diversity import ALIASES, REGULARIZERS, similarity
 from diversity.spectral import spectral_spread
 
-NAMES = list(REGULARIZERS)
+NAMES = [*REGULARIZERS, *ALIASES]
 RELATIVE = 1e-9
 
 # Every term with every set of its options that do not exclude each other; the empty one is the default.
@@ -248,10 +248,12 @@ def test_a_single_item_is_an_error_where_the_docstring_says_so(name):
 
 def test_markdown_table_has_a_row_for_each_term():
     rows = diversity.markdown_table().splitlines()
-    assert len(rows) == 2 + len(NAMES)
-    for name, row in zip(NAMES, rows[2:], strict=True):
+    assert len(rows) == 2 + len(REGULARIZERS)
+    for name, row in zip(REGULARIZERS, rows[2:], strict=True):
         assert row.startswith(f"| `--{name}_coef` | {REGULARIZERS[name].level} |")
         assert row.count("|") == rows[0].count("|")
+    for alias, name in ALIASES.items():
+        assert rows[2 + list(REGULARIZERS).index(name)].endswith(f" Alias: `--{alias}_coef`. |")
 
 
 def test_decorator_enters_a_function():

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import run_process
 
-from diversity import PRESETS, REGULARIZERS, regularizer
+from diversity import ALIASES, PRESETS, REGULARIZERS, regularizer
 from training.arguments import build_parser, coefficients, parse_args, term_options, without_effect
 
 FLAGS = [
@@ -236,6 +236,34 @@ def test_a_new_option_is_a_flag_with_the_help_of_its_docstring(capsys):
         with pytest.raises(SystemExit):
             parse_args(["--help"])
         assert "the exponent, in words (default: 2)" in capsys.readouterr().out
+
+
+def test_options_of_every_type_are_read_like_their_defaults(tmp_path, capsys):
+    with mock.patch.dict(REGULARIZERS):
+
+        @regularizer(level="embedding")
+        def emb_of_this_test(last, *, kind="mean", shape=(1, 2), top=None, offset=0, margin=-0.5):
+            """Options without a line in the docstring."""
+
+        defaults = {"kind": "mean", "shape": (1, 2), "top": None, "offset": 0, "margin": -0.5}
+        given = {"kind": "none", "shape": (3, 4, 5), "top": 0.5, "offset": -2, "margin": 0.25}
+        words = ["--kind", "none", "--shape", "3", "4", "5", "--top", "0.5", "--offset=-2", "--margin", "0.25"]
+        for line, expected in (([], defaults), (words, given)):
+            args = parse_args(line)
+            assert expected.items() <= term_options(args).items()
+            path = config(tmp_path, yaml.safe_dump(vars(args), sort_keys=False))
+            assert expected.items() <= term_options(parse_args(["--config", path])).items()
+        assert parse_args(["--top", "last"]).top == "last"
+        with pytest.raises(SystemExit):
+            parse_args(["--help"])
+        assert "setting of emb_of_this_test (default: mean)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_an_alias_sets_the_coefficient_of_its_term(alias, name, capsys):
+    args = parse_args([f"--{alias}_coef", "0.25"])
+    assert coefficients(args) == dict.fromkeys(("mixing", *REGULARIZERS), 0.0) | {name: 0.25}
+    assert f"{alias} is another name of {name}" in error_of(capsys, [f"--{alias}_coef", "1", f"--{name}_coef", "1"])
 
 
 def test_every_option_of_a_term_is_a_flag():
