@@ -14,7 +14,7 @@ import sys
 from diversity import TapError
 from pipeline.workers import loader_errors
 from reports.redundancy import analyze
-from training.parsing import Parser, device, hyphens, whole
+from training.parsing import Parser, device_name, nonneg_int, with_hyphens
 from utils import joined_world, one_line_errors, quiet_warnings, run_command
 
 
@@ -36,14 +36,14 @@ def main(argv: list[str] | None = None):
     add("runs", nargs="+", metavar="RUN", help="run folder, checkpoint file, or name of a timm model; before the flags")
     add("--names", nargs="+", metavar="NAME",
         help="of the configurations, one for each run; default: from the runs' paths")  # fmt: skip
-    add("--num-images", type=whole, default=256, help="of the validation set; 0 = all (default: 256)")
+    add("--num-images", type=nonneg_int, default=256, help="of the validation set; 0 = all (default: 256)")
     add("--output-dir", metavar="DIR", help="default: the run folder, or analysis for several runs")
     add("--ema", action="store_true", help="measure the averaged weights")
     add("--layer", type=_block, default="last", metavar="BLOCK",
         help="whose heads are drawn: first, last or an index from 0 (default: last)")  # fmt: skip
-    add("--image", type=whole, default=0, help="whose attention is drawn, of the first batch (default: 0)")
-    add("--device", type=device, default="auto", help="auto, cuda or cpu")
-    options, flags = parser.parse_known_args([hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
+    add("--image", type=nonneg_int, default=0, help="whose attention is drawn, of the first batch (default: 0)")
+    add("--device", type=device_name, default="auto", help="auto, cuda or cpu")
+    options, flags = parser.parse_known_args([with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
     quiet_warnings()
     with one_line_errors(), loader_errors("start again"), joined_world(options.device, "env://") as world:
         try:

@@ -28,8 +28,8 @@ from diversity import ALIASES, REGULARIZERS
 from diversity.objective import MIXING
 from training import arguments
 from training.log import environment_lines
-from training.parsing import count, positive
-from utils import cpu_count, init_world, keep_freed_memory, quiet_warnings, run_command, set_backends, write_json
+from training.parsing import positive_float, positive_int
+from utils import cpu_count, init_world, quiet_warnings, run_command, set_backends, write_json
 
 WHATS = {
     "step": steps.compare_steps,
@@ -46,15 +46,15 @@ def main(argv: list[str] | None = None):
     )
     add = parser.add_argument
     add("what", choices=(*WHATS, "gpu"))
-    add("--rounds", type=count, default=7, help="timed rounds after one warm-up")
-    add("--steps", type=count, default=None,
+    add("--rounds", type=positive_int, default=7, help="timed rounds after one warm-up")
+    add("--steps", type=positive_int, default=None,
         help="training steps of a round: 1 on a CPU, on a GPU 20 (gpu: as many as take 0.3 s, at most 20) "
         "by default; loader: batches, 8")  # fmt: skip
     add("--terms", nargs="*", type=lambda name: ALIASES.get(name, name), choices=(MIXING, *REGULARIZERS),
         metavar="TERM", default=None, help="only these; for step and bytes the list may be empty")  # fmt: skip
     add("--resized", default="", metavar="DIR", help="loader: a copy of the images by script/resize_imagenet.sh")
     add("--json", default="", metavar="FILE", help="file of the numbers; default: runs/benchmark_WHAT.json")
-    add("--minutes", type=positive, default=8.0, help="gpu: time limit; what is not finished by then is stopped")
+    add("--minutes", type=positive_float, default=8.0, help="gpu: time limit; what is not finished by then is stopped")
     add("--output", default="runs/benchmark_gpu", metavar="DIR", help="gpu: the folder of gpu.md, gpu.json and gpu.log")
     argv = sys.argv[1:] if argv is None else argv
     own, words = parser.parse_known_args(argv)
@@ -62,7 +62,6 @@ def main(argv: list[str] | None = None):
     args = arguments.parse_args(words, defaults)
     quiet_warnings()
     world = init_world(args.device)
-    keep_freed_memory()  # as main.py does
     set_backends(args.fused_attn, args.tf32)
     environment = environment_lines(world, args.seed)
     print("\n".join(environment), flush=True)

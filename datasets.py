@@ -22,7 +22,7 @@ from utils import BadImageError, World, cpu_count, reseed
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(SourceOptions, TransformOptions):
-    """What `build_data` needs. Each field is the flag of its name.
+    """What `build_data` needs. Each field without a default is the flag of its name.
 
     Attributes:
         eval: whether the run only evaluates, and so reads no training set.
@@ -35,8 +35,8 @@ class DataOptions(SourceOptions, TransformOptions):
         prefetcher: whether bytes are sent to the device ahead of the step; None = on a GPU.
         repeated_aug: whether each drawn image is shown `aug_repeats` times, differently augmented.
         aug_repeats: copies of each image under `repeated_aug`.
-        decode_once: whether copies in one batch are decoded once.
         repeats_together: whether the copies of an image are on one rank, in place of one on each.
+        decode_once: whether copies in one batch are decoded once; not a flag, for comparisons.
     """
 
     eval: bool
@@ -49,8 +49,8 @@ class DataOptions(SourceOptions, TransformOptions):
     prefetcher: bool | None
     repeated_aug: bool
     aug_repeats: int
-    decode_once: bool
     repeats_together: bool
+    decode_once: bool = True
 
 
 @dataclass

@@ -12,7 +12,6 @@ generators first, with `reseed` and its own counters:
 """
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
@@ -261,21 +260,6 @@ def set_backends(fused_attn: bool, tf32: bool, deterministic: bool = False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep the large buffers that a step on the CPU, or a decoded image, frees; loader workers inherit it.
-
-    By default it returns them to the system, and the next step or image pays for their pages again. What a run holds at
-    most stays the same.
-
-    Returns:
-        Whether the setting was taken; False where the C library is another one.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    settings = ((trim_threshold, 2**31 - 1), (top_pad, 64 * 2**20), (mmap_max, 0))
-    return mallopt is not None and all(mallopt(*setting) for setting in settings)
 
 
 def quiet_warnings():

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from datasets import DataOptions
 from engine import autocast_dtype
 from training.build import options_of
-from utils import World, cpu_count, init_world, keep_freed_memory, quiet_warnings, set_backends
+from utils import World, cpu_count, init_world, quiet_warnings, set_backends
 
 from . import training_steps
 from .loader import ALL, AS_IS, EVERY, NONE, images_of_all_workers, images_per_core, make_photographs
@@ -57,7 +57,6 @@ Send = Callable[[dict], None]
 def start(args: Namespace) -> World:
     """Set up the process of a part as main.py does."""
     quiet_warnings()
-    keep_freed_memory()
     set_backends(args.fused_attn, args.tf32)
     return init_world(args.device)
 

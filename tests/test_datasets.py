@@ -95,7 +95,8 @@ def test_workers_share_the_cores(monkeypatch, device, cores, ranks, num_workers)
 def test_decoding_once_changes_no_pixel(num_workers, tmp_path):
     words = ("--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=12), "--input-size", 48)
     words += ("--batch-size", 8, "--num-workers", num_workers)
-    once, each = (build(*words, flag) for flag in ("--decode-once", "--no-decode-once"))
+    options = data_options("--batch-size", 2, *words)
+    once, each = (datasets.build_data(replace(options, decode_once=value), world()) for value in (True, False))
     assert (once.train.dataset.decode_once, each.train.dataset.decode_once) == (True, False)
     for ours, theirs in zip(once.batches(1, 0), each.batches(1, 0), strict=True):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])

@@ -1,5 +1,7 @@
 """The process: memory, launch variables, seeds."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -13,25 +15,27 @@ from training.meters import Meters
 from utils import cpu_count, init_world, one_line_errors, seed_everything
 
 FREED = """
-import sys, torch
-sys.path.insert(0, ".")
-import utils
+import torch
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
-kept = utils.keep_freed_memory() if sys.argv[1] == "keep" else None
 before = resident()
 buffer = torch.ones(64 * 2**20 // 4)
 del buffer
-print(kept, resident() - before > 60 * 2**20)
+print(resident() - before > 60 * 2**20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-@pytest.mark.parametrize(("mode", "printed"), [("keep", "True True"), ("leave", "None False")])
-def test_freed_memory_is_kept(mode, printed):
-    command = [sys.executable, "-c", FREED, mode]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == printed
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_freed_memory_is_kept_with_the_variables_of_the_quickstart(is_kept):
+    script = (REPOSITORY / "script" / "quickstart.sh").read_text()
+    variables = dict(re.findall(r"(MALLOC_\w+)=(\d+)", script))
+    assert len(variables) == 3
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    if is_kept:
+        environment |= variables
+    result = subprocess.run([sys.executable, "-c", FREED], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(is_kept)
 
 
 @pytest.mark.parametrize(

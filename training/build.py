@@ -33,8 +33,9 @@ FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefi
 
 
 def options_of(cls: type[T], args: Namespace) -> T:
-    """A dataclass of options, each field filled from the flag of its name."""
-    return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+    """A dataclass of options: each field is the flag of its name; one with a default may have no flag."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
 def build_initial(args: Namespace, num_classes: int) -> nn.Module:
@@ -152,7 +153,7 @@ def fast_path(args: Namespace, world: World, objective: DiversityObjective, data
     parts = {
         "compiled": should_compile(args, world, objective),
         "fused attention": args.fused_attn,
-        "fused optimizer": args.fused_opt and can_fuse(args.opt),
+        "fused optimizer": can_fuse(args.opt),
         "prefetcher": data.prefetcher is not None,
         "static graph": world.size > 1 and has_static_graph(args),
     }
@@ -192,7 +193,7 @@ def build_mixup(args: Namespace, grid: tuple[int, int] | None = None) -> PatchMi
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """timm's optimizer, without weight decay on biases, norms and what the model exempts; fused where it can be."""
     options = optimizer_kwargs(args) | {"lr": lr}
-    if args.fused_opt and can_fuse(args.opt):
+    if can_fuse(args.opt):
         options |= {"fused": True}
     try:
         return create_optimizer_v2(model, **options)

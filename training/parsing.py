@@ -1,8 +1,10 @@
-"""argparse as this project wants it: flags from a file or the command line, values checked, one line for a mistake."""
+"""argparse as this project uses it: flags from a file or the command line, checked values, errors of one line."""
 
 import argparse
 import ast
 import math
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -13,15 +15,21 @@ from diversity.spelling import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes hyphens and underscores alike and `--config FILE` as flags before the others.
+    """An argument parser that reads `--config FILE` and `--preset NAME` first, as defaults of the other flags.
+
+    Hyphens and underscores in the names of flags are the same.
 
     Args:
         presets: {value of `--preset`: {flag: its default}}; None for a program without presets.
+        removed: {flag that earlier versions had: what to do instead}.
     """
 
-    def __init__(self, presets: dict[str, dict] | None = None, **kwargs):
+    def __init__(self, presets: Mapping[str, dict] | None = None, removed: Mapping[str, str] | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.presets = presets or {}
+        self.presets, self.removed = presets or {}, removed or {}
+        self.first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        self.first.add_argument("--config")
+        self.first.add_argument("--preset")
 
     def parse(self, argv: list[str], config: dict | None = None) -> argparse.Namespace:
         """Flags from `argv`, over those of `--config` (or `config`), over those of `--preset`, over the defaults.
@@ -29,26 +37,34 @@ class Parser(argparse.ArgumentParser):
         Raises:
             SystemExit: a flag that is unknown or out of range, or a file that cannot be read.
         """
-        argv = [hyphens(word) for word in argv]
+        argv = [with_hyphens(word) for word in argv]
+        try:
+            first, _ = self.first.parse_known_args(argv)
+        except argparse.ArgumentError as error:
+            self.error(str(error))
         self.plain = {name: self.get_default(name) for preset in self.presets.values() for name in preset}
-        path = _value_of("--config", argv)
-        config = self._read(path) if path else config or {}
-        preset = _value_of("--preset", argv)
+        config = self._read(first.config) if first.config else config or {}
         self._use_preset(config.get("preset"))
         words = self._words_of(config)
-        if preset is not None:  # it takes the place of the file's, whose other flags stay
-            self._use_preset(preset)
+        if first.preset is not None:  # replaces the preset of the file, whose other flags stay
+            self._use_preset(first.preset)
         args, unknown = self.parse_known_args(words + argv)
         if unknown:
-            hint = did_you_mean(unknown[0].split("=")[0], self._option_string_actions)
-            self.error(f"unknown argument {unknown[0]}{hint}")
+            self._refuse(unknown[0])
         return args
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists every flag)\n")
 
     def _use_preset(self, name: str | None):
         self.set_defaults(**self.plain | self.presets.get(str(name), {}))
 
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
+    def _refuse(self, word: str):
+        """End with an error that names the unknown argument and what to write instead."""
+        flag = word.split("=")[0]
+        if hint := self.removed.get(flag.replace("--no-", "--", 1)):
+            self.error(f"{flag} was removed: {hint}")
+        self.error(f"unknown argument {word}{did_you_mean(flag, self._option_string_actions)}")
 
     def _read(self, path: str) -> dict:
         try:
@@ -60,13 +76,15 @@ class Parser(argparse.ArgumentParser):
         return {str(name).replace("-", "_"): value for name, value in config.items()}
 
     def _words_of(self, config: dict) -> list[str]:
-        """Flags from a file as command-line words, so that both are checked alike."""
+        """Flags from a file as words of a command line, so that both are checked in the same way."""
         words = []
         for name, value in config.items():
             flag = flag_of(name)
-            if value == self.get_default(name):
+            if flag in self.removed:
+                sys.stderr.write(f"note: {flag} of an earlier version is ignored: {self.removed[flag]}\n")
+            elif value == self.get_default(name):
                 continue
-            if isinstance(value, bool):
+            elif isinstance(value, bool):
                 words.append(flag if value else flag.replace("--", "--no-", 1))
             elif isinstance(value, dict):
                 words += [flag, *(f"{key}={item}" for key, item in value.items())]
@@ -78,7 +96,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class KeyValues(ParseKwargs):
-    """KEY=VALUE ... as a dict, values read as Python literals where they are some."""
+    """KEY=VALUE ... as a dict; a value that is a Python literal is evaluated."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         without_equals = [value for value in values if value and "=" not in value]
@@ -92,62 +110,62 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def whole(text: str) -> int:
+def nonneg_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "a whole number >= 0")
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     return _number(text, int, lambda value: value >= 1, "a whole number >= 1")
 
 
-def seed(text: str) -> int:
+def seed_int(text: str) -> int:
     return _number(text, int, lambda value: 0 <= value < 2**31, "a whole number from 0 to below 2^31")
 
 
-def coefficient(text: str) -> float:
+def nonneg_float(text: str) -> float:
     return _number(text, float, lambda value: value >= 0, "a finite number >= 0")
 
 
-def positive(text: str) -> float:
+def positive_float(text: str) -> float:
     return _number(text, float, lambda value: value > 0, "a finite number > 0")
 
 
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
-def below_one(text: str) -> float:
+def fraction_below_one(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
-def layers(text: str) -> str:
-    return _read_by(parse_layers, text)
+def layer_list(text: str) -> str:
+    return _accepted(parse_layers, text)
 
 
-def weight_groups(text: str) -> str:
-    return _read_by(parse_weight_groups, text)
+def group_list(text: str) -> str:
+    return _accepted(parse_weight_groups, text)
 
 
-def device(text: str) -> str:
+def device_name(text: str) -> str:
     if text not in ("auto", "cpu") and not text.startswith("cuda"):
         raise argparse.ArgumentTypeError(f"is auto, cuda or cpu; got {text}")
     return text
 
 
 def literal(text: str) -> object:
-    """A Python literal such as 0.5 or (1, 2), None for "none", and any other text as it is."""
+    """A Python literal such as 0.5 or (1, 2), None for "none", and any other text unchanged."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return or_none(text)
+        return none_or_text(text)
 
 
-def or_none(text: str) -> str | None:
+def none_or_text(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 
 
-def _read_by(parse, text: str) -> str:
-    """`text` as it is, once `parse` has understood it."""
+def _accepted(parse, text: str) -> str:
+    """`text`, if `parse` accepts it."""
     try:
         parse(text)
     except ValueError as error:
@@ -155,28 +173,18 @@ def _read_by(parse, text: str) -> str:
     return text
 
 
-def _number(text, kind, holds, what):
+def _number(text, kind, is_valid, what):
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and holds(value)):
+    if not (math.isfinite(value) and is_valid(value)):
         raise argparse.ArgumentTypeError(f"needs {what}; got {text!r}")
     return value
 
 
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    """The value of one flag, before the others are parsed."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument(flag)
-    try:
-        return getattr(parser.parse_known_args(argv)[0], flag.removeprefix("--"))
-    except argparse.ArgumentError:  # no value: the full parser says so
-        return None
-
-
-def hyphens(word: str) -> str:
-    """--output_dir=a_b -> --output-dir=a_b; values are left alone."""
+def with_hyphens(word: str) -> str:
+    """--output_dir=a_b -> --output-dir=a_b; the value stays."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")

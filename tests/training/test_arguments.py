@@ -9,6 +9,7 @@ from helpers import run_process
 
 from diversity import ALIASES, PRESETS, REGULARIZERS, regularizer
 from training.arguments import build_parser, coefficients, parse_args, term_options, without_effect
+from training.flags import REMOVED
 
 FLAGS = [
     (action, flag)
@@ -96,7 +97,7 @@ ORIGINAL = """
     --teacher-model regnety_040 --teacher-path teacher.pth --distillation-type hard --distillation-alpha 0.4
     --distillation-tau 2.0 --finetune start.pth --data-path images --data-set INAT --inat-category genus
     --output_dir out --device cuda --seed 3 --start_epoch 2 --eval --dist-eval --num_workers 4
-    --pin-mem --no-pin-mem --world_size 8 --dist_url tcp://localhost:1234
+    --pin-mem --no-pin-mem --world_size 8 --dist_url tcp://localhost:1234 --scale_lr_flag
     --mixing_coef 1 --emb_cos_within_coef 0.5 --emb_contrast_cross_coef 0.5 --attn_cos_within_coef 1e-4
     --weight_mha_cond_orth_coef 5e-4
 """
@@ -212,7 +213,8 @@ def test_a_preset_beside_a_runs_args_yaml_takes_the_place_of_its_preset(tmp_path
 
 def test_exact_spectra_override_the_power_steps_of_a_preset():
     args = parse_args(["--preset", "corrected", "--cond-orth-exact"])
-    assert (args.cond_orth_exact, args.cond_orth_steps) == (True, 1)
+    options = term_options(args)
+    assert (options["cond_orth_exact"], options["cond_orth_steps"]) == (True, 1)
 
 
 def test_a_new_option_is_a_flag_with_the_help_of_its_docstring(capsys):
@@ -314,6 +316,18 @@ def test_a_wrong_file_of_flags(tmp_path, capsys, text, named):
 def test_a_missing_file_of_flags(tmp_path, capsys):
     assert "no.yaml" in error_of(capsys, ["--config", str(tmp_path / "no.yaml")])
     assert str(tmp_path) in error_of(capsys, ["--config", str(tmp_path)])
+
+
+@pytest.mark.parametrize("flag", REMOVED)
+def test_a_removed_flag_is_refused_with_a_hint_and_ignored_in_an_old_file(tmp_path, capsys, flag):
+    for word in (flag, flag.replace("--", "--no-"), flag.replace("-", "_").replace("__", "--")):
+        line = error_of(capsys, [word])
+        assert "was removed: " in line and REMOVED[flag] in line
+    name = flag.removeprefix("--").replace("-", "_")
+    old = parse_args(["--config", config(tmp_path, f"{name}: false\nlr: 1e-3\n")])
+    assert old.lr == 1e-3 and not hasattr(old, name)
+    line = f"note: {flag} of an earlier version is ignored: {REMOVED[flag]}\n"
+    assert capsys.readouterr().err == line
 
 
 # Checks

@@ -1,0 +1,316 @@
+"""Every flag of main.py, in groups, with its unit, default and off value.
+
+The names are DeiT's and the released code's. `--output_dir` and `--output-dir` are the same flag; `--x/--no-x` switch.
+"""
+
+import argparse
+from argparse import BooleanOptionalAction as Switch
+
+from diversity import ALIASES, MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS
+from diversity.mixing import MODES
+from diversity.objective import MIXING
+from pipeline.sources import sources_help
+from training.parsing import (
+    KeyValues,
+    Parser,
+    device_name,
+    flag_of,
+    fraction,
+    fraction_below_one,
+    group_list,
+    layer_list,
+    literal,
+    none_or_text,
+    nonneg_float,
+    nonneg_int,
+    positive_float,
+    positive_int,
+    seed_int,
+)
+
+DISTILLATION_TYPES = ("none", "soft", "hard")
+REMOVED = {
+    "--fused-opt": "AdamW and Adam always take a step in one kernel",
+    "--decode-once": "an image is always decoded once for its repeated augmentations in a batch",
+}
+
+
+def build_parser() -> Parser:
+    """The parser of every flag, with the presets' defaults."""
+    parser = Parser(
+        prog="main.py",
+        description="Train or evaluate a timm vision transformer with diversity regularizers.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        presets={
+            name: {f"{term}_coef": coef for term, coef in preset.coefs.items()} | preset.settings
+            for name, preset in PRESETS.items()
+        },
+        removed=REMOVED,
+    )
+    for add_group in (
+        _run, _speed, _model, _diversity, _optimizer, _schedule, _augmentation, _distillation, _data, _launcher
+    ):  # fmt: skip
+        add_group(parser)
+    return parser
+
+
+def _run(parser):
+    add = parser.add_argument_group("run").add_argument
+    add("--config", metavar="YAML", help="flags from a file such as a run's args.yaml; the command line overrides it")
+    add(
+        "--output-dir",
+        default="",
+        metavar="DIR",
+        help="run folder for log, checkpoints and curves; empty = nothing saved",
+    )
+    add("--resume", default="", metavar="FILE",
+        help="continue from a checkpoint.pth (or evaluate it, with --eval); "
+        "auto = the newest undamaged one of --output-dir, or start if there is none")  # fmt: skip
+    add("--save-every-steps", type=nonneg_int, default=0, metavar="STEPS",
+        help="optimizer steps between saves within an epoch; 0 = none")  # fmt: skip
+    add("--save-every-minutes", type=nonneg_float, default=10.0, metavar="MINUTES",
+        help="minutes between saves within an epoch; 0 = none")  # fmt: skip
+    add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="checkpoint.pth and the N - 1 before it")
+    add("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is dropped")
+    add("--eval", action=Switch, default=False, help="evaluate only")
+    add("--epochs", type=positive_int, default=300, help="epochs of the schedule, before any cool-down")
+    add("--start-epoch", type=nonneg_int, default=0, help="first epoch; --resume sets it")
+    add("--batch-size", type=positive_int, default=64, help="images per process and step")
+    add("--accum-steps", type=positive_int, default=1, help="batches accumulated per optimizer step; 1 = off")
+    add(
+        "--seed",
+        type=seed_int,
+        default=0,
+        help="of weights, data order, augmentation, mixing, dropout and start vectors",
+    )
+    add("--deterministic", action=Switch, default=False,
+        help="repeat a run bit for bit on a GPU too, more slowly")  # fmt: skip
+    add("--device", type=device_name, default="auto", metavar="{auto,cuda,cpu}", help="auto = cuda where there is one")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="autocast; auto = bf16 on a GPU that has it, fp16 on another, off on CPU")  # fmt: skip
+    add("--model-ema", action=Switch, default=True, help="keep and evaluate averaged weights")
+    add("--model-ema-decay", type=fraction, default=0.99996, help="decay of the average per optimizer step")
+    add("--model-ema-force-cpu", action=Switch, default=False,
+        help="keep and evaluate the average on the CPU")  # fmt: skip
+    add("--max-nonfinite-steps", type=nonneg_int, default=100, help="skipped non-finite steps before training stops")
+    add("--log-interval", type=nonneg_int, default=50, help="steps between console lines; 0 = one line an epoch")
+    add("--redundancy-every", type=nonneg_int, default=0, metavar="EPOCHS",
+        help="epochs between measurements of redundancy on fixed validation images; 0 = off")  # fmt: skip
+    add("--tensorboard", action=Switch, default=True, help="write events into the run folder")
+
+
+def _speed(parser):
+    add = parser.add_argument_group("speed", "the same training, faster or in less memory").add_argument
+    add("--compile", action=Switch, default=None,
+        help="torch.compile, model and objective in one graph; None = on GPUs if no term reads gradients, and in eager "
+        "mode where it fails")  # fmt: skip
+    add("--fused-attn", action=Switch, default=True,
+        help="scaled-dot-product attention in every block whose maps no term reads")  # fmt: skip
+    add("--residual-dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the tokens between blocks under bfloat16 autocast; bfloat16 moves fewer bytes and rounds")  # fmt: skip
+    add("--patch-product", action=Switch, default=False,
+        help="patch embedding as one matrix product instead of a convolution; equal up to rounding")  # fmt: skip
+    add("--channels-last", action=Switch, default=False,
+        help="images and weights of convolutions in channels-last memory format; equal up to rounding")  # fmt: skip
+    add("--tf32", action=Switch, default=False,
+        help="TF32 products of float32 matrices on a GPU: with --amp off, and in terms on weights")  # fmt: skip
+    add("--prefetcher", action=Switch, default=None,
+        help="send bytes to the device ahead of the step; normalise and erase there; None = on a GPU")  # fmt: skip
+    add("--static-graph", action=Switch, default=True,
+        help="DistributedDataParallel's static graph; off with --accum-steps")  # fmt: skip
+    add("--grad-checkpointing", action=Switch, default=False,
+        help="recompute activations in the backward pass: less memory, more time")  # fmt: skip
+    add("--fast-crop", action=Switch, default=True,
+        help="resize training crops with torch's kernel for bytes; some values differ by 1 or 2 of 255")  # fmt: skip
+    add("--repeats-together", action=Switch, default=False,
+        help="all repeated augmentations of an image on one rank, not one on each; same global batches")  # fmt: skip
+
+
+def _model(parser):
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="deit_base_patch16_224", help="any timm name; those of the paper's models end in _diverse")
+    add("--input-size", type=positive_int, default=224, help="side of the square input in pixels")
+    add("--patch-size", type=positive_int, default=None, help="side of a patch in pixels; None = the model's default")
+    add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE",
+        help="further arguments of the timm model, e.g. depth=6 embed_dim=96")  # fmt: skip
+    add("--drop", type=fraction_below_one, default=0.0, help="dropout rate; 0 = off")
+    add("--drop-path", type=fraction_below_one, default=0.1, help="stochastic depth rate; 0 = off")
+
+
+def _diversity(parser):
+    group = parser.add_argument_group(
+        "diversity", "coefficients, finite and >= 0; 0 = not computed. The paper's value is in brackets."
+    )
+    add = group.add_argument
+    presets = "; ".join(f"{name} = {preset.doc}" for name, preset in PRESETS.items())
+    add("--preset", type=_preset, default=None, help=f"defaults for the flags of this group: {presets}; None = all off")
+    add(f"--{MIXING}-coef", type=nonneg_float, default=0.0, metavar="COEF",
+        help="patch mixing: weight of each patch token's loss beside the class token's [1]")  # fmt: skip
+    add("--mixing-balance", choices=MIXING_BALANCES, default="tokens",
+        help="tokens = one weight for each token, as released; equal = for class token and patches")  # fmt: skip
+    for term in REGULARIZERS.values():
+        paper = f"[{term.coef:g}]" if term.coef else "[off]"
+        add(
+            flag_of(f"{term.name}_coef"),
+            type=nonneg_float,
+            default=0.0,
+            metavar="COEF",
+            help=f"{term.formula} {paper}".replace("%", "%%"),
+        )
+    for alias, name in ALIASES.items():
+        add(flag_of(f"{alias}_coef"), type=nonneg_float, default=0.0, metavar="COEF",
+            help=f"another name of {flag_of(f'{name}_coef')}")  # fmt: skip
+    add("--emb-layers", type=layer_list, default="last", metavar="LAYERS",
+        help="blocks whose output embedding terms read: first, last, all, or a list such as 0,5,11")  # fmt: skip
+    add("--attn-layers", type=layer_list, default="first", metavar="LAYERS",
+        help="blocks whose maps attention terms read; cross-layer terms read their first and last")  # fmt: skip
+    add("--weight-groups", type=group_list, default="qkv", metavar="GROUPS",
+        help=f"matrices that weight terms read, a list of {','.join(WEIGHT_GROUPS)}")  # fmt: skip
+    options = {option: term for term in reversed(REGULARIZERS.values()) for option in term.options}
+    for option, term in options.items():
+        add(flag_of(option), help=term.option_help(option).replace("%", "%%"), **_option(term.options[option]))
+
+
+def _option(default: object) -> dict[str, object]:
+    """Arguments of `add_argument` for an option of a term, of the type of its default."""
+    match default:
+        case bool():
+            return {"default": default, "action": Switch}
+        case int():
+            return {"default": default, "type": positive_int if default >= 1 else int}
+        case float():
+            return {"default": default, "type": nonneg_float if default >= 0 else float}
+        case str():
+            return {"default": default, "type": str}
+        case tuple():
+            return {"default": [*default], "type": literal, "nargs": "*"}
+        case _:
+            return {"default": default, "type": literal}
+
+
+def _preset(text: str) -> str | None:
+    name = none_or_text(text)
+    if name not in (None, *PRESETS):
+        raise argparse.ArgumentTypeError(f"unknown preset {text!r}; there are {', '.join(PRESETS)}")
+    return name
+
+
+def _optimizer(parser):
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--opt", default="adamw", help="any timm optimizer")
+    add("--opt-eps", type=positive_float, default=1e-8, help="epsilon of Adam-like optimizers")
+    add("--opt-betas", type=float, nargs="+", default=None, metavar="BETA", help="None = the optimizer's default")
+    add("--momentum", type=fraction, default=0.9, help="momentum of SGD-like optimizers")
+    add("--weight-decay", type=nonneg_float, default=0.05, help="not applied to biases, norms and tokens; 0 = off")
+    add("--clip-grad", type=positive_float, default=None, metavar="NORM", help="largest gradient norm; None = off")
+
+
+def _schedule(parser):
+    add = parser.add_argument_group(
+        "schedule", "stepped after each epoch, as DeiT does: epoch 1 repeats epoch 0's rate"
+    ).add_argument
+    add("--lr", type=positive_float, default=5e-4, help="learning rate at 512 images per step, scaled linearly")
+    add("--unscale-lr", action=Switch, default=False, help="do not scale --lr")
+    add(
+        "--sched",
+        choices=("cosine", "tanh", "step", "poly", "plateau", "constant"),
+        default="cosine",
+        help="timm schedule",
+    )
+    add("--warmup-lr", type=nonneg_float, default=1e-6, help="learning rate at the start of warm-up, not scaled")
+    add("--warmup-epochs", type=nonneg_int, default=5, help="epochs of linear warm-up; 0 = off")
+    add("--min-lr", type=nonneg_float, default=1e-5, help="lowest learning rate, not scaled")
+    add("--cooldown-epochs", type=nonneg_int, default=0, help="epochs at --min-lr after the schedule; 0 = off")
+    add("--decay-epochs", type=positive_float, default=30, help="epochs between decays of --sched step")
+    add("--decay-rate", "--dr", type=fraction, default=0.1, help="factor of --sched step and plateau")
+    add("--patience-epochs", type=nonneg_int, default=10, help="epochs without gain before --sched plateau decays")
+    add("--lr-noise", type=float, nargs="+", default=None, metavar="FRACTION",
+        help="where noise starts (and ends), as fractions of the epochs; None = off")  # fmt: skip
+    add("--lr-noise-pct", type=nonneg_float, default=0.67, help="limit of the noise as a fraction of the learning rate")
+    add("--lr-noise-std", type=nonneg_float, default=1.0, help="standard deviation of the noise")
+
+
+def _augmentation(parser):
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--aa", type=none_or_text, default="rand-m9-mstd0.5-inc1", metavar="NAME", help="timm auto-augment; none = off")
+    add("--color-jitter", type=nonneg_float, default=0.4, help="strength if --aa is not RandAugment; 0 = off")
+    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
+        help="of training crops")  # fmt: skip
+    add("--scale", type=fraction, nargs=2, default=[0.08, 1.0], metavar=("LOW", "HIGH"),
+        help="area of random crops, as fractions of the image")  # fmt: skip
+    add(
+        "--ratio",
+        type=positive_float,
+        nargs=2,
+        default=[0.75, 4 / 3],
+        metavar=("LOW", "HIGH"),
+        help="aspect ratio of random crops",
+    )
+    add("--hflip", type=fraction, default=0.5, help="probability of a horizontal flip; 0 = off")
+    add("--repeated-aug", action=Switch, default=True,
+        help="augment each drawn image --aug-repeats times")  # fmt: skip
+    add("--aug-repeats", type=positive_int, default=3, help="copies of each image under --repeated-aug")
+    add("--reprob", type=fraction, default=0.25, help="probability of random erasing; 0 = off")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what random erasing fills with")
+    add("--recount", type=positive_int, default=1, help="largest number of boxes erased per image")
+    add("--smoothing", type=fraction_below_one, default=0.1, help="label smoothing; 0 = off")
+    add("--mixup", type=nonneg_float, default=0.8, metavar="ALPHA", help="alpha of Mixup; 0 = off")
+    add("--cutmix", type=nonneg_float, default=1.0, metavar="ALPHA", help="alpha of CutMix; 0 = off")
+    add("--cutmix-minmax", type=fraction, nargs=2, default=None, metavar=("LOW", "HIGH"),
+        help="side of the CutMix box as a fraction of the image's side, instead of --cutmix")  # fmt: skip
+    add("--mixup-prob", type=fraction, default=1.0, help="probability of mixing at all")
+    add("--mixup-switch-prob", type=fraction, default=0.5, help="probability of CutMix where both are on")
+    add("--mixup-mode", choices=MODES, default="batch", help="one draw per batch, pair or element")
+
+
+def _distillation(parser):
+    add = parser.add_argument_group("distillation").add_argument
+    add("--distillation-type", choices=DISTILLATION_TYPES, default="none", help="from a teacher; none = off")
+    add("--teacher-model", default="regnety_160", help="timm name of the teacher")
+    add("--teacher-path", default="", metavar="FILE", help="weights of the teacher")
+    add("--distillation-alpha", type=fraction, default=0.5, help="weight of the teacher in the loss, 0 to 1")
+    add("--distillation-tau", type=positive_float, default=1.0, help="temperature of soft distillation")
+
+
+def _data(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--data-set", default="IMNET", metavar="NAME", help=sources_help())
+    add("--data-path", default="", metavar="DIR", help="folder that holds the data; not needed by DIGITS and FAKE")
+    add("--train-split", "--train-dir", default="train", metavar="NAME", help="sub-folder or split to train on")
+    add("--val-split", "--val-dir", default=None, metavar="NAME",
+        help="sub-folder or split to evaluate on; None = val (folders) or validation (timm names)")  # fmt: skip
+    add("--num-classes", type=positive_int, default=None, help="None = counted; needed where a data set does not say")
+    add("--inat-category", default="name", help="iNaturalist label",
+        choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
+    add("--eval-crop-ratio", type=positive_float, default=0.875, help="centre crop over resized side, above 32 px")
+    add(
+        "--max-bad-images",
+        type=nonneg_int,
+        default=100,
+        help="unreadable training images a process replaces before training stops",
+    )
+    add(
+        "--num-workers",
+        type=nonneg_int,
+        default=None,
+        help="loader processes per rank, half as many for evaluation; None = the cores this process may use, "
+        "less two on a GPU machine, divided among the local ranks; at least 1",
+    )
+    add("--loader-timeout", type=nonneg_int, default=600, metavar="SECONDS",
+        help="longest wait for a loader process before the run stops with an error; 0 = no limit")  # fmt: skip
+    add("--pin-mem", action=Switch, default=True, help="page-locked batches on a GPU machine")
+    add("--dist-eval", action=Switch, default=True,
+        help="divide the validation images among the ranks; exact, no padding is counted")  # fmt: skip
+
+
+def _launcher(parser):
+    add = parser.add_argument_group(
+        "launcher", "accepted for the command lines of DeiT and of the released code; torchrun's variables decide"
+    ).add_argument
+    add("--dist-url", default="env://", help="rendezvous of the process group")
+    add("--world-size", type=positive_int, default=1, help="no effect")
+    add("--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    add("--scale-lr-flag", action=Switch, default=False,
+        help="no effect: --lr is scaled unless --unscale-lr is given")  # fmt: skip
+    add("--resplit", action=Switch, default=False, help="no effect")
