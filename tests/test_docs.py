@@ -15,6 +15,7 @@ import diversity
 from diversity.measures import measures_table
 from pipeline import sources
 from training import arguments
+from training.log import accuracy_line, epoch_line, terms_table
 
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -119,6 +120,21 @@ def test_the_index_has_every_page():
 
 def test_the_readme_has_at_most_150_lines():
     assert len(README.read_text().splitlines()) <= 150
+
+
+def test_the_readme_shows_the_output_of_a_run():
+    (block,) = re.findall(r"```\n(epoch 0 .*?)```", README.read_text(), flags=re.DOTALL)
+    lines = block.splitlines()
+    assert len(lines) == 11 and all(len(line) <= 100 for line in lines)
+    for line in (lines[0], lines[2]):
+        epoch, epochs, loss, raw, ema, speed, waited = map(float, re.findall(r"[\d.]+", line))
+        record = {"epoch": int(epoch), "train_loss": loss, "test_acc1": raw, "test_acc1_ema": ema}
+        assert epoch_line(record | {"train_images_per_s": speed, "train_data_wait": waited / 100}, int(epochs)) == line
+    rows = [line.split()[:3] for line in lines[4:10]]
+    record = {f"train_{name}": float(value) for name, value, _ in rows}
+    record |= {f"train_{name}_share": float(percent) / 100 for name, _, percent in rows}
+    assert terms_table(record).splitlines() == lines[3:10]
+    assert lines[10] == accuracy_line({"acc1": raw, "acc1_ema": ema})
 
 
 def test_the_table_of_terms_is_the_registrys():
