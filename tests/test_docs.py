@@ -59,7 +59,7 @@ def test_every_command_parses(page, command, flags_of_program):
     if words[0] == "sbatch":
         script = next(number for number, word in enumerate(words) if word.startswith("script/"))
         words = words[script:]
-    if words[:2] in (["pip", "install"], ["python", "-c"], ["ruff", "check"]):
+    if words[:2] in (["pip", "install"], ["python", "-c"]) or words[0] == "export":
         return
     program, *rest = words[1:] if words[0] == "python" else words
     assert (REPOSITORY / program).is_file()
@@ -72,6 +72,11 @@ def test_every_command_parses(page, command, flags_of_program):
     elif program in ("analyze.py", "table.py", "benchmark.py"):
         of_main = set() if program == "table.py" else {*arguments.build_parser()._option_string_actions}
         assert {*flags} <= flags_of_program(program) | of_main
+
+
+def test_the_settings_of_malloc_are_those_of_the_quickstart():
+    (exported,) = [command for _, command in COMMANDS if command.startswith("export MALLOC")]
+    assert exported in (REPOSITORY / "script" / "quickstart.sh").read_text().splitlines()
 
 
 def test_commands_are_found():
