@@ -42,9 +42,9 @@ def runs(tmp_path_factory):
         run_main(*TINY, *flags, "--output-dir", folder / "plain")
         run_main(*TINY, *flags, "--tensorboard", "--redundancy-every", "2", "--output-dir", folder / "watched")
     shutil.copytree(folder / "plain", folder / "other")
-    whole = torch.load(folder / "other" / checkpoint.LAST, weights_only=True)
-    whole["model"] = {key: value + 0.1 * value.roll(1, 0) for key, value in whole["model"].items()}
-    torch.save(whole, folder / "other" / checkpoint.LAST)
+    content = torch.load(folder / "other" / checkpoint.LAST, weights_only=True)
+    content["model"] = {key: value + 0.1 * value.roll(1, 0) for key, value in content["model"].items()}
+    torch.save(content, folder / "other" / checkpoint.LAST)
     return folder
 
 
@@ -65,13 +65,13 @@ def undrawn(monkeypatch):
 
 
 def analyzed(tmp_path, *words):
-    """`python analyze.py *words` in this process: what its redundancy.json holds."""
+    """`python analyze.py *words` in this process; returns the content of its redundancy.json."""
     analyze.main([str(word) for word in (*words, "--device", "cpu", "--output-dir", tmp_path / "out")])
     return json.loads((tmp_path / "out" / "redundancy.json").read_text())
 
 
 def numbers(report):
-    """A report without what it says of its origin."""
+    """A report without its origin."""
     return {name: value for name, value in report.items() if name not in ("run", "measured_on")}
 
 
@@ -232,25 +232,25 @@ def test_exactly_so_many_images_are_streamed(num_images, batch_size):
 
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
-    """Plain, and two runs as the seeds of "mine", in one call: the folder of results, the reports of both cells."""
+    """Plain, and two runs as the seeds of "mine", in one call: the folder of results and the reports."""
     folder = tmp_path_factory.mktemp("compared")
     three = (runs / "plain", runs / "other", runs / "watched")
-    whole = analyzed(folder, *three, "--num-images", "50", "--names", "plain", "mine", "mine")
-    return folder / "out", whole["cells"]
+    report = analyzed(folder, *three, "--num-images", "50", "--names", "plain", "mine", "mine")
+    return folder / "out", report["cells"]
 
 
 def rows_of(table):
-    """{first cell: the others} of a Markdown table."""
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
-    return {first: others for first, *others in (cells[0], *cells[2:])}
+    """{first text: the other texts} of each row of a Markdown table."""
+    rows = [[text.strip() for text in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    return {first: others for first, *others in (rows[0], *rows[2:])}
 
 
-def test_two_cells_are_tabled_with_their_differences(compared):
-    folder, cells = compared
-    assert [len(reports) for reports in cells.values()] == [1, 2]
+def test_the_table_of_two_configurations_has_their_differences(compared):
+    folder, configurations = compared
+    assert [len(reports) for reports in configurations.values()] == [1, 2]
     rows = rows_of((folder / "redundancy.md").read_text().split("\n\n")[0])
     assert rows.pop("measure") == ["plain, n = 1", "mine, n = 2", "mine - plain"]
-    ((first,), (second, third)) = ([report["summary"] for report in reports] for reports in cells.values())
+    ((first,), (second, third)) = ([report["summary"] for report in reports] for reports in configurations.values())
     assert list(rows) == [
         measure.label(place) for name, (measure, place) in summary_measures().items() if name in first
     ]
@@ -266,14 +266,14 @@ def test_two_cells_are_tabled_with_their_differences(compared):
     assert sum(first[name] != second[name] for name in first) > 20
 
 
-def test_every_layer_and_matrix_is_tabled(compared):
-    folder, cells = compared
+def test_every_layer_and_matrix_is_in_a_table(compared):
+    folder, configurations = compared
     _, *parts = (folder / "redundancy.md").read_text().split("\n\n")
     assert parts[::4] == [
         "plain, 50 images: tokens by layer, attention by block",
         "mine, 50 images, mean of 2 runs: tokens by layer, attention by block",
     ]
-    for layers, matrices, reports in zip(parts[1::4], parts[3::4], cells.values(), strict=True):
+    for layers, matrices, reports in zip(parts[1::4], parts[3::4], configurations.values(), strict=True):
         rows = rows_of(layers)
         columns = [measure for level in ("embedding", "attention") for measure in measures_of(level).values()]
         assert rows.pop("layer") == ["block before", *(measure.label() for measure in columns)]
@@ -281,12 +281,16 @@ def test_every_layer_and_matrix_is_tabled(compared):
         for k, measure in enumerate(columns, 1):
             runs = [[None] * (measure.level == "attention") + r[measure.level][measure.key] for r in reports]
             assert [row[k] for row in rows.values()] == [mean_text(values) for values in zip(*runs, strict=True)]
-        cells_of = [[cell.strip() for cell in line.strip("|").split("|")] for line in matrices.splitlines()]
-        assert cells_of[0] == ["block", "matrix", *(measure.label() for measure in measures_of("weight").values())]
-        assert [row[:2] for row in cells_of[2:]] == [
+        texts_of = [[text.strip() for text in line.strip("|").split("|")] for line in matrices.splitlines()]
+        assert texts_of[0] == [
+            "block",
+            "matrix",
+            *(measure.label() for measure in measures_of("weight").values()),
+        ]
+        assert [row[:2] for row in texts_of[2:]] == [
             [str(i), name] for i in range(2) for name in ("q", "k", "v", "proj", "fc1", "fc2")
         ]
-        for i, name, *texts in cells_of[2:]:
+        for i, name, *texts in texts_of[2:]:
             weight = [report["weight"][name] for report in reports]
             assert texts == [mean_text([of_run[m][int(i)] for of_run in weight]) for m in measures_of("weight")]
 
@@ -296,21 +300,21 @@ def mean_text(values):
 
 
 def test_several_runs_leave_figures_and_a_report_each(compared, runs):
-    folder, cells = compared
+    folder, configurations = compared
     names = ("depth", "heads_plain", "heads_mine", "spectra", "variance", "weights")
     drawn = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert {path.name for path in folder.iterdir()} == {"redundancy.json", "redundancy.md", *drawn}
     for name in drawn:
         start = b"\x89PNG" if name.endswith("png") else b"%PDF"
         assert (folder / name).read_bytes().startswith(start) and (folder / name).stat().st_size > 5000
-    reports = [report for reports in cells.values() for report in reports]
+    reports = [report for reports in configurations.values() for report in reports]
     for report, run in zip(reports, ("plain", "other", "watched"), strict=True):
         assert json.loads((runs / run / "redundancy.json").read_text()) == report
         assert numbers(report) == measured(small_model(weights=loaded(runs / run / checkpoint.LAST)), 50)
 
 
 @pytest.mark.parametrize(
-    ("runs", "cells"),
+    ("runs", "names"),
     [
         (["out/plain/seed0"], ["plain"]),
         (["out/plain/seed0", "out/all/seed0", "out/plain/seed1"], ["plain", "all", "plain"]),
@@ -319,11 +323,11 @@ def test_several_runs_leave_figures_and_a_report_each(compared, runs):
         (["seed0", "seed1"], ["here", "here"]),
     ],
 )
-def test_runs_that_differ_in_their_seed_alone_are_one_cell(runs, cells, tmp_path, monkeypatch):
+def test_runs_that_differ_only_in_their_seed_are_one_configuration(runs, names, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    names = subjects.configuration_names(runs)
-    assert names == (["here/a.pth", "b/a.pth"] if "a.pth" in runs else cells)
+    expected = ["here/a.pth", "b/a.pth"] if "a.pth" in runs else names
+    assert subjects.configuration_names(runs) == expected
 
 
 @pytest.mark.parametrize("layer", ["first", "last", "1"])

@@ -77,7 +77,7 @@ def error_of(*words):
 
 @pytest.fixture
 def study(tmp_path):
-    """A baseline of two seeds; a better cell of two, and a third that was stopped; one that only ever broke."""
+    """A baseline of two seeds; a better configuration of two and a stopped third; one whose only run failed."""
     out = tmp_path / "study"
     make_run(out / "plain" / "seed0", 0, 90.0, 91.0, last=redundancy(0.5, 0.6, 40.0, 0.05, 2000.0, 0.02))
     make_run(out / "plain" / "seed1", 1, 91.0, 91.5, last=redundancy(0.6, 0.6, 42.0, 0.05, 2000.0, 0.03))
@@ -174,7 +174,7 @@ def test_the_csv_reads_back(study, capsys):
     assert err.splitlines() == [line.removeprefix("- ") for line in MARKDOWN.splitlines()[-3:]]
 
 
-def test_one_seed_has_no_deviation_and_one_cell_no_best(tmp_path, capsys):
+def test_one_seed_has_no_deviation_and_one_configuration_no_best(tmp_path, capsys):
     make_run(tmp_path / "plain", 7, 90.0)
     row = tabulated(capsys, tmp_path, "--measures").out.splitlines()[2]
     assert [text.strip() for text in row.split("|")[1:-1]] == ["plain", "1", "90.00", "-", "100"]
@@ -239,7 +239,7 @@ def test_unreadable_files_make_a_failed_run(name, content, tmp_path, capsys):
         assert out.count("\n- plain/seed") == 1
 
 
-def test_a_partly_written_line_is_skipped_and_said_on_stderr(tmp_path, capsys):
+def test_a_partly_written_line_is_skipped_with_a_notice_on_stderr(tmp_path, capsys):
     folder = make_run(tmp_path / "plain", 0, 90.0, done=2, epochs=3, finished=False)
     with open(folder / "log.txt", "a") as log:
         log.write('{"epoch": 2, "test_ac')
@@ -276,8 +276,8 @@ def chosen(out):
 @pytest.fixture
 def measured(tmp_path):
     """Two finished runs that both sources know, and an unfinished one that neither does."""
-    for cell in ("plain", "all"):
-        report(make_run(tmp_path / cell / "seed0", last=redundancy(0.5)))
+    for name in ("plain", "all"):
+        report(make_run(tmp_path / name / "seed0", last=redundancy(0.5)))
     make_run(tmp_path / "plain" / "seed1", 1, done=1, finished=False)
     return tmp_path
 
@@ -305,7 +305,7 @@ def test_the_report_is_chosen_where_all_finished_runs_have_it(measured, capsys):
         ({"value": math.nan}, "plain/seed0 has none in redundancy.json"),
     ],
 )
-def test_reports_that_were_not_measured_alike_are_passed_over(change, reason, measured, capsys):
+def test_reports_that_were_measured_differently_are_not_used(change, reason, measured, capsys):
     report(measured / "plain" / "seed0", **change)
     source, note = chosen(measured)
     assert source == "log.txt"
@@ -314,7 +314,7 @@ def test_reports_that_were_not_measured_alike_are_passed_over(change, reason, me
     assert out.count("| 0.500 ") == 2 and "0.250" not in out
 
 
-def test_a_report_of_an_older_version_does_not_tell_what_it_measured(measured):
+def test_a_report_of_an_older_version_is_of_an_unknown_epoch(measured):
     (measured / "all" / "seed0" / "redundancy.json").write_text('{"summary": {"embedding_token_cosine": 0.25}}')
     source, note = chosen(measured)
     assert source == "log.txt" and "all/seed0 is of an unknown epoch" in note
@@ -359,7 +359,7 @@ def test_runs_logged_on_different_images_are_not_compared(tmp_path):
     assert "in log.txt, other/seed0 was measured on 64 pixels wide, plain/seed0 on 32 pixels wide" in note
 
 
-def test_without_any_measure_nothing_is_said_unless_asked_for(tmp_path, capsys):
+def test_without_any_measure_there_is_no_note_unless_asked_for(tmp_path, capsys):
     make_run(tmp_path / "plain")
     make_run(tmp_path / "other", done=1, finished=False, last=redundancy(0.5))
     assert "redundancy" not in tabulated(capsys, tmp_path).out
@@ -368,7 +368,7 @@ def test_without_any_measure_nothing_is_said_unless_asked_for(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("run", "out", "cell"),
+    ("run", "out", "name"),
     [
         ("s/plain/seed0", "s", "plain"),
         ("s/plain/seed0", "s/plain", "plain"),
@@ -380,8 +380,8 @@ def test_without_any_measure_nothing_is_said_unless_asked_for(tmp_path, capsys):
         ("s/plain/seed0/again", "s", "plain/seed0/again"),
     ],
 )
-def test_names_of_cells(run, out, cell, tmp_path):
-    assert run_folders.configuration_name(tmp_path / run, tmp_path / out) == cell
+def test_names_of_configurations(run, out, name, tmp_path):
+    assert run_folders.configuration_name(tmp_path / run, tmp_path / out) == name
 
 
 def test_runs_are_found_once_and_sorted_as_people_count(tmp_path, capsys):
@@ -476,7 +476,7 @@ def test_mistakes_on_the_command_line_are_one_line(words, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_runs_of_a_cell_differ_in_nothing_but_the_seed(study):
+def test_runs_of_a_configuration_differ_in_nothing_but_the_seed(study):
     make_run(study / "plain" / "seed5", 5, lr=0.1, opt="sgd")
     message = error_of(study)
     assert "the runs of plain differ in --lr: 0.0005 in" in message and "0.1 in" in message

@@ -50,7 +50,7 @@ def band_of(collection):
 
 
 def borders_of(axis):
-    """x of the vertical lines over the whole height."""
+    """x of the vertical lines over the full height."""
     return [line.get_xdata()[0] for line in axis.lines if list(line.get_ydata()) == [0, 1]]
 
 
@@ -102,32 +102,32 @@ def assert_apart(figure):
 
 
 def test_every_measure_has_a_panel_however_many_there_are(more_measures):
-    cells = {"plain": [make_report(0)], "all": [make_report(1)]}
-    panels = depth_panels(figure := redundancy_depth(cells))
+    configurations = {"plain": [make_report(0)], "all": [make_report(1)]}
+    panels = depth_panels(figure := redundancy_depth(configurations))
     assert_apart(figure)
     for (level, key), axis in panels.items():
         assert on_one_line(axis.get_title()) == title_of(measures_of(level)[key])
         assert axis.get_ylabel() == measures_of(level)[key].unit
-        np.testing.assert_allclose(curves_of(axis)["all"][1], cells["all"][0][level][key])
+        np.testing.assert_allclose(curves_of(axis)["all"][1], configurations["all"][0][level][key])
     below = {level: {panels[level, key].get_subplotspec().rowspan.start for key in measures_of(level)}
              for level in ("embedding", "attention")}  # fmt: skip
     assert max(below["embedding"]) < min(below["attention"])
-    weights = weight_panels(figure := weight_depth(cells))
+    weights = weight_panels(figure := weight_depth(configurations))
     assert_apart(figure)
     axis = weights["new_0", "q"]
     assert on_one_line(axis.get_ylabel()).startswith("New measure 0 ↓") and axis.get_yscale() == "log"
 
 
 def test_depth_curves_are_means_over_runs_with_their_range():
-    cells = {"plain": [make_report(0)], "all": [make_report(1), make_report(2), make_report(3)]}
-    for (level, measure), axis in depth_panels(redundancy_depth(cells)).items():
+    configurations = {"plain": [make_report(0)], "all": [make_report(1), make_report(2), make_report(3)]}
+    for (level, measure), axis in depth_panels(redundancy_depth(configurations)).items():
         drawn = curves_of(axis)
         assert list(drawn) == ["plain", "all (mean and range of 3 runs)"]
-        runs = np.array([report[level][measure] for report in cells["all"]])
+        runs = np.array([report[level][measure] for report in configurations["all"]])
         x, y = drawn["all (mean and range of 3 runs)"]
         assert list(x) == list(range(5 if level == "embedding" else 4))
         np.testing.assert_allclose(y, runs.mean(axis=0))
-        np.testing.assert_allclose(drawn["plain"][1], cells["plain"][0][level][measure])
+        np.testing.assert_allclose(drawn["plain"][1], configurations["plain"][0][level][measure])
         (band,) = axis.collections  # none for a single run
         bounds = band_of(band)
         np.testing.assert_allclose([bounds[i] for i in x], np.stack([runs.min(axis=0), runs.max(axis=0)], axis=1))
@@ -147,15 +147,15 @@ def test_a_missing_value_breaks_the_curve_and_an_empty_panel_says_so():
     assert (
         list(np.isnan(curves_of(panels["embedding", "token_cosine"])[label][1])) == [False] * 2 + [True] + [False] * 2
     )
-    said = {place: [text.get_text() for text in axis.texts] for place, axis in panels.items()}
-    assert said.pop(("attention", "head_cosine")) == ["nothing to compare"]
-    assert not any(said.values())
+    notes = {place: [text.get_text() for text in axis.texts] for place, axis in panels.items()}
+    assert notes.pop(("attention", "head_cosine")) == ["nothing to compare"]
+    assert not any(notes.values())
 
 
 @pytest.mark.parametrize(("stages", "note"), [(SWIN, "grey lines: stages"), ([0], "")])
-def test_stages_are_parted_by_lines(stages, note):
-    cells = {"plain": [make_report(0, stages, depth=12)]}
-    depth, weights = redundancy_depth(cells), weight_depth(cells)
+def test_lines_separate_the_stages(stages, note):
+    configurations = {"plain": [make_report(0, stages, depth=12)]}
+    depth, weights = redundancy_depth(configurations), weight_depth(configurations)
     for (level, _), axis in depth_panels(depth).items():
         between = [first + 0.5 if level == "embedding" else first - 0.5 for first in stages[1:]]
         assert borders_of(axis) == between
@@ -165,11 +165,11 @@ def test_stages_are_parted_by_lines(stages, note):
 
 
 def test_weights_are_drawn_for_each_matrix():
-    cells = {"plain": [make_report(0), make_report(1)], "all": [make_report(2)]}
-    figure = weight_depth(cells)
+    configurations = {"plain": [make_report(0), make_report(1)], "all": [make_report(2)]}
+    figure = weight_depth(configurations)
     for (measure, matrix), axis in weight_panels(figure).items():
         x, y = curves_of(axis)["plain (mean and range of 2 runs)"]
-        runs = np.array([report["weight"][matrix][measure] for report in cells["plain"]])
+        runs = np.array([report["weight"][matrix][measure] for report in configurations["plain"]])
         logarithmic = measure == "condition_number"
         np.testing.assert_allclose(y, np.sqrt(runs.prod(axis=0)) if logarithmic else runs.mean(axis=0))
         assert list(x) == [0, 1, 2, 3] and axis.get_yscale() == ("log" if logarithmic else "linear")
@@ -207,9 +207,9 @@ def test_spectra_are_geometric_means_over_blocks_and_runs():
         np.testing.assert_allclose([bounds[i] for i in x], np.stack([rows.min(axis=0), rows.max(axis=0)], axis=1))
 
 
-def test_a_second_row_compares_spectra_with_the_first_cell():
-    cells = {"plain": [make_report(0)], "all": [make_report(1)], "half": [make_report(2), make_report(3)]}
-    figure = weight_spectra(cells)
+def test_a_second_row_compares_spectra_with_the_first_configuration():
+    configurations = {"plain": [make_report(0)], "all": [make_report(1)], "half": [make_report(2), make_report(3)]}
+    figure = weight_spectra(configurations)
     assert len(figure.axes) == 12 and "plain" in figure.axes[6].get_ylabel()
     for above, below in zip(figure.axes[:6], figure.axes[6:], strict=True):
         spectra = [y for _, y in curves_of(above).values()]
@@ -254,7 +254,7 @@ def test_variance_adds_up_shares_in_the_first_middle_and_last_layer():
 
 @pytest.mark.parametrize("draw", [redundancy_depth, weight_depth, weight_spectra, variance])
 def test_a_legend_lies_within_the_figure(draw):
-    names = [f"_a cell with quite a long name, such as --emb_contrast_cross_coef 0.{i}" for i in range(7)]
+    names = [f"_a configuration with quite a long name, such as --emb_contrast_cross_coef 0.{i}" for i in range(7)]
     figure = draw({name: [make_report(2 * i), make_report(2 * i + 1)] for i, name in enumerate(names)})
     figure.canvas.draw()
     (legend,) = figure.legends
