@@ -9,9 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from helpers import REPOSITORY, TINY, make_image_folder
+from helpers import REPOSITORY, TINY
 
-import benchmark
 import diversity
 from training import arguments
 
@@ -122,51 +121,6 @@ def test_quickstart_parses():
     args = arguments.parse_args(shlex.split(command.replace('"$run"', "runs/x").replace('"$@"', "")))
     assert args.data_set == "DIGITS"
     assert all(coef > 0 for name, coef in arguments.coefficients(args).items() if name in PAPER)
-
-
-SMALL_STEP = (
-    *("--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=2", "--device", "cpu"),
-    *("--batch-size", "2", "--rounds", "1"),
-)
-
-
-def table(text):
-    """{first cell: the others} of the first Markdown table in a text."""
-    (first, *_) = re.findall(r"(?:^\|.*\n)+", f"{text}\n", flags=re.MULTILINE)
-    _, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
-    return {row[0]: row[1:] for row in rows}
-
-
-def test_the_benchmark_compares_steps(capsys, tmp_path):
-    benchmark.main(["step", *SMALL_STEP, "--json", str(tmp_path / "step.json")])
-    paper = [f"only {name}" for name in ("mixing", *(n for n, term in diversity.REGULARIZERS.items() if term.coef))]
-    names = ["plain timm", "diversified", *paper, "textbook"]
-    rows = table(capsys.readouterr().out)
-    assert [*rows] == names
-    assert all(float(cell) > 0 for row in rows.values() for cell in row[:5])
-    steps = json.loads((tmp_path / "step.json").read_text())["steps"]
-    assert [*steps] == names
-    assert steps["plain timm"]["to_plain"] == steps["textbook"]["textbook_to_it"] == 1
-
-
-def test_the_benchmark_compares_terms(capsys, tmp_path):
-    terms = ["mixing", "emb_grad_diversity", "attn_cos_cross", "weight_mha_so"]
-    benchmark.main(["terms", *SMALL_STEP, "--json", str(tmp_path / "terms.json"), "--terms", *terms])
-    rows = table(capsys.readouterr().out)
-    assert [*rows] == [f"`{name}`" for name in terms]
-    assert all(float(row[2]) > 0 for row in rows.values())  # each of them needs additional memory
-
-
-def test_the_benchmark_compares_loaders(capsys, tmp_path):
-    data = make_image_folder(tmp_path / "data", n=24)
-    flags = ["--data-set", "IMNET", "--data-path", data, "--resized", data, "--num-workers", "1"]
-    own = ["--rounds", "1", "--steps", "2", "--json", tmp_path / "loader.json"]
-    benchmark.main(["loader", *map(str, [*TINY, *flags, *own])])
-    printed = capsys.readouterr().out
-    rows = table(printed)
-    parts = ["decode once", "fast crop", "bytes", "all three", "all three, resized copy"]
-    assert [*rows] == ["DeiT's", *parts]
-    assert all(float(cell) > 0 for row in rows.values() for cell in row)
 
 
 def test_the_package_installs_alone(tmp_path):

@@ -1,0 +1,53 @@
+"""`benchmark.py step`, `terms` and `loader`: the rows of their tables and JSON files."""
+
+import json
+import re
+
+from helpers import TINY, make_image_folder
+
+import benchmark
+import diversity
+
+SMALL_STEP = (
+    *("--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=2", "--device", "cpu"),
+    *("--batch-size", "2", "--rounds", "1"),
+)
+
+
+def table(text):
+    """{first cell: the others} of the first Markdown table in a text."""
+    (first, *_) = re.findall(r"(?:^\|.*\n)+", f"{text}\n", flags=re.MULTILINE)
+    _, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_steps(capsys, tmp_path):
+    benchmark.main(["step", *SMALL_STEP, "--json", str(tmp_path / "step.json")])
+    paper = [f"only {name}" for name in ("mixing", *(n for n, term in diversity.REGULARIZERS.items() if term.coef))]
+    names = ["plain timm", "diversified", *paper, "textbook"]
+    rows = table(capsys.readouterr().out)
+    assert [*rows] == names
+    assert all(float(cell) > 0 for row in rows.values() for cell in row[:5])
+    steps = json.loads((tmp_path / "step.json").read_text())["steps"]
+    assert [*steps] == names
+    assert steps["plain timm"]["to_plain"] == steps["textbook"]["textbook_to_it"] == 1
+
+
+def test_terms(capsys, tmp_path):
+    terms = ["mixing", "emb_grad_diversity", "attn_cos_cross", "weight_mha_so"]
+    benchmark.main(["terms", *SMALL_STEP, "--json", str(tmp_path / "terms.json"), "--terms", *terms])
+    rows = table(capsys.readouterr().out)
+    assert [*rows] == [f"`{name}`" for name in terms]
+    assert all(float(row[2]) > 0 for row in rows.values())  # each of them needs additional memory
+
+
+def test_loaders(capsys, tmp_path):
+    data = make_image_folder(tmp_path / "data", n=24)
+    flags = ["--data-set", "IMNET", "--data-path", data, "--resized", data, "--num-workers", "1"]
+    own = ["--rounds", "1", "--steps", "2", "--json", tmp_path / "loader.json"]
+    benchmark.main(["loader", *map(str, [*TINY, *flags, *own])])
+    printed = capsys.readouterr().out
+    rows = table(printed)
+    parts = ["decode once", "fast crop", "bytes", "all three", "all three, resized copy"]
+    assert [*rows] == ["DeiT's", *parts]
+    assert all(float(cell) > 0 for row in rows.values() for cell in row)
