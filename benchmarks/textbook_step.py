@@ -1,10 +1,10 @@
 """A diversified training step the way one first writes it: plain, dense and slow.
 
-The paper's five terms on a stock timm DeiT, straight from their formulas and sharing no code with the package. It is
-the oracle of the fast objective and the baseline of benchmark.py. Every block forms its attention maps, every pair of
-items its cosine, every patch its target, every weight matrix its Gram matrix. Pairs come out of batched products, and
-patches out of `patch_logits[:, p]`, whose backward pass fills a gradient of [B, P, C] for each of them. Under autocast
-the losses run in whatever precision autocast picks for them.
+The paper's five terms on a stock timm DeiT, written directly from their formulas, without code of the package. The
+tests compare the package with it, and benchmark.py times it. Every block forms its attention maps, every pair of items
+its cosine, every patch its target, every weight matrix its Gram matrix. Pairs come out of batched products, and patches
+out of `patch_logits[:, p]`, whose backward pass fills a gradient of [B, P, C] for each of them. Under autocast the losses
+run in the precision that autocast picks for them.
 
 B images, N tokens, P of them patches, D embed dim, H heads, C classes, L blocks.
 """
@@ -81,15 +81,20 @@ def soft_targets(labels, partner, lam, num_classes: int, smoothing: float) -> to
     return lam[..., None] * one[:, None] + (1 - lam[..., None]) * other[:, None]
 
 
-def cross_entropies(outputs: Outputs, labels, partner, lam, patch_lam, smoothing: float):
+def cross_entropies(logits, patch_logits, labels, partner, lam, patch_lam, smoothing: float):
     """The class token's cross-entropy and the sum of the patch tokens', one patch after the other; 0-dim."""
     criterion = SoftTargetCrossEntropy()
     lams = torch.cat([lam[:, None], patch_lam], dim=1)
-    targets = soft_targets(labels, partner, lams, outputs.logits.shape[-1], smoothing)
-    cls_ce, patch_ce = criterion(outputs.logits, targets[:, 0]), 0
+    targets = soft_targets(labels, partner, lams, logits.shape[-1], smoothing)
+    cls_ce, patch_ce = criterion(logits, targets[:, 0]), 0
     for p in range(patch_lam.shape[1]):
-        patch_ce = patch_ce + criterion(outputs.patch_logits[:, p], targets[:, 1 + p])
+        patch_ce = patch_ce + criterion(patch_logits[:, p], targets[:, 1 + p])
     return cls_ce, patch_ce
+
+
+def mixing_loss(cls_ce, patch_ce, num_patches: int, coef: float):
+    """The classification loss from what `cross_entropies` returns."""
+    return (cls_ce + coef * patch_ce) / (1 + coef * num_patches)
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -104,11 +109,18 @@ def emb_cos_within(last: torch.Tensor) -> torch.Tensor:
 
 def emb_contrast_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """A last token is to resemble its own first token more than the others do: [B, P, D] twice -> 0-dim."""
-    similarity = cosines(first, last)
-    patches = similarity.shape[-1]
-    itself = torch.eye(patches, dtype=torch.bool, device=similarity.device)
+    return contrast(cosines(first, last))
+
+
+def contrast(similarity: torch.Tensor) -> torch.Tensor:
+    """Mean over i of -log(exp(pos_i) / (exp(pos_i) + exp(neg_i))): [B, items, items] -> 0-dim.
+
+    pos_i is the similarity of i with itself, neg_i the mean of those with the others.
+    """
+    items = similarity.shape[-1]
+    itself = torch.eye(items, dtype=torch.bool, device=similarity.device)
     positive = similarity.diagonal(dim1=1, dim2=2)
-    negative = similarity.masked_fill(itself, 0).sum(dim=-1) / (patches - 1)
+    negative = similarity.masked_fill(itself, 0).sum(dim=-1) / (items - 1)
     return F.softplus(negative - positive).mean()
 
 
@@ -146,9 +158,9 @@ def loss(outputs: Outputs, model, labels, partner, lam, patch_lam, coefs: dict, 
     labels, partner [B], lam [B] and patch_lam [B, P] as in a MixedTarget; coefs {"mixing" or one of the four terms:
     coefficient}, all five; probes as in `weight_mha_cond_orth`.
     """
-    cls_ce, patch_ce = cross_entropies(outputs, labels, partner, lam, patch_lam, smoothing)
-    patches, mixing = patch_lam.shape[1], coefs["mixing"]
-    classification = (cls_ce + mixing * patch_ce) / (1 + mixing * patches)
+    logits, patches = (outputs.logits, outputs.patch_logits), patch_lam.shape[1]
+    cls_ce, patch_ce = cross_entropies(*logits, labels, partner, lam, patch_lam, smoothing)
+    classification = mixing_loss(cls_ce, patch_ce, patches, coefs["mixing"])
     terms = {
         "emb_cos_within": emb_cos_within(outputs.last),
         "emb_contrast_cross": emb_contrast_cross(outputs.first, outputs.last),

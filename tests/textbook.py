@@ -1,10 +1,23 @@
-"""The formulas as a textbook writes them: double loops and dense matrices, float64, no shared code with the package.
+"""The formulas as a textbook writes them: double loops and dense matrices, float64, without code of the package.
+
+The paper's five terms are those of benchmarks/textbook_step.py, which are written in the same way.
 
 `TEXTBOOK` holds one function for every term of the registry, under the term's name, with the taps as keywords. Terms
 with random start vectors take them as `probes`, and options under the names that they have there.
 """
 
 import torch
+
+from benchmarks import textbook_step
+from benchmarks.textbook_step import (
+    attn_cos_within,
+    contrast,
+    cosines,
+    emb_contrast_cross,
+    emb_cos_within,
+    rayleigh_quotient,
+    soft_targets,
+)
 
 OPTION_VALUES = {
     "cond_orth_steps": 3,
@@ -13,15 +26,6 @@ OPTION_VALUES = {
     "mhs_collapse_aware": True,
 }
 """A value other than the default for every option of a term."""
-
-
-def cosines(a, b):
-    """Dense [len(a), len(b)] matrix of cosines between the rows, x^ = x / max(|x|, 1e-8)."""
-
-    def unit(x):
-        return torch.stack([row / torch.linalg.vector_norm(row).clamp(min=1e-8) for row in x])
-
-    return unit(a) @ unit(b).T
 
 
 def mean(values):
@@ -47,16 +51,6 @@ def abscos(a, b):
     return cosines(a, b).abs().mean()
 
 
-def contrast(similarity):
-    """Mean over i of -log(exp(pos_i) / (exp(pos_i) + exp(neg_i))) for a matrix of similarities."""
-    values = []
-    for i in range(len(similarity)):
-        negative = mean(similarity[i, j] for j in range(len(similarity)) if j != i)
-        positive = similarity[i, i]
-        values.append(-torch.log(torch.exp(positive) / (torch.exp(positive) + torch.exp(negative))))
-    return mean(values)
-
-
 def soft_orthogonality(gram):
     return sum((gram[i, j] - float(i == j)) ** 2 for i in range(len(gram)) for j in range(len(gram)))
 
@@ -72,7 +66,9 @@ def mgd(items):
 
 
 def rayleigh(matrix, x, eps):
-    return (x.T @ matrix @ x).squeeze() / ((x.T @ x).squeeze() + eps)
+    """<A x, x> / (<x, x> + eps)."""
+    squared = (x * x).sum()
+    return rayleigh_quotient(matrix, x) * squared / (squared + eps)
 
 
 def spread(gram, start, eps=0.0, cond_orth_steps=1, cond_orth_exact=False):
@@ -118,14 +114,14 @@ def mean_of(function, *taps, **options):
 
 
 TEXTBOOK = {
-    "emb_cos_within": lambda last: mean_of(cos, last, last),
+    "emb_cos_within": emb_cos_within,
     "emb_abscos_within": lambda last: mean_of(abscos, last, last),
     "emb_offdiag_cos_within": lambda last: mean_of(lambda x: mean(pairs(cosines(x, x))), last),
     "emb_offdiag_abscos_within": lambda last: mean_of(lambda x: mean(pairs(cosines(x, x).abs())), last),
     "emb_cos_cross": lambda first, last: mean_of(cos, first, last),
     "emb_abscos_cross": lambda first, last: mean_of(abscos, first, last),
-    "emb_contrast_cross": lambda first, last: mean_of(lambda a, b: contrast(cosines(a, b)), first, last),
-    "emb_dot_contrast_cross": lambda first, last: mean_of(lambda a, b: contrast(a @ b.T), first, last),
+    "emb_contrast_cross": emb_contrast_cross,
+    "emb_dot_contrast_cross": lambda first, last: contrast(first @ last.mT),
     "emb_so": lambda last: mean_of(lambda x: soft_orthogonality(cosines(x, x)), last),
     "emb_cond_orth": lambda last, probes, **options: feature_cond_orth(
         [cosines(x, x) for x in last], probes, **options
@@ -133,15 +129,15 @@ TEXTBOOK = {
     "emb_mhs": lambda last, **options: mean_of(mhs, last, **options),
     "emb_mgd": lambda last: mean_of(mgd, last),
     "emb_grad_diversity": lambda grad: mean_of(grad_diversity, grad),
-    "attn_cos_within": lambda attention: mean_of(cos, flat(attention), flat(attention)),
+    "attn_cos_within": attn_cos_within,
     "attn_abscos_within": lambda attention: mean_of(abscos, flat(attention), flat(attention)),
     "attn_offdiag_cos_within": lambda attention: mean_of(lambda x: mean(pairs(cosines(x, x))), flat(attention)),
     "attn_cos_cross": lambda attention_first, attention_last: mean_of(cos, flat(attention_first), flat(attention_last)),
     "attn_abscos_cross": lambda attention_first, attention_last: mean_of(
         abscos, flat(attention_first), flat(attention_last)
     ),
-    "attn_contrast_cross": lambda attention_first, attention_last: mean_of(
-        lambda a, b: contrast(cosines(a, b)), flat(attention_first), flat(attention_last)
+    "attn_contrast_cross": lambda attention_first, attention_last: contrast(
+        cosines(attention_first.flatten(2), attention_last.flatten(2))
     ),
     "attn_so": lambda attention: mean_of(lambda x: soft_orthogonality(x @ x.T), flat(attention)),
     "attn_cond_orth": lambda attention, probes, **options: feature_cond_orth(
@@ -157,16 +153,6 @@ TEXTBOOK = {
 }
 
 
-def soft_targets(labels, partner, lam, num_classes, smoothing):
-    """Dense [B, T, C] targets: a mixture of two one-hot labels, smoothed towards the uniform distribution."""
-    targets = torch.full((*lam.shape, num_classes), smoothing / num_classes, dtype=torch.float64)
-    for b in range(lam.shape[0]):
-        for t in range(lam.shape[1]):
-            targets[b, t, labels[b]] += (1 - smoothing) * lam[b, t]
-            targets[b, t, partner[b]] += (1 - smoothing) * (1 - lam[b, t])
-    return targets
-
-
 def token_cross_entropy(logits, labels, partner, lam, smoothing):
     """[B, T] cross-entropies against the dense targets."""
     targets = soft_targets(labels, partner, lam, logits.shape[-1], smoothing)
@@ -175,7 +161,5 @@ def token_cross_entropy(logits, labels, partner, lam, smoothing):
 
 def mixing_loss(logits, patch_logits, labels, partner, lam, patch_lam, smoothing, coef):
     """(CE_cls + c * sum_p CE_p) / (1 + c * P), averaged over the images."""
-    cls_ce = token_cross_entropy(logits[:, None], labels, partner, lam[:, None], smoothing)
-    patch_ce = token_cross_entropy(patch_logits, labels, partner, patch_lam, smoothing)
-    patches = patch_ce.shape[1]
-    return mean((cls_ce[b, 0] + coef * patch_ce[b].sum()) / (1 + coef * patches) for b in range(len(logits)))
+    ces = textbook_step.cross_entropies(logits, patch_logits, labels, partner, lam, patch_lam, smoothing)
+    return textbook_step.mixing_loss(*ces, patch_lam.shape[1], coef)
