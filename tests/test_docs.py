@@ -1,6 +1,7 @@
 """README.md and docs/: commands parse, links and file names exist, tables equal the registries, the example runs."""
 
 import contextlib
+import functools
 import importlib
 import io
 import re
@@ -43,6 +44,7 @@ COMMANDS = [(name_of(page), command) for page in PAGES for command in commands_o
 def flags_of_program():
     """The flags that a program's --help lists."""
 
+    @functools.cache
     def flags(program: str) -> set[str]:
         module = importlib.import_module(program.removesuffix(".py"))
         with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as ended:
@@ -72,6 +74,18 @@ def test_every_command_parses(page, command, flags_of_program):
     elif program in ("analyze.py", "table.py", "benchmark.py"):
         of_main = set() if program == "table.py" else {*arguments.build_parser()._option_string_actions}
         assert {*flags} <= flags_of_program(program) | of_main
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "gpu"], ids=name_of)
+def test_every_flag_that_is_named_exists(page, flags_of_program):
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    named = {word.replace("_", "-") for span in spans for word in re.findall(r"(?<![\w-])--[\w-]*\w", span)}
+    of_others = {"--slow", "--time", "--max-restarts"}  # of script/test.sh, sbatch and torchrun
+    not_flags = {"--emb-cos", "--no"}  # an abbreviation, and the beginning of --no-...
+    known = {*arguments.build_parser()._option_string_actions} | of_others | not_flags
+    for program in ("analyze.py", "table.py", "benchmark.py"):
+        known |= flags_of_program(program)
+    assert named <= known
 
 
 def test_the_settings_of_malloc_are_those_of_the_quickstart():
