@@ -11,18 +11,19 @@ from datasets import DataOptions, build_data
 from engine import autocast_dtype, train_one_epoch
 from pipeline.workers import loader_errors
 from training import arguments, build
-from training.checkpoint import Saver, TrainState, resume
+from training.checkpoint import TrainState, resume
 from training.evaluation import RedundancyMonitor, evaluate_both
 from training.guard import FiniteGuard, GuardedUpdate
 from training.log import RunLog, accuracy_line, environment_lines, epoch_line, terms_table
 from training.progress import Progress
 from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
+from training.saving import Saver
 from training.stopping import StopSignals
 from utils import World, joined_world, one_line_errors, quiet_warnings, run_command, set_backends
 
 
 def main(args: Namespace, world: World):
-    """Train and evaluate, or evaluate only, as the flags say."""
+    """Train and evaluate, or evaluate only."""
     quiet_warnings()
     set_backends(args.fused_attn, args.tf32, args.deterministic)
     with loader_errors():

@@ -65,7 +65,7 @@ def run_command(command: Callable[[], None]):
         command()
     except SystemExit as stop:
         if isinstance(stop.code, str):
-            sys.stderr.write(f"{stop.code}\n")  # in one piece, where several processes say it
+            sys.stderr.write(f"{stop.code}\n")  # in one piece, as several processes may write it
             sys.exit(1)
         raise
 
@@ -91,17 +91,17 @@ class World:
         return values
 
     def from_main(self, value: str | None) -> str | None:
-        """The main process's text, such as an error message, told to all."""
-        told = [value]
+        """A text of the main process, such as an error message, on every process."""
+        values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(told, device=self.device)
-        return told[0]
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
 
 def init_world(device: str = "auto", dist_url: str = "env://") -> World:
     """Join the process group that torchrun's variables describe; without them, this is the only process.
 
-    SLURM's variables are not looked at: a plain `python main.py` inside a SLURM job is one process.
+    SLURM's variables are not read: a plain `python main.py` inside a SLURM job is one process.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -116,7 +116,7 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda:") and size > 1:
-        raise SystemExit(f"error: --device {device} puts {size} processes on one GPU; --device cuda gives each its own")
+        raise SystemExit(f"error: --device {device} puts {size} processes on one GPU; --device cuda gives each a GPU")
     if device == "cuda":
         device = f"cuda:{local_rank}"
     if device.startswith("cuda"):
@@ -136,7 +136,7 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
 
 
 def _launched() -> tuple[int, int, int, int]:
-    """Rank, number of processes, and the same on this machine, as torchrun says them; 0, 1, 0, 1 without it."""
+    """Rank, number of processes, and the same on this machine, from torchrun; 0, 1, 0, 1 without it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "RANK" not in os.environ and os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1, 0, 1
@@ -280,7 +280,7 @@ def seed_of(purpose: str, *counters: int) -> int:
 def reseed(purpose: str, *counters: int, device: torch.device | None = None):
     """Seed Python, numpy and torch's CPU generator, and a GPU's where `device` is one, with `seed_of` the counters.
 
-    Ten times cheaper than torch.manual_seed, which looks for every kind of device.
+    Ten times cheaper than torch.manual_seed, which searches for every kind of device.
     """
     seed = seed_of(purpose, *counters)
     random.seed(seed)

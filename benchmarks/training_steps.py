@@ -38,7 +38,7 @@ Run = Callable[[int], None]
 def plain(args: Namespace, world: World) -> Run:
     """As a timm user trains: stock model, Mixup, soft targets, average.
 
-    Optimizer, precision and compiling are those of `diversified`, which so differs by its terms and its care alone.
+    Optimizer, precision and compiling are those of `diversified`, which differs only by its terms and checks.
     """
     device, dtype = world.device, autocast_dtype(args.amp, world.device)
     model = build_initial(args, NUM_CLASSES).to(device).train()
@@ -53,7 +53,7 @@ def plain(args: Namespace, world: World) -> Run:
         with autocast(device, dtype):
             return SoftTargetCrossEntropy()(model(samples), targets)
 
-    return _steps(loss_of, model, model_ema, optimizer, random_batch(args, device), dtype, looks=False)
+    return _steps(loss_of, model, model_ema, optimizer, random_batch(args, device), dtype, reads_loss=False)
 
 
 def diversified(args: Namespace, world: World) -> Run:
@@ -78,7 +78,7 @@ def diversified(args: Namespace, world: World) -> Run:
 
 
 def textbook(args: Namespace, world: World) -> Run:
-    """`textbook_step` as its like are trained: eager, attention maps in every block, a look at the loss each step.
+    """`textbook_step` as such code is usually trained: eager, maps in every block, the loss read in each step.
 
     The paper's five terms; in float16 on a GPU, as the released code.
 
@@ -101,17 +101,17 @@ def textbook(args: Namespace, world: World) -> Run:
             return textbook_step.loss(outputs, model, *target, coefs, args.smoothing)[0]
 
     model_ema = ModelEmaV3(model, decay=args.model_ema_decay, foreach=False)
-    return _steps(loss_of, model, model_ema, optimizer, random_batch(args, device), dtype, looks=True)
+    return _steps(loss_of, model, model_ema, optimizer, random_batch(args, device), dtype, reads_loss=True)
 
 
-def _steps(loss_of: Callable, model, model_ema, optimizer, batch, dtype: torch.dtype | None, looks: bool) -> Run:
-    """Steps of an ordinary training loop; `looks`: the host reads each loss."""
+def _steps(loss_of: Callable, model, model_ema, optimizer, batch, dtype: torch.dtype | None, reads_loss: bool) -> Run:
+    """Steps of an ordinary training loop; `reads_loss`: the host waits for each loss."""
     scaler = torch.amp.GradScaler(batch[0].device.type, enabled=dtype == torch.float16)
 
     def run(num_steps):
         for _ in range(num_steps):
             loss = loss_of(*batch)
-            if looks and not loss.isfinite():
+            if reads_loss and not loss.isfinite():
                 raise FloatingPointError(f"the loss is {loss.item()}")
             scaler.scale(loss).backward()
             scaler.step(optimizer)

@@ -21,7 +21,7 @@ import torch
 
 import main
 from pipeline.batch_augmentation import BatchAugmentation
-from training import checkpoint, checkpoint_files
+from training import checkpoint, checkpoint_files, saving
 
 TIMES = ("images_per_s", "data_wait", "training_seconds")  # endings of the names of measured times
 
@@ -99,7 +99,7 @@ class Fed:
     def __init__(self, replace: Callable, at: Callable = lambda *moment: None):
         self.digests, self.indices, self.last, self.saves = {}, {}, None, 0
         train, augment = main.train_one_epoch, BatchAugmentation.forward
-        after_batch, write = checkpoint.Saver.after_batch, checkpoint_files.write
+        after_batch, write = saving.Saver.after_batch, checkpoint_files.write
 
         def watched_train(loss_fn, loader, state, update, *args, **kwargs):
             self.state, self.batch = state, state.step * update.accum_steps
@@ -133,7 +133,7 @@ class Fed:
 
         replace(main, "train_one_epoch", watched_train)
         replace(BatchAugmentation, "forward", watched_augment)
-        replace(checkpoint.Saver, "after_batch", watched_after_batch)
+        replace(saving.Saver, "after_batch", watched_after_batch)
         replace(checkpoint_files, "write", watched_write)
 
 

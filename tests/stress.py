@@ -40,7 +40,7 @@ from forking import FORK  # noqa: E402
 from helpers import TINY, few_digits, run_main  # noqa: E402
 
 import utils  # noqa: E402
-from training import checkpoint, checkpoint_files  # noqa: E402
+from training import checkpoint, checkpoint_files, saving  # noqa: E402
 
 SAVE_EVERY = 3  # optimizer steps
 FLAGS = (
@@ -129,14 +129,14 @@ class Stress:
         with open(folder.with_suffix(".txt"), "ab") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-        after_step = checkpoint.Saver.after_step
+        after_step = saving.Saver.after_step
 
         def watched(saver):
             done = saver.state.epoch * self.steps_per_epoch + saver.state.step
             self.is_idle[done], self.done.value = not saver.writer.busy, done
             after_step(saver)
 
-        checkpoint.Saver.after_step = watched
+        saving.Saver.after_step = watched
         death.end_at_call()
         run_main(*FLAGS, "--epochs", self.epochs, "--num-workers", workers, "--output-dir", folder)
 

@@ -156,7 +156,7 @@ def _check(parser, args):
     if args.resume == "auto" and not args.output_dir:
         parser.error("--resume auto searches --output-dir; give one")
     if args.resume not in ("", "auto") and args.finetune:
-        parser.error("--resume and --finetune both say where to start; give one (--resume auto goes with --finetune)")
+        parser.error("--resume and --finetune both name weights; give one (--resume auto accepts --finetune)")
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         parser.error(f"--cutmix-minmax needs LOW < HIGH; got {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}")
     if args.lr_noise and len(args.lr_noise) > 2:

@@ -98,7 +98,7 @@ def tap_settings(args: Namespace) -> dict[str, object]:
 
 
 def compile_and_wrap(args: Namespace, world: World, loss_fn: DiverseLoss) -> DiverseLoss | DistributedDataParallel:
-    """Compile the training step as one graph, and wrap it for several processes, as the flags say.
+    """Compile the training step as one graph, and wrap it for several processes.
 
     Raises:
         SystemExit: --compile, and a term that reads a gradient.
@@ -136,7 +136,7 @@ def _on_compile_error(world: World, reason: str, is_asked_for: bool):
 def should_compile(args: Namespace, world: World, objective: DiversityObjective) -> bool:
     """Whether model and objective are compiled: by default on a GPU, unless a term reads a gradient.
 
-    Compiled (torch 2.14), that term's own gradient comes out wrong, without an error.
+    With torch 2.14, the compiled gradient of such a term is wrong, without an error.
     """
     if args.compile is None:
         return world.device.type == "cuda" and not objective.differentiating
@@ -150,14 +150,14 @@ def has_static_graph(args: Namespace) -> bool:
 
 def fast_path(args: Namespace, world: World, objective: DiversityObjective, data: Data) -> list[str]:
     """What makes this run fast, for the log."""
-    parts = {
+    features = {
         "compiled": should_compile(args, world, objective),
         "fused attention": args.fused_attn,
         "fused optimizer": can_fuse(args.opt),
         "prefetcher": data.prefetcher is not None,
         "static graph": world.size > 1 and has_static_graph(args),
     }
-    return [name for name, is_on in parts.items() if is_on]
+    return [name for name, is_on in features.items() if is_on]
 
 
 def build_augmentation(args: Namespace, of_bytes: bool) -> BatchAugmentation:

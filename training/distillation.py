@@ -14,7 +14,7 @@ class DistillationLoss(nn.Module):
     Args:
         teacher: a classifier, images -> [B, C]; frozen and put into eval mode here.
         kind: "soft" or "hard".
-        alpha: share of this loss in the classification loss, in [0, 1].
+        alpha: fraction of this loss in the classification loss, in [0, 1].
         tau: temperature of the soft loss.
     """
 
@@ -27,7 +27,7 @@ class DistillationLoss(nn.Module):
         self.tau = tau
 
     def train(self, mode: bool = True):
-        """The teacher stays in eval mode."""
+        """Switch the mode; the teacher stays in eval mode."""
         super().train(mode)
         self.teacher.eval()
         return self

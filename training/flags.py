@@ -276,11 +276,16 @@ def _distillation(parser):
 def _data(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data-set", default="IMNET", metavar="NAME", help=sources_help())
-    add("--data-path", default="", metavar="DIR", help="folder that holds the data; not needed by DIGITS and FAKE")
+    add("--data-path", default="", metavar="DIR", help="folder of the data; not needed by DIGITS and FAKE")
     add("--train-split", "--train-dir", default="train", metavar="NAME", help="sub-folder or split to train on")
     add("--val-split", "--val-dir", default=None, metavar="NAME",
         help="sub-folder or split to evaluate on; None = val (folders) or validation (timm names)")  # fmt: skip
-    add("--num-classes", type=positive_int, default=None, help="None = counted; needed where a data set does not say")
+    add(
+        "--num-classes",
+        type=positive_int,
+        default=None,
+        help="None = counted; needed for a data set without class names",
+    )
     add("--inat-category", default="name", help="iNaturalist label",
         choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
     add("--eval-crop-ratio", type=positive_float, default=0.875, help="centre crop over resized side, above 32 px")

@@ -18,7 +18,7 @@ from utils import World, atomic_write
 
 
 class RunLog:
-    """What a run tells: console lines, `log.txt` (one JSON object per epoch, DeiT's keys) and TensorBoard events.
+    """What a run reports: console lines, `log.txt` (one JSON object per epoch, DeiT's keys) and TensorBoard events.
 
     Only the main process writes.
 
@@ -26,7 +26,7 @@ class RunLog:
         output_dir: the run folder, or None to write to the console alone.
         world: this process.
         tensorboard: also write events.
-        epoch, step: where the run goes on; what an earlier process logged from there on is dropped, as it comes again.
+        epoch, step: where the run starts; what an earlier process logged after that is removed.
     """
 
     def __init__(self, output_dir: Path | None, world: World, tensorboard: bool, epoch: int = 0, step: int = 0):
@@ -36,7 +36,7 @@ class RunLog:
         if self.path and self.path.exists():
             self._drop_from(epoch)
         if self.path and [*output_dir.glob(f"events.out.tfevents.{int(time.time())}.*")]:
-            time.sleep(1)  # TensorBoard reads event files in the order of their names, which hold the second
+            time.sleep(1)  # TensorBoard reads event files in the order of their names, which contain the second
         self.writer = None
         if self.path and tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # here, as the import takes a second
@@ -44,12 +44,12 @@ class RunLog:
             self.writer = SummaryWriter(output_dir, purge_step=step)
 
     def _drop_from(self, epoch: int):
-        """Leave the whole lines of earlier epochs in log.txt."""
+        """Remove the lines of this and later epochs, and incomplete ones, from log.txt."""
         lines = self.path.read_text().splitlines()
-        kept = [line for line in lines if (record := _parsed(line)) is not None and record["epoch"] < epoch]
-        if kept != lines or not self.path.read_bytes().endswith(b"\n"):
+        earlier = [line for line in lines if (record := _parsed(line)) is not None and record["epoch"] < epoch]
+        if earlier != lines or not self.path.read_bytes().endswith(b"\n"):
             with atomic_write(self.path) as file:
-                file.write("".join(f"{line}\n" for line in kept).encode())
+                file.write("".join(f"{line}\n" for line in earlier).encode())
 
     def print(self, text: str):
         if self.is_main:
@@ -70,7 +70,7 @@ class RunLog:
     def epoch(self, record: dict, step: int):
         """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/` at its last step.
 
-        A line that cannot be written is said, and written with the next one.
+        A line that cannot be written is reported, and written with the next one.
         """
         numbers = {f"epoch/{name}": value for name, value in record.items() if isinstance(value, int | float)}
         self.scalars(numbers, step)
@@ -86,14 +86,14 @@ class RunLog:
                     file.flush()
                     os.fsync(file.fileno())
                 except OSError:
-                    os.truncate(self.path, size)  # no part of a line stays
+                    os.truncate(self.path, size)  # no incomplete line stays
                     raise
             self.unwritten = ""
         except OSError as error:
-            print(f"error: {self.path} cannot be written: {error.strerror}; training goes on", file=sys.stderr)
+            print(f"error: {self.path} cannot be written: {error.strerror}; training continues", file=sys.stderr)
 
     def flush(self):
-        """Write what TensorBoard has been told so far."""
+        """Write TensorBoard's events so far."""
         if self.writer:
             try:
                 self.writer.flush()

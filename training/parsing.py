@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
         if not isinstance(config, dict):
-            self.error(f"--config {path} must hold one `flag: value` pair per line")
+            self.error(f"--config {path} must have one `flag: value` pair per line")
         return {str(name).replace("-", "_"): value for name, value in config.items()}
 
     def _words_of(self, config: dict) -> list[str]:
@@ -111,15 +111,15 @@ def flag_of(name: str) -> str:
 
 
 def nonneg_int(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "a whole number >= 0")
+    return _number(text, int, lambda value: value >= 0, "an integer >= 0")
 
 
 def positive_int(text: str) -> int:
-    return _number(text, int, lambda value: value >= 1, "a whole number >= 1")
+    return _number(text, int, lambda value: value >= 1, "an integer >= 1")
 
 
 def seed_int(text: str) -> int:
-    return _number(text, int, lambda value: 0 <= value < 2**31, "a whole number from 0 to below 2^31")
+    return _number(text, int, lambda value: 0 <= value < 2**31, "an integer from 0 to below 2^31")
 
 
 def nonneg_float(text: str) -> float:

@@ -12,7 +12,7 @@ from helpers import assert_equal, model_of, one_line, world
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
-from training import checkpoint, checkpoint_files
+from training import checkpoint, checkpoint_files, saving
 from training.log import RunLog
 from training.stopping import StopSignals
 
@@ -43,7 +43,7 @@ def train(state):
 
 def saver_of(state, folder, args=None, **options):
     log = RunLog(None, world(), tensorboard=False)
-    return checkpoint.Saver(state, lambda: {"args": args or {}}, folder, log, world(), StopSignals(), **options)
+    return saving.Saver(state, lambda: {"args": args or {}}, folder, log, world(), StopSignals(), **options)
 
 
 def save(state, folder, accuracies, args=None):
@@ -119,7 +119,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
     state.model.blocks[1].mlp.fc1.weight.data[0, 0] = float("nan")
     with pytest.raises(SystemExit, match=r"last checkpoint could not be written: model\.blocks\.1\.mlp\.fc1\.weight"):
         save(state, tmp_path, {"acc1": 2.0, "acc1_ema": 2.0})
-    assert "blocks.1.mlp.fc1.weight is not finite; training goes on" in capsys.readouterr().err
+    assert "blocks.1.mlp.fc1.weight is not finite; training continues" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -132,7 +132,7 @@ def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path, monkey
         saver.writer.wait()
     assert capsys.readouterr().err == (
         f"error: no checkpoint saved in {tmp_path}: [Errno 28] No space left on device; "
-        "training goes on, the next save tries again\n"
+        "training continues, the next save tries again\n"
     )
     assert not list(tmp_path.iterdir())
     saver.after_step()
@@ -166,7 +166,7 @@ def test_saves_come_every_so_many_steps(tmp_path, steps, saved_at):
 
 def test_saves_come_every_so_many_minutes(tmp_path, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
     state = state_of()
     saver = saver_of(state, tmp_path, minutes=10, keep=9)
     for minute in range(1, 31):

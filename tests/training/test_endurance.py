@@ -14,7 +14,7 @@ from timm.utils import ModelEmaV3
 
 from diversity import PRESETS, DiverseLoss, PatchMixup
 from pipeline.batch_augmentation import BatchAugmentation
-from training import checkpoint
+from training import checkpoint, saving
 from training.log import RunLog
 from training.stopping import StopSignals
 
@@ -35,7 +35,7 @@ def test_memory_files_and_threads_stay_flat_over_ten_thousand_steps(tmp_path):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = checkpoint.TrainState(model, ModelEmaV3(model, decay=0.9), optimizer, scheduler, scaler)
     log = RunLog(tmp_path, world(), tensorboard=True)
-    saver = checkpoint.Saver(state, lambda: {"args": {}}, tmp_path, log, world(), StopSignals(), steps=250)
+    saver = saving.Saver(state, lambda: {"args": {}}, tmp_path, log, world(), StopSignals(), steps=250)
     batch = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])
     held = {}
 
