@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Check style and run the default tests, and print the ten slowest, in the environment of script/setup.sh.
+# Check style and run the default tests in two processes of one thread each, and print the ten slowest, in the
+# environment of script/setup.sh.
 #
 #   script/test.sh [--slow] [arguments of pytest]
 #
@@ -9,7 +10,7 @@ cd "$(dirname "$0")/.."
 script/setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
-arguments=(--durations=10)
+arguments=(--durations=10 -n 2 --dist loadfile)
 for word in "$@"; do
   if [ "$word" = --slow ]; then
     arguments+=(-m "slow or not slow")
@@ -17,4 +18,5 @@ for word in "$@"; do
     arguments+=("$word")
   fi
 done
+export OMP_NUM_THREADS=1
 exec .venv/bin/python -m pytest "${arguments[@]}"

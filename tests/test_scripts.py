@@ -112,7 +112,7 @@ def test_the_test_script_runs_lint_and_pytest(words, passed, tmp_path):
     assert result.returncode == 0, result.stderr
     *lint, pytest_words = [command.splitlines() for command in result.stdout.split("\n\n") if command]
     assert lint == [["ruff", "check", "."], ["ruff", "format", "--check", "--quiet", "."]]
-    assert pytest_words == ["python", "-m", "pytest", "--durations=10", *passed]
+    assert pytest_words == ["python", "-m", "pytest", "--durations=10", "-n", "2", "--dist", "loadfile", *passed]
 
 
 def test_quickstart_parses():
