@@ -156,9 +156,7 @@ def count_classes(options: SourceOptions, train: Dataset | None, val: Dataset) -
 
 def sources_help() -> str:
     """The help of `--data-set`."""
-    return ", ".join(
-        f"{source.name}{'...' * source.name.endswith('/')} ({source.title})" for source in SOURCES.values()
-    )
+    return ", ".join(f"{_with_rest(source, '...')} ({source.title})" for source in SOURCES.values())
 
 
 def markdown_table() -> str:

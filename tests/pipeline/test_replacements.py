@@ -212,6 +212,6 @@ def test_workers_that_meet_an_image_at_the_same_time_report_it_once(tmp_path, ca
 
 
 def test_a_set_without_a_readable_image(tmp_path):
-    source, _ = folder_with(tmp_path, "zero.png", lambda path: None)
+    source = folder_with(tmp_path, "zero.png", lambda path: None)
     with pytest.raises(BadImageError, match="none of the 1 images can be read"):
         ReadableImages(source, np.asarray, max_bad=1)[0]
