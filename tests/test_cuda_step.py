@@ -1,12 +1,14 @@
 """The training step, evaluation and save of a GPU, on fake CUDA tensors: devices agree, and the host does not wait.
 
-This cannot show what torch.compile and DistributedDataParallel do, nor any value. See benchmarks/fake_cuda.py.
+This cannot show what torch.compile and DistributedDataParallel do, nor any value. See benchmarks/fake_cuda.py and
+tests/device_watch.py.
 """
 
 from unittest import mock
 
 import pytest
 import torch
+from device_watch import watched_fake_cuda
 from helpers import parse, train_epoch
 from timm.utils import ModelEmaV3
 
@@ -40,7 +42,7 @@ def run_on_fake_cuda(*words, batch=8, teacher=None):
     model = build_initial(args, CLASSES)  # real, since timm reads numbers as it builds
     model_ema = ModelEmaV3(model, args.model_ema_decay) if args.model_ema else None
     net = build_model(args.model, CLASSES, args.input_size, args.patch_size, **args.model_kwargs) if teacher else None
-    with fake_cuda() as watch:
+    with watched_fake_cuda() as watch:
         model.to(CUDA)
         if model_ema is not None:
             model_ema.module.to(CUDA)
@@ -130,7 +132,7 @@ def test_a_large_batch_sends_little_beside_its_images():
 
 def test_decisions_are_read_at_the_same_step_on_all_ranks():
     """Not when the device happens to have made them."""
-    with fake_cuda() as watch:
+    with watched_fake_cuda() as watch:
         guard = FiniteGuard(0, WORLD)
         for step in range(2 * guard.LAG):
             guard.check(["loss"], torch.zeros(1, device=CUDA), 0, step)
