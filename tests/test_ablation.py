@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import REPOSITORY, TINY
+from helpers import REPOSITORY, TINY, run_main
 
 from diversity import PRESETS, REGULARIZERS
 from training import arguments
@@ -75,9 +75,13 @@ class Checkout(SimpleNamespace):
         return {args.output_dir: args for args in parsed}
 
     def flags_of(self, line, **variables):
+        return arguments.parse_args(self.words_of(line, **variables))
+
+    def words_of(self, line, **variables):
+        """The words that main.py gets from a command, which is run with a Python that prints."""
         words = self.run("-c", line, **variables).out.splitlines()
         (main,) = [number for number, word in enumerate(words) if word.endswith("/main.py")]
-        return arguments.parse_args(words[main + 1 :])
+        return words[main + 1 :]
 
 
 def end(process):
@@ -317,6 +321,27 @@ def test_a_run_that_was_stopped_and_saved_stops_the_others(checkout):
     assert (result.rc, result.out) == (75, "begun\n")
 
 
+def test_a_configuration_trains_with_its_terms(checkout, few_digits):
+    """Real training with the flags of two commands, in this process."""
+    checkout.python(PRINT)
+    choice = {"CONFIGS": "plain level_embedding", "DRY_RUN": "1"}
+    result = checkout.run("script/ablate_digits.sh", checkout.folder / "out", *TINY, "--aa", "none", **choice)
+    for line, config in zip(result.out.splitlines(), choice["CONFIGS"].split(), strict=True):
+        run_main(*checkout.words_of(line))
+        assert_trained(checkout.folder / "out" / config / "seed0", config, epochs=1)
+
+
+def assert_trained(folder, config, epochs):
+    """A run has finished its epochs with exactly the terms of its configuration."""
+    assert json.loads((folder / "summary.json").read_text())["epochs"] == epochs
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == list(range(epochs))
+    assert {name for name in FIVE if f"train_{name}" in records[-1]} == set(GRID[config])
+    kept = yaml.safe_load((folder / "args.yaml").read_text())
+    assert {name for name in FIVE if kept[f"{name}_coef"]} == set(GRID[config])
+
+
+@pytest.mark.slow
 def test_a_killed_ablation_is_continued(checkout):
     """Real training: the second of two runs is killed after its first epoch, and the same command continues it."""
     checkout.python(REAL)
@@ -343,10 +368,4 @@ def test_a_killed_ablation_is_continued(checkout):
     assert states == ["out/plain/seed0: finished, skipped", "out/level_embedding/seed0: interrupted, resumes"]
     assert (first / "log.txt").stat().st_mtime_ns == finished
     for folder, config in zip(folders, configs, strict=True):
-        assert json.loads((folder / "summary.json").read_text())["epochs"] == epochs
-        records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-        assert [record["epoch"] for record in records] == list(range(epochs))
-        logged = {name for name in FIVE if f"train_{name}" in records[-1]}
-        assert logged == set(GRID[config])
-        kept = yaml.safe_load((folder / "args.yaml").read_text())
-        assert {name for name in FIVE if kept[f"{name}_coef"]} == set(GRID[config])
+        assert_trained(folder, config, epochs)
