@@ -3,8 +3,8 @@
 The paper's five terms on a stock timm DeiT, written directly from their formulas, without code of the package. The
 tests compare the package with it, and benchmark.py times it. Every block forms its attention maps, every pair of items
 its cosine, every patch its target, every weight matrix its Gram matrix. Pairs come out of batched products, and patches
-out of `patch_logits[:, p]`, whose backward pass fills a gradient of [B, P, C] for each of them. Under autocast the losses
-run in the precision that autocast picks for them.
+out of `patch_logits[:, p]`, whose backward pass fills a gradient of [B, P, C] for each of them. Under autocast the
+losses run in the precision that autocast picks for them.
 
 B images, N tokens, P of them patches, D embed dim, H heads, C classes, L blocks.
 """

@@ -4,16 +4,16 @@ import torch
 from torch import nn
 
 
-def enable_grad_checkpointing(model: nn.Module, name: str):
+def enable_grad_checkpointing(model: nn.Module):
     """Recompute the activations of the blocks in the backward pass.
 
     Raises:
-        SystemExit: the model does not support it.
+        ValueError: the model does not support it.
     """
     try:
         model.set_grad_checkpointing()
     except (AttributeError, AssertionError):
-        raise SystemExit(f"error: --model {name} has no --grad-checkpointing") from None
+        raise ValueError(f"{type(model).__name__} does not support gradient checkpointing") from None
 
 
 class PatchProduct(nn.Conv2d):
@@ -28,11 +28,11 @@ class PatchProduct(nn.Conv2d):
         return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def embed_patches_by_product(model: nn.Module, name: str):
+def embed_patches_by_product(model: nn.Module):
     """Compute the patch embedding as a `PatchProduct`; its parameters and their names stay.
 
     Raises:
-        SystemExit: the model has no convolution of patches that do not overlap.
+        ValueError: the model has no convolution of patches that do not overlap.
     """
     proj = getattr(getattr(model, "patch_embed", None), "proj", None)
     plain = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}
@@ -41,18 +41,18 @@ def embed_patches_by_product(model: nn.Module, name: str):
         or proj.kernel_size != proj.stride
         or any(getattr(proj, setting) != value for setting, value in plain.items())
     ):
-        raise SystemExit(f"error: --model {name} has no plain patch embedding for --patch-product")
+        raise ValueError(f"{type(model).__name__} has no convolution of patches that do not overlap")
     proj.__class__ = PatchProduct
 
 
-def keep_residual_in_bfloat16(model: nn.Module, name: str):
+def keep_residual_in_bfloat16(model: nn.Module):
     """Pass tokens from block to block in bfloat16 instead of float32 where autocast computes in bfloat16.
 
     Raises:
-        SystemExit: the model has no list of blocks.
+        ValueError: the model has no list of blocks.
     """
     if not hasattr(model, "blocks"):
-        raise SystemExit(f"error: --model {name} has no `blocks` for --residual-dtype bfloat16")
+        raise ValueError(f"{type(model).__name__} has no list of blocks")
     for block in model.blocks:  # LayerScale's float32 weights would make them float32 again
         block.register_forward_pre_hook(_to_bfloat16)
 

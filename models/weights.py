@@ -1,4 +1,4 @@
-"""Weights in any layout of timm and DeiT: read without running code from the file, refused with one line."""
+"""Loading weights in any layout of timm and DeiT, without running code from the file; errors are one line."""
 
 import argparse
 import contextlib
@@ -23,11 +23,11 @@ ALLOWED = [
     np.dtype,  # the type of that number
     type(np.dtype(np.float64)),  # its class, which sets the byte order
 ]
-"""What a checkpoint may name beyond torch's own list of tensors and plain types; none of it runs code of the file."""
+"""Classes that a checkpoint may contain beyond those that torch allows; none of them runs code from the file."""
 
 
 def origin(path: str, flag: str) -> tuple[dict, int | None]:
-    """The flags that a checkpoint of this program was trained with, and its last epoch; {}, None for other files.
+    """The flags and the last epoch that a checkpoint of this program contains; {}, None for any other file.
 
     Raises:
         SystemExit: the file is damaged.
@@ -40,32 +40,32 @@ def origin(path: str, flag: str) -> tuple[dict, int | None]:
 
 
 def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, use_ema: bool = False) -> list[str]:
-    """Load weights in any of timm's and DeiT's layouts, to fine-tune from or to teach with.
+    """Load weights in any layout of timm and DeiT into a model.
 
-    Position embeddings and patch embeddings of another size are resampled by timm. A classifier of another size is
-    dropped when `new_head` is set, which leaves the model's own initial one.
+    Position embeddings and patch embeddings of another size are resampled by timm.
 
     Args:
         model: a timm model.
         path: .pth or .safetensors file, or an https URL.
-        flag: the flag that named it, for messages.
+        flag: the flag that named the file, for messages.
+        new_head: keep the model's initial classifier if the file has one of another size or none.
         use_ema: load the averaged weights.
 
     Returns:
-        One line for each thing that did not go in as it was.
+        One line for each tensor that was dropped, resampled or not found.
 
     Raises:
-        SystemExit: the file is missing or damaged, or does not fit beyond the head.
+        SystemExit: the file is missing or damaged, or its weights do not fit the model.
     """
     path = local_file(path, flag)
     stored = read(path, flag)
     layouts = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")  # timm's and DeiT's names
     weights = next((stored[name] for name in layouts if name in stored), None) if isinstance(stored, dict) else None
     if use_ema and weights is None:
-        raise SystemExit(f"error: {flag} {path} holds no averaged weights")
+        raise SystemExit(f"error: {flag} {path} contains no averaged weights")
     weights = stored if weights is None else weights
     if not is_weights(weights):
-        raise SystemExit(f"error: {flag} {path} holds no model weights")
+        raise SystemExit(f"error: {flag} {path} contains no model weights")
     weights = timm.models.clean_state_dict(weights)
     notes, own = [], model.state_dict()
     for name in _classifier_names(model):
@@ -73,11 +73,11 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, 
             notes.append(f"{name} of shape {[*weights[name].shape]} dropped: the model needs {[*own[name].shape]}")
             del weights[name]
         elif new_head and name not in weights:
-            notes.append(f"{name} is not in the file: it starts anew")
+            notes.append(f"{name} is not in the file and keeps its initial values")
     resized = [name for name in ("pos_embed", "patch_embed.proj.weight") if _differs(name, weights, own)]
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
-        with contextlib.suppress(RuntimeError):  # what cannot be resampled is named as a misfit below
+        with contextlib.suppress(RuntimeError):  # load_state_dict reports what cannot be resampled
             weights = adapt(weights, model)
     for name in resized:
         if not _differs(name, weights, own):
@@ -87,7 +87,10 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, 
 
 
 def load_state_dict(model: nn.Module, weights: dict, path: str, flag: str, may_miss: list[str] = ()):
-    """model.load_state_dict that answers a misfit with one line that names the first tensor.
+    """Load weights into a model, with an error of one line that names the first tensor that does not fit.
+
+    Args:
+        may_miss: names of the model's tensors that `weights` need not contain.
 
     Raises:
         SystemExit: a tensor is missing, unknown or of another shape.
@@ -108,7 +111,7 @@ def load_state_dict(model: nn.Module, weights: dict, path: str, flag: str, may_m
 
 
 def _classifier_names(model: nn.Module) -> list[str]:
-    """state_dict names of the classifiers."""
+    """Names of the classifiers' tensors in the model's state_dict."""
     heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
     return [
@@ -120,6 +123,7 @@ def _classifier_names(model: nn.Module) -> list[str]:
 
 
 def is_weights(value) -> bool:
+    """Whether a value is a dict of tensors and not empty."""
     return isinstance(value, dict) and bool(value) and all(torch.is_tensor(tensor) for tensor in value.values())
 
 
@@ -128,7 +132,7 @@ def _differs(name: str, weights: dict, own: dict) -> bool:
 
 
 def local_file(path: str, flag: str) -> str:
-    """A file on this machine: `path` itself, or what an https URL names, kept in torch's hub folder."""
+    """A file on this machine: `path`, or for an https URL its download in the cache folder of torch.hub."""
     if not path.startswith("https://"):
         if not Path(path).is_file():
             raise SystemExit(f"error: {flag} {path}: there is no such file")
@@ -144,41 +148,41 @@ def local_file(path: str, flag: str) -> str:
 
 
 def read(path: str, flag: str):
-    """What a file of torch or safetensors holds, its tensors on the CPU.
+    """The content of a file of torch or safetensors, with its tensors on the CPU.
 
     Raises:
-        SystemExit: the file is damaged, or holds code.
+        SystemExit: the file is damaged, or contains code.
     """
     try:
         if path.endswith(".safetensors") and not zipfile.is_zipfile(path):
             return safetensors.torch.load_file(path)
         with (
             open(path, "rb") as file,
-            warnings.catch_warnings(action="ignore"),  # of what is refused anyway
+            warnings.catch_warnings(action="ignore"),  # about files that are refused in any case
             torch.serialization.safe_globals(ALLOWED),
         ):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file makes them raise anything
+    except Exception as error:  # torch and safetensors raise many types for a damaged file
         if refused := refusal(error, path):
-            reason = f"{refused}; have its weights saved alone, as a state_dict or as safetensors"
+            reason = f"{refused}; ask for a file with the weights only, a state_dict or safetensors"
         else:
-            reason = f"cannot be read, it is truncated or no checkpoint ({_first_sentence(error)})"
+            reason = f"cannot be read, it is truncated or not a checkpoint ({_first_sentence(error)})"
         raise SystemExit(f"error: {flag} {path} {reason}") from None
 
 
 def refusal(error: Exception, path: str = "") -> str:
-    """What is wrong with a file that was not loaded because it holds code; empty for other errors.
+    """Why a file was refused, if it contains code; empty for other errors.
 
     Args:
-        error: what torch, or a library that called it, raised.
-        path: the file, where it is known: for some pickles the error names no code.
+        error: the exception of torch, or of a library that called torch.
+        path: the file if it is known, since for some pickles the error does not name the code.
     """
     refused = re.search(r"GLOBAL ([\w.]+) w", f"{error} {error.__cause__}")
     code = refused[1] if refused else _code_in(path)
     if not code:
         return ""
     code = code if "." in code else f"builtins.{code}"
-    return f"holds pickled code ({code}), which this program does not run"
+    return f"contains pickled code ({code}), which this program does not run"
 
 
 def _code_in(path: str) -> str:
@@ -198,7 +202,7 @@ def _code_in(path: str) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Of what torch found; its advice to load the file with its code follows later."""
+    """The first sentence of an error, without torch's advice to load the file with its code."""
     found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     text = found[1] if found else str(error).strip()
     return re.split(r"(?<=\S)\. |\n", text)[0] or type(error).__name__

@@ -5,7 +5,6 @@ import shutil
 from functools import partial
 
 import pytest
-import timm
 import torch
 from helpers import TINY, model_of, parse, run_main, train_epoch, world
 from ranks import run_ranks
@@ -16,13 +15,12 @@ from torch._dynamo.backends.common import aot_autograd
 from diversity import PRESETS, REGULARIZERS, DiverseLoss, DiversityObjective, PatchMixup
 from models.execution import (
     PatchProduct,
-    embed_patches_by_product,
-    enable_grad_checkpointing,
     keep_residual_in_bfloat16,
 )
 from pipeline.batch_augmentation import BatchAugmentation
 from pipeline.images import ReadableImages
 from training import build
+from training.arguments import parse_args
 from training.build import build_initial, compile_and_wrap, should_compile
 from training.log import RunLog
 from utils import World
@@ -199,8 +197,6 @@ def test_a_patch_product_is_the_convolution(side, patch):
         results.append((value, gradient, conv.weight.grad.clone(), conv.bias.grad.clone()))
     for product, convolution in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(product, convolution, rtol=1e-10, atol=1e-10)
-    with pytest.raises(SystemExit, match="--model regnety_002 has no plain patch embedding"):
-        embed_patches_by_product(timm.create_model("regnety_002"), "regnety_002")
 
 
 @pytest.mark.parametrize("layer_scale", [None, 0.5])
@@ -208,7 +204,7 @@ def test_a_patch_product_is_the_convolution(side, patch):
 def test_blocks_hand_on_tokens_in_the_residual_dtype(residual, layer_scale):
     model = model_of(depth=3, init_values=layer_scale)
     if residual == "bfloat16":
-        keep_residual_in_bfloat16(model, "")
+        keep_residual_in_bfloat16(model)
     seen = []
     for block in model.blocks:
         block.norm1.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0].dtype))
@@ -248,13 +244,20 @@ def test_the_residual_in_bfloat16_trains_nearly_alike(tmp_path):
         losses[residual] = json.loads((tmp_path / residual / "log.txt").read_text())["train_loss"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
     assert losses["bfloat16"] != losses["float32"]
-    with pytest.raises(SystemExit, match="--model regnety_002 has no `blocks`"):
-        keep_residual_in_bfloat16(timm.create_model("regnety_002"), "regnety_002")
 
 
-def test_a_model_without_checkpointing_is_refused_in_one_line():
-    with pytest.raises(SystemExit, match="error: --model pit_ti_224 has no --grad-checkpointing"):
-        enable_grad_checkpointing(timm.create_model("pit_ti_224"), "pit_ti_224")
+@pytest.mark.parametrize(
+    ("model", "flag", "reason"),
+    [
+        ("regnety_002", "--patch-product", "RegNet has no convolution of patches that do not overlap"),
+        ("regnety_002", "--residual-dtype bfloat16", "RegNet has no list of blocks"),
+        ("pit_ti_224", "--grad-checkpointing", "PoolingVisionTransformer does not support gradient checkpointing"),
+    ],
+)
+def test_a_model_that_a_flag_cannot_change_is_refused_in_one_line(model, flag, reason):
+    args = parse_args(["--model", model, *flag.split()])
+    with pytest.raises(SystemExit, match=f"^error: --model {model} cannot be used with {flag}: {reason}$"):
+        build_initial(args, 5)
 
 
 def test_two_ranks_exchange_what_plain_data_parallel_training_does():

@@ -44,12 +44,17 @@ def build_initial(args: Namespace, num_classes: int) -> nn.Module:
     model = build_model(
         args.model, num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
     )
-    if args.patch_product:
-        embed_patches_by_product(model, args.model)
-    if args.residual_dtype == "bfloat16":
-        keep_residual_in_bfloat16(model, args.model)
-    if args.grad_checkpointing:
-        enable_grad_checkpointing(model, args.model)
+    changes = [
+        (args.patch_product, embed_patches_by_product, "--patch-product"),
+        (args.residual_dtype == "bfloat16", keep_residual_in_bfloat16, "--residual-dtype bfloat16"),
+        (args.grad_checkpointing, enable_grad_checkpointing, "--grad-checkpointing"),
+    ]
+    for is_on, change, flag in changes:
+        try:
+            if is_on:
+                change(model)
+        except ValueError as error:
+            raise SystemExit(f"error: --model {args.model} cannot be used with {flag}: {error}") from None
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 

@@ -216,7 +216,7 @@ def saved_weights(tmp_path, model):
         ({"name": "deit_tiny_distilled_patch16_224"}, ("head", "head_dist")),
     ],
 )
-def test_a_head_of_another_size_is_dropped_and_said(tmp_path, kwargs, heads):
+def test_a_head_of_another_size_is_dropped_and_reported(tmp_path, kwargs, heads):
     source, model = model_of(1, **kwargs), model_of(2, num_classes=5, **kwargs)
     own = {name: value.clone() for name, value in model.state_dict().items()}
     notes = weights.load_weights(model, saved_weights(tmp_path, source), "--finetune")
@@ -235,7 +235,7 @@ def test_the_head_of_a_convolutional_net_is_dropped_too(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224_diverse", "deit_tiny_distilled_patch16_224"])
-def test_position_embedding_is_resampled_and_said(tmp_path, name):
+def test_position_embedding_is_resampled_and_reported(tmp_path, name):
     source, model = model_of(1, name=name, input_size=48), model_of(2, name=name)
     notes = weights.load_weights(model, saved_weights(tmp_path, source), "--finetune")
     prefix = model.num_prefix_tokens
@@ -247,7 +247,7 @@ def test_position_embedding_is_resampled_and_said(tmp_path, name):
     assert torch.equal(model.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
 
 
-def test_patch_embedding_is_resampled_and_said(tmp_path):
+def test_patch_embedding_is_resampled_and_reported(tmp_path):
     source, model = model_of(1, input_size=64, patch_size=16), model_of(2)
     notes = weights.load_weights(model, saved_weights(tmp_path, source), "--finetune")
     assert notes == ["patch_embed.proj.weight resampled to [24, 3, 8, 8]"]
@@ -438,7 +438,8 @@ def test_code_in_a_checkpoint(plant, name, recwarn):
         line = one_line(caught, "--resume", path)
         assert "weights_only" not in line.replace("Cannot use ``weights_only=True``", "")
         if name in NAMED:
-            assert re.search(r"holds pickled code \((__)?builtins?(__)?\.eval\), which this program does not run", line)
+            code = r"contains pickled code \((__)?builtins?(__)?\.eval\), which this program does not run"
+            assert re.search(code, line)
     assert not recwarn.list  # which would be lines beside the error
 
 
@@ -455,7 +456,7 @@ ROUTES = {
     ),
     "RUN": analyzed,
 }
-HOLDS_CODE = "holds pickled code (builtins.eval), which this program does not run"
+HOLDS_CODE = "contains pickled code (builtins.eval), which this program does not run"
 
 
 @pytest.mark.parametrize("name", ["new.pth", "protocol4.pth"])
