@@ -215,12 +215,18 @@ def test_files_that_are_missing_or_damaged(refused, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
-    "flags", [("--resume",), ("--finetune",), ("--eval", "--resume"), ("--eval", "--finetune"), TEACHER]
+    ("flags", "reason"),
+    [
+        (("--resume",), "has no epoch, lr_scheduler, optimizer, scaler; training continues from checkpoint.pth"),
+        (("--finetune",), "does not fit VisionTransformer: "),
+        (("--eval", "--resume"), "does not fit VisionTransformer: "),
+        (("--eval", "--finetune"), "does not fit VisionTransformer: "),
+        (TEACHER, "does not fit VisionTransformer: "),
+    ],
 )
-def test_files_of_another_shape(refused, tmp_path, flags):
+def test_files_of_another_shape(refused, tmp_path, flags, reason):
     path = weights(tmp_path / "wide.pth", embed_dim=48)
-    line = refused(*flags, path)
-    assert line.startswith(f"error: {flags[-1]} {path}") and ("does not fit" in line or "holds no" in line)
+    assert refused(*flags, path).startswith(f"error: {flags[-1]} {path} {reason}")
 
 
 def test_weights_for_another_kind_of_model(refused, tmp_path):
@@ -252,12 +258,14 @@ def test_resuming_a_run_of_another_kind(refused, run_folder):
     run_main(*TINY, *words)
 
 
-def test_resuming_a_finished_run(run_folder):
-    words = (*FOLDER, run_folder.parent / "images", "--resume", run_folder / "checkpoint.pth")
-    try:
-        run_main(*TINY, *words)  # nothing left to train is no error
-    except SystemExit as error:
-        assert str(error).startswith("error: ") and "--epochs" in str(error)  # nor is it wrong to say so
+def test_resuming_a_finished_run(refused, run_folder, capsys):
+    """It is an error, unless --resume auto found the checkpoint."""
+    words, path = (*FOLDER, run_folder.parent / "images"), run_folder / "checkpoint.pth"
+    for folder in ((), ("--output-dir", run_folder)):
+        line = refused(*words, *folder, "--resume", path)
+        assert line == f"error: --resume {path} has finished its 1 epochs; raise --epochs or use --eval"
+    run_main(*TINY, *words, "--output-dir", run_folder, "--resume", "auto")
+    assert capsys.readouterr().out == f"{run_folder} has finished its 1 epochs\n"
 
 
 # The run folder

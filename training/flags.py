@@ -7,9 +7,8 @@ import argparse
 from argparse import BooleanOptionalAction as Switch
 
 from diversity import ALIASES, MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS
-from diversity.mixing import MODES
 from diversity.objective import MIXING
-from pipeline.sources import sources_help
+from training.data_flags import add_augmentation, add_data
 from training.parsing import (
     KeyValues,
     Parser,
@@ -49,7 +48,7 @@ def build_parser() -> Parser:
         removed=REMOVED,
     )
     for add_group in (
-        _run, _speed, _model, _diversity, _optimizer, _schedule, _augmentation, _distillation, _data, _launcher
+        _run, _speed, _model, _diversity, _optimizer, _schedule, add_augmentation, _distillation, add_data, _launcher
     ):  # fmt: skip
         add_group(parser)
     return parser
@@ -231,39 +230,6 @@ def _schedule(parser):
     add("--lr-noise-std", type=nonneg_float, default=1.0, help="standard deviation of the noise")
 
 
-def _augmentation(parser):
-    add = parser.add_argument_group("augmentation").add_argument
-    add("--aa", type=none_or_text, default="rand-m9-mstd0.5-inc1", metavar="NAME", help="timm auto-augment; none = off")
-    add("--color-jitter", type=nonneg_float, default=0.4, help="strength if --aa is not RandAugment; 0 = off")
-    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
-        help="of training crops")  # fmt: skip
-    add("--scale", type=fraction, nargs=2, default=[0.08, 1.0], metavar=("LOW", "HIGH"),
-        help="area of random crops, as fractions of the image")  # fmt: skip
-    add(
-        "--ratio",
-        type=positive_float,
-        nargs=2,
-        default=[0.75, 4 / 3],
-        metavar=("LOW", "HIGH"),
-        help="aspect ratio of random crops",
-    )
-    add("--hflip", type=fraction, default=0.5, help="probability of a horizontal flip; 0 = off")
-    add("--repeated-aug", action=Switch, default=True,
-        help="augment each drawn image --aug-repeats times")  # fmt: skip
-    add("--aug-repeats", type=positive_int, default=3, help="copies of each image under --repeated-aug")
-    add("--reprob", type=fraction, default=0.25, help="probability of random erasing; 0 = off")
-    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what random erasing fills with")
-    add("--recount", type=positive_int, default=1, help="largest number of boxes erased per image")
-    add("--smoothing", type=fraction_below_one, default=0.1, help="label smoothing; 0 = off")
-    add("--mixup", type=nonneg_float, default=0.8, metavar="ALPHA", help="alpha of Mixup; 0 = off")
-    add("--cutmix", type=nonneg_float, default=1.0, metavar="ALPHA", help="alpha of CutMix; 0 = off")
-    add("--cutmix-minmax", type=fraction, nargs=2, default=None, metavar=("LOW", "HIGH"),
-        help="side of the CutMix box as a fraction of the image's side, instead of --cutmix")  # fmt: skip
-    add("--mixup-prob", type=fraction, default=1.0, help="probability of mixing at all")
-    add("--mixup-switch-prob", type=fraction, default=0.5, help="probability of CutMix where both are on")
-    add("--mixup-mode", choices=MODES, default="batch", help="one draw per batch, pair or element")
-
-
 def _distillation(parser):
     add = parser.add_argument_group("distillation").add_argument
     add("--distillation-type", choices=DISTILLATION_TYPES, default="none", help="from a teacher; none = off")
@@ -271,42 +237,6 @@ def _distillation(parser):
     add("--teacher-path", default="", metavar="FILE", help="weights of the teacher")
     add("--distillation-alpha", type=fraction, default=0.5, help="weight of the teacher in the loss, 0 to 1")
     add("--distillation-tau", type=positive_float, default=1.0, help="temperature of soft distillation")
-
-
-def _data(parser):
-    add = parser.add_argument_group("data").add_argument
-    add("--data-set", default="IMNET", metavar="NAME", help=sources_help())
-    add("--data-path", default="", metavar="DIR", help="folder of the data; not needed by DIGITS and FAKE")
-    add("--train-split", "--train-dir", default="train", metavar="NAME", help="sub-folder or split to train on")
-    add("--val-split", "--val-dir", default=None, metavar="NAME",
-        help="sub-folder or split to evaluate on; None = val (folders) or validation (timm names)")  # fmt: skip
-    add(
-        "--num-classes",
-        type=positive_int,
-        default=None,
-        help="None = counted; needed for a data set without class names",
-    )
-    add("--inat-category", default="name", help="iNaturalist label",
-        choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
-    add("--eval-crop-ratio", type=positive_float, default=0.875, help="centre crop over resized side, above 32 px")
-    add(
-        "--max-bad-images",
-        type=nonneg_int,
-        default=100,
-        help="unreadable training images a process replaces before training stops",
-    )
-    add(
-        "--num-workers",
-        type=nonneg_int,
-        default=None,
-        help="loader processes per rank, half as many for evaluation; None = the cores this process may use, "
-        "less two on a GPU machine, divided among the local ranks; at least 1",
-    )
-    add("--loader-timeout", type=nonneg_int, default=600, metavar="SECONDS",
-        help="longest wait for a loader process before the run stops with an error; 0 = no limit")  # fmt: skip
-    add("--pin-mem", action=Switch, default=True, help="page-locked batches on a GPU machine")
-    add("--dist-eval", action=Switch, default=True,
-        help="divide the validation images among the ranks; exact, no padding is counted")  # fmt: skip
 
 
 def _launcher(parser):
