@@ -197,7 +197,7 @@ def test_published_weights_see_the_images_they_were_trained_for(name, flags, siz
 @pytest.mark.parametrize("name", ["resnet18", "cait_xxs24_224"])
 def test_a_model_that_cannot_be_measured_is_refused_before_its_weights_are_fetched(name, tmp_path, monkeypatch):
     monkeypatch.setattr(subjects, "build_model", no_download(subjects.build_model))
-    refused(name, "--data-set", "FAKE", "--output-dir", tmp_path, named=("ViT",))
+    assert refused(name, "--data-set", "FAKE", "--output-dir", tmp_path, named=("ViT",))
 
 
 def no_download(build):
@@ -418,41 +418,43 @@ def refused(*words, named):
 
 def test_a_folder_without_a_run_is_refused(runs, tmp_path):
     shutil.copy(runs / "plain" / "args.yaml", tmp_path)
-    refused(tmp_path, named=(tmp_path, "checkpoint.pth"))
+    assert refused(tmp_path, named=(tmp_path, "checkpoint.pth"))
 
 
 def test_an_unknown_name_is_refused(tmp_path):
-    refused("deit_tinny", named=("deit_tinny", "timm"))
-    refused(tmp_path / "missing.pth", named=("missing.pth",))
+    assert refused("deit_tinny", named=("deit_tinny", "timm"))
+    assert refused(tmp_path / "missing.pth", named=("missing.pth",))
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "notes.pth").write_text("no checkpoint")
-    refused(tmp_path / "notes.pth", *TINY, named=("notes.pth",))
+    assert refused(tmp_path / "notes.pth", *TINY, named=("notes.pth",))
 
 
 def test_a_checkpoint_of_another_model_is_refused(runs, tmp_path):
     best = runs / "plain" / "checkpoint_best.pth"
     named = (best, "does not fit VisionTransformer")
-    refused(best, "--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3", "--output-dir", tmp_path, named=named)
+    assert refused(
+        best, "--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3", "--output-dir", tmp_path, named=named
+    )
 
 
 def test_weights_without_an_average_are_refused(runs, tmp_path):
     best = runs / "plain" / "checkpoint_best.pth"
-    refused(best, "--ema", "--output-dir", tmp_path, named=(best, "averaged"))
+    assert refused(best, "--ema", "--output-dir", tmp_path, named=(best, "averaged"))
 
 
 def test_wrong_flags_are_refused(runs, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(runs / "plain", "--output-dir", tmp_path / "file", named=("--output-dir", tmp_path / "file"))
-    refused(runs / "plain", "--image", "99", "--output-dir", tmp_path, named=("--image 99", "first 96 images"))
-    refused("deit_tiny_patch16_224", *BRIEF, "--ema", "--model-kwargs", "depth=1", named=("--ema",))
+    assert refused(runs / "plain", "--output-dir", tmp_path / "file", named=("--output-dir", tmp_path / "file"))
+    assert refused(runs / "plain", "--image", "99", "--output-dir", tmp_path, named=("--image 99", "first 96 images"))
+    assert refused("deit_tiny_patch16_224", *BRIEF, "--ema", "--model-kwargs", "depth=1", named=("--ema",))
 
 
 def test_an_empty_data_set_is_refused(runs, tmp_path):
     data = make_image_folder(tmp_path / "images", n=0)
     words = ("--data-set", "IMNET", "--data-path", data, "--output-dir", tmp_path)
-    refused(runs / "plain", *words, named=(data,))
+    assert refused(runs / "plain", *words, named=(data,))
 
 
 def test_models_that_do_not_compare_are_refused(runs, tmp_path, undrawn):
@@ -460,19 +462,19 @@ def test_models_that_do_not_compare_are_refused(runs, tmp_path, undrawn):
     args = vars(parse("--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3"))
     torch.save({"model": small_model(depth=3).state_dict(), "args": args}, deeper)
     words = ("--num-images", "4", "--output-dir", tmp_path / "out")
-    refused(runs / "plain", deeper, *words, named=("plain", "deeper", "2 blocks", "3 blocks"))
+    assert refused(runs / "plain", deeper, *words, named=("plain", "deeper", "2 blocks", "3 blocks"))
 
 
 def test_runs_measured_on_different_images_are_refused(runs, tmp_path, undrawn):
     args = vars(parse("--data-set", "FAKE", "--num-classes", "10", *PLAIN_VIT[-4:]))
     torch.save({"model": small_model().state_dict(), "args": args}, tmp_path / "fake.pth")
     words = (runs / "plain", tmp_path / "fake.pth", "--num-images", "4", "--output-dir", tmp_path / "out")
-    refused(*words, named=("fake.pth", "measured on DIGITS", "measured on FAKE"))
+    assert refused(*words, named=("fake.pth", "measured on DIGITS", "measured on FAKE"))
     analyzed(tmp_path, *words[:4], "--data-set", "DIGITS")
 
 
 def test_a_run_named_twice_is_refused(runs, tmp_path):
-    refused(runs / "plain", runs / "other" / ".." / "plain", "--output-dir", tmp_path, named=("twice",))
+    assert refused(runs / "plain", runs / "other" / ".." / "plain", "--output-dir", tmp_path, named=("twice",))
 
 
 def test_several_processes_are_refused(runs, tmp_path, monkeypatch):
@@ -485,7 +487,7 @@ def test_another_family_is_refused(tmp_path):
     kwargs = {"channels": [8, 8, 8, 8], "stem_width": 8}
     torch.save(build_model("resnet10t", 10, 32, **kwargs).state_dict(), tmp_path / "conv.pth")
     words = (*BRIEF, *CONVNET, "--output-dir", tmp_path)
-    refused(tmp_path / "conv.pth", *words, named=("ResNet", "ViT"))
+    assert refused(tmp_path / "conv.pth", *words, named=("ResNet", "ViT"))
 
 
 @pytest.mark.parametrize("layer", ["9", "-1", "middle", "0,1", "all"])
@@ -499,7 +501,9 @@ def test_a_bad_layer_is_refused(layer, runs, tmp_path, undrawn, capsys):
 
 @pytest.mark.parametrize("names", [["one"], ["a/b", "a_b"], ["one", "two", "three"]])
 def test_names_must_be_one_for_each_run(names, runs, tmp_path):
-    refused(runs / "plain", runs / "other", "--output-dir", tmp_path, "--names", *names, named=("--names", "2", *names))
+    assert refused(
+        runs / "plain", runs / "other", "--output-dir", tmp_path, "--names", *names, named=("--names", "2", *names)
+    )
 
 
 @pytest.mark.parametrize(
