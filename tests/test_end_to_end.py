@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import TINY, data_options, parse, run_main, run_process, world
+from helpers import TINY, data_options, few_digits, parse, run_main, run_process, world
 
 from datasets import build_data
 from diversity import PRESETS, REGULARIZERS
@@ -117,7 +117,7 @@ def test_a_run_cut_off_before_its_summary_is_brought_to_its_end(digits_run, tmp_
         run_main(*TINY, *TERMS, "--epochs", 2, *resume)
 
 
-def test_resume_takes_schedule_and_settings_from_the_flags(digits_run, tmp_path, capsys):
+def test_resume_takes_schedule_and_settings_from_the_flags(digits_run, tmp_path, capsys, few_digits):
     folder, _ = digits_run
     (tmp_path / "run").mkdir()
     words = ["--resume", folder / "checkpoint.pth", "--output_dir", tmp_path / "run", "--epochs", 4]
@@ -129,7 +129,7 @@ def test_resume_takes_schedule_and_settings_from_the_flags(digits_run, tmp_path,
     assert "resume" not in yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())
 
 
-def test_a_run_is_repeated_and_continued_from_its_args_yaml(tmp_path):
+def test_a_run_is_repeated_and_continued_from_its_args_yaml(tmp_path, few_digits):
     run_main(*TINY, *TERMS, "--seed", 3, "--output_dir", tmp_path / "run")
     record = ["--config", tmp_path / "run" / "args.yaml"]
     run_main(*record, "--output_dir", tmp_path / "again")
@@ -140,22 +140,9 @@ def test_a_run_is_repeated_and_continued_from_its_args_yaml(tmp_path):
     assert second["epoch"] == 1
 
 
-def test_an_epoch_without_a_step_is_said(tmp_path, capsys):
-    run_main(
-        *TINY,
-        *TERMS,
-        "--lr",
-        1e30,
-        "--unscale-lr",
-        "--warmup-epochs",
-        0,
-        "--opt",
-        "sgd",
-        "--epochs",
-        2,
-        "--max-nonfinite-steps",
-        999,
-    )
+def test_an_epoch_without_a_step_is_said(tmp_path, capsys, few_digits):
+    flags = ("--lr", 1e30, "--unscale-lr", "--warmup-epochs", 0, "--opt", "sgd", "--max-nonfinite-steps", 999)
+    run_main(*TINY, *TERMS, *flags, "--epochs", 2)
     assert "epoch 1 of 2: no step taken" in capsys.readouterr().out
 
 
@@ -177,6 +164,13 @@ def test_two_processes_train_accumulate_and_evaluate_each_image_once(tmp_path):
         model.load_state_dict(stored[name])
         alone = evaluate(model, build_data(data_options(), world()).val, world())
         assert alone["loss"] == pytest.approx(record[loss], rel=1e-5), "the ranks evaluated different weights"
+
+
+@pytest.fixture
+def four_steps():
+    """Digits for four steps of 64 images an epoch, or for one of 192."""
+    with few_digits(512):
+        yield
 
 
 OPTIONS = {
@@ -209,7 +203,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("flags", OPTIONS.values(), ids=OPTIONS)
-def test_every_option_trains_with_all_terms(flags, tmp_path):
+def test_every_option_trains_with_all_terms(flags, tmp_path, four_steps):
     run_main(*TINY, *TERMS, *flags.split(), "--batch-size", 64, "--output_dir", tmp_path / "run")
     records = log_of(tmp_path / "run")
     assert len(records) == (2 if "cooldown" in flags else 1)
@@ -219,7 +213,7 @@ def test_every_option_trains_with_all_terms(flags, tmp_path):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_trains_and_says_what_it_is(preset, tmp_path, capsys):
+def test_a_preset_trains_and_says_what_it_is(preset, tmp_path, capsys, few_digits):
     run_main(*TINY, "--preset", preset, "--mixing_coef", 0.5, "--output_dir", tmp_path / "run")
     (record,) = log_of(tmp_path / "run")
     table = (tmp_path / "run" / "objective.txt").read_text()
@@ -231,7 +225,7 @@ def test_a_preset_trains_and_says_what_it_is(preset, tmp_path, capsys):
     assert {name: flags[f"{name}_coef"] for name in PRESETS[preset].coefs} == PRESETS[preset].coefs | {"mixing": 0.5}
 
 
-def test_finetune_at_another_size_and_class_count(digits_run, tmp_path, capsys):
+def test_finetune_at_another_size_and_class_count(digits_run, tmp_path, capsys, few_digits):
     folder, _ = digits_run
     larger = ("--input-size", 48, "--num-classes", 12)
     run_main(*TINY, *TERMS, *larger, "--finetune", folder / "checkpoint_best.pth", "--output_dir", tmp_path / "run")
@@ -244,7 +238,7 @@ def test_finetune_at_another_size_and_class_count(digits_run, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 @pytest.mark.parametrize("model", ["deit_tiny_patch16_224_diverse", "deit_tiny_distilled_patch16_224"])
 @pytest.mark.parametrize("terms", [(), TERMS], ids=["plain", "diverse"])
-def test_distillation(kind, model, terms, tmp_path):
+def test_distillation(kind, model, terms, tmp_path, four_steps):
     teacher = tmp_path / "teacher.pth"
     small = timm.create_model("resnet10t", num_classes=10)
     torch.save(small.state_dict(), teacher)
@@ -258,7 +252,7 @@ def test_distillation(kind, model, terms, tmp_path):
     assert sum(shares) == pytest.approx(1, abs=1e-4)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, four_steps):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run_main(*TINY, *TERMS, "--seed", seed, "--batch-size", 64, "--output_dir", tmp_path / name)
     losses = [log_of(tmp_path / name)[0]["train_loss"] for name in "abc"]

@@ -42,13 +42,17 @@ def test_an_entry_is_all_that_a_data_set_needs(monkeypatch):
     assert (data.num_classes, len(data.train.dataset), labels_of(data.val)) == (2, 20, [0, 1] * 5)
 
 
-ALL = "IMNET, CIFAR, CIFAR10, INAT, INAT19, DIGITS, FAKE, torch/, hfds/, wds/"
+ALL = "there are IMNET, CIFAR, CIFAR10, INAT, INAT19, DIGITS, FAKE, torch/, hfds/, wds/"
 
 
-@pytest.mark.parametrize(("name", "near"), [("imagenet", "IMNET"), ("cifar100", "CIFAR10, CIFAR"), ("timm/any", ALL)])
-def test_an_unknown_name_is_refused_with_near_ones(name, near):
-    with pytest.raises(SystemExit, match=rf"^error: --data-set {name} is unknown; did you mean {near}\?$"):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("imagenet", "did you mean IMNET?"), ("cifar100", "did you mean CIFAR10 or CIFAR?"), ("timm/any", ALL)],
+)
+def test_an_unknown_name_is_refused_with_near_ones(name, hint):
+    with pytest.raises(SystemExit) as caught:
         build("--data-set", name)
+    assert caught.value.code == f"error: --data-set {name} is unknown; {hint}"
 
 
 def test_prefixes_may_be_written_in_capitals(tmp_path):
