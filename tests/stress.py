@@ -35,10 +35,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch start th
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402  once, not in each process
 from cutting import outcome  # noqa: E402
 from forking import FORK  # noqa: E402
 from helpers import TINY, few_digits, run_main  # noqa: E402
 
+import reports.figures  # noqa: E402, F401  once, not in each process
 import utils  # noqa: E402
 from training import checkpoint, checkpoint_files, saving  # noqa: E402
 
@@ -191,7 +193,7 @@ def stress():
     folder.mkdir(parents=True, exist_ok=args.keep is None)
     draw = random.Random(args.seed)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every process that has dropped points
-    with few_digits(512):
+    with few_digits(256):
         test = Stress(folder, args.epochs)
         kills = deaths(draw, test.seconds / 2)
         while test.kills.total() < args.kills:
