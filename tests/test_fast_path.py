@@ -6,19 +6,19 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import TINY, model_of, parse, run_main, train_epoch, world
+from helpers import TINY, few_digits, model_of, parse, run_main, train_epoch, world
 from ranks import run_ranks
 from test_engine import images, make_state, small_vit
 from timm.utils import ModelEmaV3
 from torch._dynamo.backends.common import aot_autograd
 
+from datasets import DataOptions
 from diversity import PRESETS, REGULARIZERS, DiverseLoss, DiversityObjective, PatchMixup
 from models.execution import (
     PatchProduct,
     keep_residual_in_bfloat16,
 )
 from pipeline.batch_augmentation import BatchAugmentation
-from pipeline.images import ReadableImages
 from training import build
 from training.arguments import parse_args
 from training.build import build_initial, compile_and_wrap, should_compile
@@ -158,7 +158,7 @@ def without_fused_optimizer(patch):
 
 
 def without_decoding_once(patch):
-    patch.setitem(ReadableImages.__init__.__kwdefaults__, "decode_once", False)
+    patch.setitem(DataOptions.__init__.__kwdefaults__, "decode_once", False)
     return []
 
 
@@ -170,16 +170,24 @@ PARTS = {
 }
 
 
+def record_of(folder, *words):
+    """What a short run with the released terms writes into its log."""
+    with few_digits(512):
+        run_main(*TINY, "--preset", "released", "--reprob", 0, *words, "--output_dir", folder)
+    return json.loads((folder / "log.txt").read_text())
+
+
+@pytest.fixture(scope="module")
+def default_record(tmp_path_factory):
+    return record_of(tmp_path_factory.mktemp("default") / "run")
+
+
 @pytest.mark.parametrize("change", PARTS.values(), ids=PARTS)
-def test_a_run_trains_in_the_same_way_without_a_part(change, tmp_path, monkeypatch):
-    records = {}
-    for name in ("default", "other"):
-        words = change(monkeypatch) if name == "other" else []
-        run_main(*TINY, "--preset", "released", "--reprob", 0, *words, "--output_dir", tmp_path / name)
-        records[name] = json.loads((tmp_path / name / "log.txt").read_text())
-    for name, value in records["default"].items():
+def test_a_run_trains_in_the_same_way_without_a_part(change, default_record, tmp_path, monkeypatch):
+    record = record_of(tmp_path / "run", *change(monkeypatch))
+    for name, value in default_record.items():
         if name not in ("train_images_per_s", "train_data_wait"):
-            assert records["other"][name] == pytest.approx(value, rel=1e-3), name
+            assert record[name] == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.parametrize(("side", "patch"), [((32, 32), 8), ((24, 40), 8), ((12, 18), (4, 6))])
@@ -227,21 +235,11 @@ def test_every_initial_model_has_the_residual_dtype_of_the_flags():
     assert seen == [torch.bfloat16]
 
 
-def test_the_residual_in_bfloat16_trains_nearly_alike(tmp_path):
+def test_the_residual_in_bfloat16_trains_nearly_the_same(tmp_path):
     losses = {}
     for residual in ("float32", "bfloat16"):
-        words = [
-            "--preset",
-            "released",
-            "--amp",
-            "bf16",
-            "--residual-dtype",
-            residual,
-            "--output_dir",
-            tmp_path / residual,
-        ]
-        run_main(*TINY, *words)
-        losses[residual] = json.loads((tmp_path / residual / "log.txt").read_text())["train_loss"]
+        record = record_of(tmp_path / residual, "--amp", "bf16", "--residual-dtype", residual)
+        losses[residual] = record["train_loss"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
     assert losses["bfloat16"] != losses["float32"]
 

@@ -102,7 +102,7 @@ def test_a_failed_exchange_keeps_its_message(monkeypatch):
 
 
 @pytest.mark.parametrize(("flag", "precision"), [("--tf32", "high"), ("--no-tf32", "highest")])
-def test_products_of_float32_are_exact_unless_asked_otherwise(flag, precision):
+def test_products_of_float32_are_exact_unless_asked_otherwise(flag, precision, few_digits):
     run_main(*TINY, flag, "--emb_cos_within_coef", 1)
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cudnn.allow_tf32 == (flag == "--tf32")
