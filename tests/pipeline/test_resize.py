@@ -68,8 +68,8 @@ def source(tmp_path) -> Path:
         add(root / "train" / "cat" / f"{number}.jpg", picture(96, 72 + number, number))
     add(root / "train" / "dog" / "large.JPEG", picture(150, 100))
     add(root / "train" / "dog" / "small.JPEG", picture(300, 40))
-    whole = add(root / "train" / "dog" / "whole.png", picture(100, 100)).read_bytes()
-    add(root / "train" / "dog" / "half.png", whole[: len(whole) // 2])
+    complete = add(root / "train" / "dog" / "complete.png", picture(100, 100)).read_bytes()
+    add(root / "train" / "dog" / "half.png", complete[: len(complete) // 2])
     add(root / "train" / "dog" / "list.txt", b"not an image")
     (root / "train" / "empty").mkdir()
     add(root / "val" / "cat" / "0.jpg", picture(200, 150))
@@ -264,8 +264,8 @@ def at_call(number, do):
 
 @pytest.mark.parametrize("number", [1, 18])
 def test_a_kill_leaves_complete_files_and_no_process(source, tmp_path, monkeypatch, number):
-    copy, whole = tmp_path / "copy", tmp_path / "whole"
-    resize(source, whole, SIDE)
+    copy, reference = tmp_path / "copy", tmp_path / "reference"
+    resize(source, reference, SIDE)
     reader, writer = os.pipe()  # ends when all processes have ended
 
     def kill():
@@ -281,10 +281,10 @@ def test_a_kill_leaves_complete_files_and_no_process(source, tmp_path, monkeypat
     assert process.exitcode == -signal.SIGKILL
     assert os.read(reader, 1) == b""
     os.close(reader)
-    left, expected = files_of(copy), files_of(whole)
-    complete = {name for name in left if not name.endswith(".tmp")}
-    assert complete < left.keys() and complete < expected.keys()  # else it was killed at another moment
-    assert all(left[name] == expected[name] for name in complete)
+    left, expected = files_of(copy), files_of(reference)
+    finished = {name for name in left if not name.endswith(".tmp")}
+    assert finished < left.keys() and finished < expected.keys()  # else it was killed at another moment
+    assert all(left[name] == expected[name] for name in finished)
     resize(source, copy, SIDE)
     assert files_of(copy) == expected
 

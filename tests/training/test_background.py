@@ -25,12 +25,12 @@ def refuse(code):
 
 
 def test_a_copy_does_not_follow_the_original():
-    whole = torch.arange(12.0).reshape(3, 4)
+    complete = torch.arange(12.0).reshape(3, 4)
     original = OrderedDict(
-        whole=whole,
-        row=whole[1],
-        turned=whole.t(),
-        same=whole,
+        complete=complete,
+        row=complete[1],
+        turned=complete.t(),
+        same=complete,
         spread=torch.ones(1).expand(3),
         parameter=torch.nn.Parameter(torch.ones(2)),
         nested=[torch.tensor(1), (torch.tensor(2), {"x": torch.zeros(2)}), [3]],
@@ -44,14 +44,14 @@ def test_a_copy_does_not_follow_the_original():
     assert [*copies] == [*original]
     expected = torch.arange(12.0).reshape(3, 4)
     with torch.no_grad():
-        for tensor in (whole, original["parameter"], original["nested"][0], original["nested"][1][1]["x"]):
+        for tensor in (complete, original["parameter"], original["nested"][0], original["nested"][1][1]["x"]):
             tensor.add_(100)
         original["nested"][1][0].fill_(9)
     original["nested"][2].append(4)
     original["plain"]["lr"] = 5
     original["plain"]["more"] = 1
     del original["half"]
-    assert torch.equal(copies["whole"], expected) and torch.equal(copies["same"], expected)
+    assert torch.equal(copies["complete"], expected) and torch.equal(copies["same"], expected)
     assert torch.equal(copies["row"], expected[1]) and torch.equal(copies["turned"], expected.t())
     assert copies["row"].untyped_storage().nbytes() == 16  # the row alone, not what it is a view of
     assert torch.equal(copies["spread"], torch.ones(3))
@@ -135,7 +135,7 @@ def test_a_job_runs_beside_the_caller_and_one_at_a_time(writer):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), SystemExit("no"), KeyboardInterrupt()])
 @pytest.mark.parametrize("call", ["submit", "poll", "wait"])
-def test_an_error_is_told_once_in_the_callers_thread(writer, error, call):
+def test_an_error_is_reported_once_in_the_callers_thread(writer, error, call):
     def fail():
         raise error
 
@@ -200,7 +200,7 @@ def test_a_failed_job_does_not_hold_its_state(writer):
         gc.enable()
 
 
-def test_without_a_thread_the_job_runs_all_the_same(writer, monkeypatch):
+def test_without_a_thread_the_job_still_runs(writer, monkeypatch):
     def no_thread(self):
         raise RuntimeError("can't start new thread")
 

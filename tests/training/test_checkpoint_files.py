@@ -20,7 +20,7 @@ from training.run_folder import remove_temporary_files
 
 @pytest.fixture(autouse=True)
 def quick_flushes(monkeypatch):
-    """A flush that is not done is not seen here, but for the order of the calls."""
+    """These tests cannot observe a flush, only the order of the calls."""
     monkeypatch.setattr(os, "fsync", os.fstat)
 
 
@@ -96,12 +96,12 @@ def is_damage_found(path):
 def test_every_changed_byte_of_the_content_is_found(tmp_path):
     """The others, such as the padding between records and the time of writing, change nothing."""
     path = written(tmp_path, 1, 1)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         content = sum(info.file_size + len(info.filename) for info in archive.infolist())
     found = 0
     with open(path, "r+b", buffering=0) as file:
-        for position, byte in enumerate(whole):
+        for position, byte in enumerate(complete):
             for change in (0x01, 0xFF):
                 os.pwrite(file.fileno(), bytes([byte ^ change]), position)
                 found += is_damage_found(path)
@@ -112,13 +112,13 @@ def test_every_changed_byte_of_the_content_is_found(tmp_path):
 
 def test_every_truncation_is_found(tmp_path):
     path = written(tmp_path, 1, 1)
-    whole = path.read_bytes()
-    sizes = {*range(0, len(whole), 7), *range(len(whole) - 100, len(whole))}
-    for other in [*(whole[:size] for size in sizes), b"\0" * len(whole), os.urandom(len(whole))]:
+    complete = path.read_bytes()
+    sizes = {*range(0, len(complete), 7), *range(len(complete) - 100, len(complete))}
+    for other in [*(complete[:size] for size in sizes), b"\0" * len(complete), os.urandom(len(complete))]:
         path.write_bytes(other)
         with pytest.raises(files.DamagedFile, match="truncated or damaged"):
             files.verify(path)
-    for other in (whole + b"\0", whole + whole):
+    for other in (complete + b"\0", complete + complete):
         path.write_bytes(other)
         is_damage_found(path)
 
@@ -137,11 +137,11 @@ def test_damage_of_files_of_earlier_versions_is_found(tmp_path):
     path = written(tmp_path, 1, 1)
     size = path.stat().st_size
     seal(path)
-    whole = path.read_bytes()
-    for position in range(0, len(whole), 11):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+    complete = path.read_bytes()
+    for position in range(0, len(complete), 11):
+        path.write_bytes(complete[:position] + bytes([complete[position] ^ 0xFF]) + complete[position + 1 :])
         is_damage_found(path)
-        path.write_bytes(whole[:position])
+        path.write_bytes(complete[:position])
         assert is_damage_found(path) or position >= size
 
 
@@ -384,7 +384,7 @@ def test_a_failure_takes_back_the_first_previous_file(tmp_path, monkeypatch):
     assert folder_of(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_flushed_is_told_with_the_new_file_in_place(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_flushed_is_an_error_with_the_new_file_in_place(tmp_path, monkeypatch):
     path = written(tmp_path, 2, 2)
     monkeypatch.setattr(os, "fsync", nth(os.fsync, 2, refuse(errno.EIO)))
     with pytest.raises(OSError):
