@@ -232,7 +232,14 @@ def _stream_loader(
     source.transform = transform
     source.target_transform = partial(_known_label, num_classes=num_classes)
     source.set_loader_cfg(num_workers=settings["num_workers"])
-    return DataLoader(source, batch_size=options.batch_size, drop_last=is_training, **settings)
+    loader = DataLoader(source, batch_size=options.batch_size, drop_last=is_training, **settings)
+    if is_training and len(loader) < options.accum_steps:
+        raise SystemExit(
+            f"error: an epoch has {len(source)} images per process, less than the "
+            f"{options.batch_size * options.accum_steps} of one step: --batch-size {options.batch_size}, "
+            f"--accum-steps {options.accum_steps}"
+        )
+    return loader
 
 
 def _known_label(label: int, num_classes: int) -> int:

@@ -61,6 +61,13 @@ def test_webdataset_without_a_shard_or_with_an_unknown_label_is_refused(tmp_path
         build(*words, "--num-classes", 3)
 
 
+def test_a_webdataset_with_less_than_one_step_of_images_is_refused(tmp_path):
+    words = (*write_webdataset(tmp_path, train=(4,), validation=(3,)), "--num-classes", 3)
+    assert build(*words, "--accum-steps", 2).num_steps == 1
+    with pytest.raises(SystemExit, match="has 4 images per process, less than the 6 of one step"):
+        build(*words, "--accum-steps", 3)
+
+
 def test_unreadable_image_of_a_webdataset(tmp_path, monkeypatch):
     """timm would leave it out, and the accuracy would be that of the other images."""
     words = write_webdataset(tmp_path, train=(4,), validation=(3,))
