@@ -9,9 +9,10 @@ from . import embedding  # isort: skip
 from . import attention  # isort: skip
 from . import weight  # isort: skip
 from .backbones import WEIGHT_GROUPS, TapError
+from .cross_entropy import token_cross_entropy
 from .loss import DiverseLoss
 from .measures import MEASURES, Measure
-from .mixing import MixedTarget, PatchMixup, patch_lam, token_cross_entropy
+from .mixing import MixedTarget, PatchMixup, patch_lam
 from .objective import MIXING_BALANCES, DiversityObjective
 from .presets import PRESETS, Preset
 from .redundancy import measurable, measure_redundancy

@@ -1,6 +1,6 @@
 """Terms on attention maps, with the heads as items: maps after the softmax, before dropout, prefix tokens included.
 
-`attention` holds the maps of the first block (or of each chosen block, stacked in front); cross-layer terms compare the
+`attention` is the maps of the first block (or of each chosen block, stacked in front); cross-layer terms compare the
 first block with the last. A term is the mean over images, and over layers.
 """
 
@@ -35,7 +35,7 @@ def attn_cos_within(attention: torch.Tensor) -> torch.Tensor:
         attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
 
     Returns:
-        0-dim, in [1/H, 1]: 1 when all heads of an image attend alike, 1/H when no two heads attend to a common place.
+        0-dim, in [1/H, 1]: 1 when all heads have the same map, 1/H when no two heads attend to a common place.
 
     Source: The Principle of Diversity, attention diversity.
     Differs: computed as the squared norm of the mean unit map, which equals the mean over pairs.
@@ -51,7 +51,7 @@ def attn_offdiag_cos_within(attention: torch.Tensor) -> torch.Tensor:
         attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1, H >= 2.
 
     Returns:
-        0-dim, in [0, 1]: 1 when all heads of an image attend alike, 0 when no two heads attend to a common place.
+        0-dim, in [0, 1]: 1 when all heads of an image have the same map, 0 when no two heads attend to a common place.
 
     Raises:
         ValueError: a single head.
@@ -72,7 +72,7 @@ def attn_cos_cross(attention_first: torch.Tensor, attention_last: torch.Tensor) 
         attention_first, attention_last: [B, H, N, N], rows sum to 1.
 
     Returns:
-        0-dim, in [0, 1]: 1 when all heads of both blocks attend alike, 0 when no two of them attend to a common place.
+        0-dim, in [0, 1]: 1 when all heads of both blocks have the same map, 0 when no two attend to a common place.
 
     Source: The Principle of Diversity, attention diversity across layers; a variant in the released code.
     Differs: computed as the inner product of the two mean unit maps, which equals the mean over pairs.
@@ -151,10 +151,10 @@ def attn_mhs(attention: torch.Tensor, *, mhs_collapse_aware: bool = False) -> to
 
     Args:
         attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1, H >= 2.
-        mhs_collapse_aware: the distance in place of its square, which also parts maps that coincide.
+        mhs_collapse_aware: the distance in place of its square, which also separates maps that coincide.
 
     Returns:
-        0-dim, in [-2, 0] ([-sqrt 2, 0] when collapse-aware): 0 when two heads of each image attend alike.
+        0-dim, in [-2, 0] ([-sqrt 2, 0] when collapse-aware): 0 when two heads of each image have the same map.
 
     Raises:
         ValueError: a single head.
@@ -173,7 +173,7 @@ def attn_mgd(attention: torch.Tensor) -> torch.Tensor:
         attention: [B, H, N, N] or [layers, B, H, N, N], rows sum to 1.
 
     Returns:
-        0-dim, >= -H log(1 + 1e-6); highest when all heads of an image attend alike.
+        0-dim, >= -H log(1 + 1e-6); highest when all heads of an image have the same map.
 
     Source: The Principle of Diversity, maximum Gram determinant; a variant in the released code.
     Differs: no 1e-8 inside the norms; the determinant is taken in float64.

@@ -1,4 +1,4 @@
-"""Where timm's families of vision transformers keep what the taps read, and the errors where they lack it.
+"""Where the taps find tokens, maps and weights in timm's vision transformers, and errors for models that lack them.
 
 A new family is one more case in `Backbone.of`.
 """
@@ -22,7 +22,7 @@ class TapError(ValueError):
     Attributes:
         tap: the tap's name, or "patch_logits".
         argument: the argument of `TappedViT` that asked for too much, "model" where it can give no tap at all; None
-            when the tap itself is the trouble.
+            when the model cannot give the tap with any argument.
     """
 
     def __init__(self, tap: str, model: nn.Module, missing: str, argument: str | None = None):
@@ -33,7 +33,7 @@ class TapError(ValueError):
 
 @dataclass(frozen=True)
 class Backbone:
-    """The parts of a timm model that hold tokens, attention maps and weights.
+    """The modules of a timm model that the taps read.
 
     Attributes:
         model: the model.
@@ -57,9 +57,9 @@ class Backbone:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Backbone | None":
-        """The parts of a ViT, DeiT, BEiT, EVA or Swin of timm; None for any other model.
+        """The `Backbone` of a ViT, DeiT, BEiT, EVA or Swin of timm; None for any other model.
 
-        Families that keep something else under the same attribute names (CaiT, XCiT, TNT) are not among them.
+        Families that use the same attribute names for something else (CaiT, XCiT, TNT) are not among them.
         """
         if isinstance(model, (VisionTransformer, Beit, Eva)):
             grid, head = tuple(model.patch_embed.grid_size), ("fc_norm", "head_drop", "head")
@@ -149,7 +149,7 @@ class Backbone:
                 raise TapError(tap, self.model, "its differential attention has two maps for each head")
             if attn.num_heads < 2:
                 raise TapError(tap, self.model, "it has a single head, and terms on attention compare heads")
-            if holds_padding(self.blocks[i]):
+            if has_padding(self.blocks[i]):
                 windows = self.blocks[i].window_size
                 missing = (
                     f"its windows of {windows} do not divide the grid of {self.grid}; padding would count as patches"
@@ -169,7 +169,7 @@ class Backbone:
             )
 
     def require_head_on_tokens(self, tap: str):
-        """Raise `TapError` if attention pooling stands between the tokens and the head."""
+        """Raise `TapError` if the head reads an attention pool and not the tokens."""
         if getattr(self.model, "attn_pool", None) is not None:
             raise TapError(tap, self.model, "its head reads an attention pool, not tokens")
 
@@ -184,8 +184,8 @@ class Backbone:
             raise TapError("patch_logits", self.model, missing)
 
 
-def holds_padding(block: nn.Module) -> bool:
-    """Whether a Swin block's windows reach beyond its grid: their maps then hold padding."""
+def has_padding(block: nn.Module) -> bool:
+    """Whether a Swin block's windows reach beyond its grid, so that their maps contain padding."""
     sizes = getattr(block, "input_resolution", ()), getattr(block, "window_size", ())
     return any(side % window for side, window in zip(*sizes, strict=True))
 

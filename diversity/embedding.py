@@ -1,7 +1,7 @@
 """Terms on patch embeddings.
 
 `first` is the input of the first block, `last` the output of the last block before the final norm (or of each chosen
-block, stacked in front); both hold patch tokens only. A term is the mean over images, and over layers.
+block, stacked in front); both are patch tokens only. A term is the mean over images, and over layers.
 """
 
 import torch
@@ -99,7 +99,7 @@ def emb_cos_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
 
     Args:
         first: [B, P, D], prefix tokens excluded.
-        last: [B, P, D] or [layers, B, P, D], likewise.
+        last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
 
     Returns:
         0-dim, in [-1, 1]: 1 when all tokens of both layers are parallel.
@@ -116,7 +116,7 @@ def emb_abscos_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
 
     Args:
         first: [B, P, D], prefix tokens excluded.
-        last: [B, P, D] or [layers, B, P, D], likewise.
+        last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
 
     Returns:
         0-dim, in [0, 1]: 1 when all tokens of both layers lie on one line, 0 when the layers are orthogonal.
@@ -136,7 +136,7 @@ def emb_contrast_cross(first: torch.Tensor, last: torch.Tensor, *, num_prefix_to
 
     Args:
         first: [B, P, D], prefix tokens excluded, P >= 2.
-        last: [B, P, D] or [layers, B, P, D], likewise.
+        last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
         num_prefix_tokens: leave out this many tokens at the front of `first` and `last`.
 
     Returns:
@@ -157,7 +157,7 @@ def emb_dot_contrast_cross(first: torch.Tensor, last: torch.Tensor) -> torch.Ten
 
     Args:
         first: [B, P, D], prefix tokens excluded, P >= 2.
-        last: [B, P, D] or [layers, B, P, D], likewise.
+        last: [B, P, D] or [layers, B, P, D], prefix tokens excluded.
 
     Returns:
         0-dim, positive and unbounded; log 2 when a token is as close to the others as to its own.
@@ -221,7 +221,7 @@ def emb_mhs(last: torch.Tensor, *, mhs_collapse_aware: bool = False) -> torch.Te
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded, P >= 2.
-        mhs_collapse_aware: the distance in place of its square, which also parts tokens that coincide.
+        mhs_collapse_aware: the distance in place of its square, which also separates tokens that coincide.
 
     Returns:
         0-dim, in [-4, 0] ([-2, 0] when collapse-aware): 0 when two tokens of each image are parallel.

@@ -90,7 +90,7 @@ class CosineContrast(torch.autograd.Function):
 
 
 class MixedCrossEntropy(torch.autograd.Function):
-    """`mixing.token_cross_entropy`, computed in the precision of `lam`.
+    """`cross_entropy.token_cross_entropy`, computed in the precision of `lam`.
 
     It reads the logits once in each pass and writes their gradient once, without gather and scatter.
     """

@@ -1,4 +1,4 @@
-"""Forward hooks that hand a module's tensors to a function, and attention un-fused where its maps are read."""
+"""Forward hooks that call a function with a module's tensors, and un-fused attention where maps are read."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Patch-level label mixing: Mixup and CutMix that also say which label each patch carries, and the per-token loss."""
+"""Mixup and CutMix that also return the label of every patch."""
 
 import copy
 from collections.abc import Sequence
@@ -7,8 +7,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from timm.data.mixup import rand_bbox_minmax
-
-from . import fusible
 
 MODES = ("batch", "pair", "elem")
 
@@ -19,8 +17,8 @@ class MixedTarget(NamedTuple):
     Attributes:
         labels: [B], integer class of the first image.
         partner: [B], integer class of the image it was mixed with.
-        lam: [B], share of the whole image (the class token's label) that comes from the first image.
-        patch_lam: [B, P], the same share for each patch; None when no grid was given.
+        lam: [B], fraction of the image (and of the class token's label) that comes from the first image.
+        patch_lam: [B, P], the same fraction for each patch; None when no grid was given.
     """
 
     labels: torch.Tensor
@@ -30,11 +28,11 @@ class MixedTarget(NamedTuple):
 
 
 class PatchMixup:
-    """timm's Mixup and CutMix, with the share of every patch kept. Image i is mixed with image B-1-i.
+    """timm's Mixup and CutMix with a label for every patch. Image i is mixed with image B-1-i.
 
-    What is random is drawn on the host (`draw`), for the whole batch in one small tensor; images and labels are mixed
-    where they are (`mix`, `target`), by operations that torch.compile traces and that never wait for a device. Calling
-    the object does both. Draws come from numpy's global generator.
+    `draw` draws the random numbers of a batch on the host, from numpy's global generator, into one small tensor. `mix`
+    and `target` mix images and labels on their device, by operations that torch.compile can trace and that never wait
+    for the device. Calling the object does all three.
 
     Source: Mixup (Zhang et al. 2018), CutMix (Yun et al. 2019); labels per patch: The Principle of Diversity.
     Differs: any image size and grid; prob, switch_prob, mode and minmax are honoured.
@@ -42,11 +40,11 @@ class PatchMixup:
     Args:
         mixup_alpha: Beta parameter of Mixup; 0 = no Mixup.
         cutmix_alpha: Beta parameter of CutMix; 0 = no CutMix.
-        cutmix_minmax: (low, high) side lengths of the box as shares of the image, in place of `cutmix_alpha`.
+        cutmix_minmax: (low, high) side lengths of the box as fractions of the image, in place of `cutmix_alpha`.
         prob: probability that a batch (pair, element) is mixed at all.
         switch_prob: probability of CutMix where both are on.
         mode: "batch", one draw for all images; "pair", one for each pair of partners; "elem", one for each image.
-        correct_lam: weigh labels by the box after clipping at the border, not by the drawn share.
+        correct_lam: weigh labels by the box after clipping at the border, not by the drawn fraction.
         grid: (rows, columns) of patches, or None when no per-patch label is needed.
 
     Raises:
@@ -109,11 +107,15 @@ class PatchMixup:
         return self.mix(samples, draws), self.target(samples, labels, draws)
 
     def draw(self, batch: int, image_size: tuple[int, int]) -> torch.Tensor | None:
-        """What the mixing of a batch of images of some (height, width) depends on.
+        """The random numbers for a batch of images.
+
+        Args:
+            batch: number of images.
+            image_size: (height, width).
 
         Returns:
-            None where nothing is ever mixed; otherwise float64 on the CPU, [B, 6], or [1, 6] in batch mode. Columns:
-            the share of the first image in the label; its share in every pixel (below 1 under Mixup); and the box
+            None if both alphas are 0; otherwise float64 on the CPU, [B, 6], or [1, 6] in batch mode. Columns:
+            the fraction of the first image in the label; its fraction in every pixel (below 1 under Mixup); and the box
             (yl, yh, xl, xh) that CutMix pastes from the partner, in pixels, empty without CutMix.
 
         Raises:
@@ -124,11 +126,11 @@ class PatchMixup:
         if batch % 2:
             raise ValueError(f"Mixup and CutMix pair the images of a batch, so its size must be even; got {batch}")
         count = {"batch": 1, "pair": batch // 2, "elem": batch}[self.mode]
-        shares, use_cutmix = self._draw_shares(count)
+        fractions, use_cutmix = self._draw_fractions(count)
         draws = np.zeros((count, 6))
-        draws[:, :2] = shares[:, None]
-        cut = np.flatnonzero(use_cutmix & (shares < 1))
-        boxes = self._draw_boxes(shares[cut], image_size)
+        draws[:, :2] = fractions[:, None]
+        cut = np.flatnonzero(use_cutmix & (fractions < 1))
+        boxes = self._draw_boxes(fractions[cut], image_size)
         draws[cut, 1], draws[cut, 2:] = 1, boxes
         if self.correct_lam or self.cutmix_minmax:
             yl, yh, xl, xh = boxes.T
@@ -144,12 +146,11 @@ class PatchMixup:
         if draws is None:
             return samples
         partners = samples.flip(0) if partners is None else partners
-        own, other = (share.to(samples.dtype)[:, None, None, None] for share in (draws[:, 1], 1 - draws[:, 1]))
-        may_look = (
-            draws.device.type == "cpu" and not torch.compiler.is_compiling()
-        )  # and leave out what changes nothing
-        blended = samples if may_look and (own == 1).all() else samples * own + partners * other
-        if may_look and (draws[:, 2:] == 0).all():
+        own, other = (fraction.to(samples.dtype)[:, None, None, None] for fraction in (draws[:, 1], 1 - draws[:, 1]))
+        # On a CPU the draws can be read, and operations that change nothing are skipped.
+        can_skip = draws.device.type == "cpu" and not torch.compiler.is_compiling()
+        blended = samples if can_skip and (own == 1).all() else samples * own + partners * other
+        if can_skip and (draws[:, 2:] == 0).all():
             return blended
         return torch.where(in_box(draws[:, 2:], samples.shape[-2:]), partners, blended)
 
@@ -168,25 +169,25 @@ class PatchMixup:
                 kept = kept.to(dtype).expand(batch, -1)
         return MixedTarget(labels, labels.flip(0), lam, kept)
 
-    def _draw_shares(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shares of the first image (1 = unmixed) and whether to CutMix, [count] each; timm's order of draws."""
+    def _draw_fractions(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Fractions of the first image (1 = unmixed) and whether to CutMix, [count] each; timm's order of draws."""
         use_cutmix = np.full(count, self.mixup_alpha <= 0)
         if self.mixup_alpha > 0 and self.cutmix_alpha > 0:
             use_cutmix = np.random.rand(count) < self.switch_prob
-        shares = np.ones(count)
+        fractions = np.ones(count)
         if self.cutmix_alpha > 0:
-            shares = np.random.beta(self.cutmix_alpha, self.cutmix_alpha, size=count)
+            fractions = np.random.beta(self.cutmix_alpha, self.cutmix_alpha, size=count)
         if self.mixup_alpha > 0:
-            mixup_shares = np.random.beta(self.mixup_alpha, self.mixup_alpha, size=count)
-            shares = np.where(use_cutmix, shares, mixup_shares)
-        return np.where(np.random.rand(count) < self.prob, shares, 1.0), use_cutmix
+            mixup_fractions = np.random.beta(self.mixup_alpha, self.mixup_alpha, size=count)
+            fractions = np.where(use_cutmix, fractions, mixup_fractions)
+        return np.where(np.random.rand(count) < self.prob, fractions, 1.0), use_cutmix
 
-    def _draw_boxes(self, shares: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-        """One box (yl, yh, xl, xh) for each share, [n, 4]: timm's draws, all at once where it draws one at a time."""
+    def _draw_boxes(self, fractions: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+        """One box (yl, yh, xl, xh) for each fraction, [n, 4], drawn as in timm but all at once."""
         if self.cutmix_minmax:
-            boxes = [rand_bbox_minmax(image_size, self.cutmix_minmax) for _ in shares]
+            boxes = [rand_bbox_minmax(image_size, self.cutmix_minmax) for _ in fractions]
             return np.array(boxes, dtype=int).reshape(-1, 4)
-        sides = (np.sqrt(1 - shares)[:, None] * image_size).astype(int)
+        sides = (np.sqrt(1 - fractions)[:, None] * image_size).astype(int)
         centres = np.random.randint(0, image_size, size=sides.shape)
         low, high = np.clip((centres - sides // 2, centres + (sides + 1) // 2), 0, image_size)
         return np.stack((low, high), axis=2).reshape(-1, 4)
@@ -202,7 +203,7 @@ def in_box(boxes: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
 def patch_lam(
     bbox: Sequence[int] | Sequence[torch.Tensor], image_size: tuple[int, int], grid: tuple[int, int]
 ) -> torch.Tensor:
-    """Share of each patch's pixels that CutMix keeps from the first image.
+    """Fraction of each patch's pixels that CutMix keeps from the first image.
 
     Args:
         bbox: (yl, yh, xl, xh), the pasted box in pixels, upper ends excluded; numbers, or tensors [B] for B boxes.
@@ -221,71 +222,9 @@ def patch_lam(
     return (1 - rows[..., :, None] * columns[..., None, :]).flatten(-2)
 
 
-def _overlap(low, high, length: int, cells: int) -> torch.Tensor:
-    """Share of each of `cells` equal cells of [0, length) that lies in [low, high); one row for each interval."""
+def _overlap(low, high, length: int, count: int) -> torch.Tensor:
+    """Fraction of each of `count` equal parts of [0, length) that is in [low, high); one row for each interval."""
     low, high = (torch.as_tensor(end, dtype=torch.float64)[..., None] for end in (low, high))
-    edges = torch.arange(cells + 1, dtype=torch.float64, device=low.device) * length / cells
+    edges = torch.arange(count + 1, dtype=torch.float64, device=low.device) * length / count
     covered = torch.minimum(edges[1:], high) - torch.maximum(edges[:-1], low)
-    return covered.clamp(min=0) * cells / length
-
-
-def token_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor, smoothing: float = 0.0
-) -> torch.Tensor:
-    """Cross-entropy of every token against its own mixture of two labels, without building a dense target.
-
-    logsumexp(z) - (1 - s) (lam z[labels] + (1 - lam) z[partner]) - s mean_c z, which is timm's soft-target loss on
-    smoothed, mixed one-hot labels.
-
-    Args:
-        logits: [B, T, C]; computed in float32 or, when given it, float64.
-        labels, partner: [B], integer classes.
-        lam: [B, T], share of `labels` in each token's target.
-        smoothing: label smoothing s, in [0, 1).
-
-    Returns:
-        [B, T], in nats.
-
-    Source: the mixing loss of The Principle of Diversity, for one token.
-    Differs: no [B, T, C] target is built; the value is the same.
-    """
-    with torch.autocast(device_type=logits.device.type, enabled=False):
-        lam = lam.to(torch.promote_types(logits.dtype, torch.float32))
-        if torch.compiler.is_compiling():
-            return fusible.MixedCrossEntropy.apply(logits, labels, partner, lam, smoothing)
-        classes = torch.stack((labels, partner), dim=-1)[:, None].expand(-1, logits.shape[1], -1)
-        shares = (1 - smoothing) * torch.stack((lam, 1 - lam), dim=-1)
-        return _MixedCrossEntropy.apply(logits, classes, shares, smoothing)
-
-
-class _MixedCrossEntropy(torch.autograd.Function):
-    """logsumexp(z) - sum_k shares_k z[classes_k] - smoothing * mean(z), over the last axis of z.
-
-    Computed in the precision of the shares. Beside the logits as they are, one buffer of their size lives at a time:
-    the exponentials in the forward pass; softmax(z) - targets, the gradient, in the backward pass. When the gradient is
-    to be differentiated itself (create_graph), nothing is done in place.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, classes, shares, smoothing):
-        precise = shares.dtype
-        highest = logits.amax(dim=-1, keepdim=True)
-        exponentials = logits.to(precise, copy=True).sub_(highest).exp_()
-        normaliser = exponentials.sum(dim=-1).log() + highest.squeeze(-1)
-        del exponentials  # before the mean makes another copy of half precision
-        ctx.save_for_backward(logits, classes, shares, normaliser)
-        ctx.smoothing = smoothing
-        chosen = (shares * logits.gather(-1, classes)).sum(dim=-1)
-        return normaliser - chosen - smoothing * logits.mean(dim=-1, dtype=precise)
-
-    @staticmethod
-    def backward(ctx, grad):
-        logits, classes, shares, normaliser = ctx.saved_tensors
-        precise = shares.dtype
-        floor = ctx.smoothing / logits.shape[-1]
-        if torch.is_grad_enabled():
-            difference = (logits.softmax(dim=-1, dtype=precise) - floor).scatter_add(-1, classes, -shares)
-            return (difference * grad.unsqueeze(-1)).to(logits.dtype), None, None, None
-        softmax = logits.to(precise, copy=True).sub_(normaliser.unsqueeze(-1)).exp_()
-        difference = softmax.sub_(floor).scatter_add_(-1, classes, -shares)
-        return difference.mul_(grad.unsqueeze(-1)).to(logits.dtype), None, None, None
+    return covered.clamp(min=0) * count / length

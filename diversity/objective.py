@@ -1,4 +1,4 @@
-"""DiversityObjective: the one place where the terms are weighed and summed into the training loss."""
+"""DiversityObjective: the training loss as the weighted sum of the classification loss and the terms."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from .mixing import MixedTarget, token_cross_entropy
+from .cross_entropy import token_cross_entropy
+from .mixing import MixedTarget
 from .regularizers import ALIASES, REGULARIZERS, resolve_aliases
 from .spelling import did_you_mean
 from .taps import TapOutput
@@ -15,16 +16,16 @@ from .taps import TapOutput
 MIXING = "mixing"
 MIXING_BALANCES = ("tokens", "equal")
 DERIVED_FROM = {"grad": "tokens"}
-"""What a term reads that the forward pass cannot give: the tap from which the objective makes it."""
+"""{what a term reads and the model does not return: the tap from which the objective computes it}."""
 
 
 class DiversityObjective(nn.Module):
     """loss = classification + sum over terms of coefficient * term.
 
     classification = (CE_cls + c * sum_p CE_p) / (1 + c * P) with c the "mixing" coefficient: the class token and the P
-    patch tokens through one shared head, each against its own mixed label. Every token weighs alike there, which leaves
-    the class token 1 / (1 + c * P); "equal" balance is (CE_cls + c * mean_p CE_p) / (1 + c). With distillation,
-    classification is (1 - alpha) of the above plus alpha times the distillation loss.
+    patch tokens through one shared head, each against its own mixed label. This gives the class token a weight of only
+    1 / (1 + c * P); "equal" balance is (CE_cls + c * mean_p CE_p) / (1 + c). With distillation, classification is
+    (1 - alpha) of the above plus alpha times the distillation loss.
 
     Args:
         coefs: {name of a term in REGULARIZERS, its alias, or "mixing": coefficient >= 0}. A term at 0 is not computed,
@@ -33,7 +34,7 @@ class DiversityObjective(nn.Module):
         distillation: None, or a callable (samples, logits) -> 0-dim loss with an attribute `alpha` in [0, 1]; it is
             given the logits of the distillation head where the model has one, the class logits otherwise.
         mixing_balance: "tokens" or "equal".
-        options: settings of the terms, such as cond_orth_steps=5; each goes to the terms that have it.
+        options: settings of the terms, such as cond_orth_steps=5; each is passed to the terms that have it.
 
     Raises:
         ValueError: an unknown name, a coefficient that is negative or not finite, a coefficient for a term and for its
@@ -89,9 +90,9 @@ class DiversityObjective(nn.Module):
             probes: {term: start vectors} for terms that draw random ones, to fix them.
 
         Returns:
-            The 0-dim loss, and {name: detached 0-dim tensor} with the raw value of "classification", of its parts
+            The 0-dim loss, and {name: detached 0-dim tensor} with the raw value of "classification", of its components
             "cls_ce", "mixing" (the patch tokens' mean cross-entropy) and "distillation", and of every active term. A
-            key with "_share" appended holds the part's share of the loss; the shares of the parts sum to 1.
+            name with "_share" appended is the component's or term's fraction of the loss; these fractions sum to 1.
 
         Raises:
             TypeError: `output` is the plain logits of eval mode, or lacks what a term reads.
@@ -128,7 +129,7 @@ class DiversityObjective(nn.Module):
         return loss, torch.stack([classification, *raw.values(), *shares]).detach()
 
     def _classification(self, output, target, samples):
-        """The classification loss, and the raw and the weighted values of its parts."""
+        """The classification loss, and the raw and the weighted values of its components."""
         cross_entropy = partial(
             token_cross_entropy, labels=target.labels, partner=target.partner, smoothing=self.smoothing
         )
@@ -170,7 +171,7 @@ class DiversityObjective(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """The keys of what `forward` returns beside the loss, in their order: raw values, then shares."""
+        """The keys of the values that `forward` returns, in their order: raw values, then fractions of the loss."""
         parts = ["cls_ce", *([MIXING] if self.patch_logits else []), *(["distillation"] if self.distillation else [])]
         parts += self.terms
         return ["classification", *parts, *(f"{name}_share" for name in parts)]
@@ -185,7 +186,7 @@ class DiversityObjective(nn.Module):
 
     @property
     def differentiating(self) -> list[str]:
-        """Names of the active terms that read a gradient; with one, torch.compile does not train alike."""
+        """Names of the active terms that read a gradient, which torch.compile computes wrongly."""
         return [name for name, term in self.terms.items() if DERIVED_FROM.keys() & set(term.reads)]
 
     def table(self) -> str:

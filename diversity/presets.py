@@ -9,12 +9,12 @@ CORRECTED_STEPS = 10
 
 
 class Preset(NamedTuple):
-    """A whole objective: `DiversityObjective(preset.coefs, **preset.settings)`.
+    """The arguments of an objective: `DiversityObjective(preset.coefs, **preset.settings)`.
 
     Attributes:
         doc: what it is, on one line.
         coefs: {term: coefficient}.
-        settings: further arguments of `DiversityObjective`; what is not there keeps its default.
+        settings: further arguments of `DiversityObjective`; the others keep their defaults.
     """
 
     doc: str
@@ -34,7 +34,7 @@ PRESETS = {
     ),
     "corrected": Preset(
         "the paper's five without their faults: equal mixing, off-diagonal cosines, more power steps; MHS, where it is "
-        "added, parts tokens that coincide",
+        "added, separates tokens that coincide",
         {_OFF_DIAGONAL.get(name, name): coef for name, coef in _RELEASED.items()},
         {"mixing_balance": "equal", "cond_orth_steps": CORRECTED_STEPS, "mhs_collapse_aware": True},
     ),

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .backbones import WEIGHT_GROUPS, Backbone, block_matrices, holds_padding
+from .backbones import WEIGHT_GROUPS, Backbone, block_matrices, has_padding
 from .hooks import ModelHooks
 from .measures import FLOAT64_EPSILON, measures_of, summary_measures
 
@@ -99,7 +99,7 @@ class _Meter:
         for i, block in enumerate(self.backbone.all_blocks):
             hooks.on_input(block, partial(self._see_input, i))
             hooks.on_output(block, partial(self._see_output, i))
-            if not holds_padding(block):
+            if not has_padding(block):
                 hooks.on_maps(block.attn, partial(self.add_maps, i))
 
     def _see_input(self, i: int, tokens: torch.Tensor):

@@ -1,6 +1,6 @@
-"""The mathematics the terms share, in the form whose cost is linear in the number of items where one exists.
+"""The mathematics that the terms have in common, at a cost linear in the number of items where that is possible.
 
-"Items" are the vectors that are to become diverse: tokens, flattened attention maps or weight rows, as [..., items, D].
+"Items" are the vectors that a term makes diverse: tokens, flattened attention maps or weight rows, as [..., items, D].
 """
 
 import torch
@@ -139,7 +139,7 @@ def orthogonality_gap(items: torch.Tensor) -> torch.Tensor:
 def separation(items: torch.Tensor, collapse_aware: bool = False) -> torch.Tensor:
     """Squared distance 2 - 2 cos of the two unit items that are closest to each other.
 
-    Only this pair has a gradient, so only its search looks at all pairs.
+    Only this pair has a gradient, so all pairs are compared without one.
 
     Args:
         items: [..., items, D] with items >= 2.
@@ -157,7 +157,7 @@ def separation(items: torch.Tensor, collapse_aware: bool = False) -> torch.Tenso
     _require_pairs(count)
     with torch.no_grad():
         centred = unit(items)
-        centred = centred - centred.mean(dim=-2, keepdim=True)  # else items that nearly coincide drown in rounding
+        centred = centred - centred.mean(dim=-2, keepdim=True)  # otherwise rounding hides items that nearly coincide
         squares = centred.square().sum(dim=-1)
         distances = squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * centred @ centred.mT
         distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)

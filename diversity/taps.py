@@ -1,7 +1,7 @@
 """The registry of taps: the tensors that a `TappedViT` can return beside the logits, one entry each.
 
-A tap is one decorated function that checks a model and says what hooks have to keep. "The blocks" are all blocks of a
-ViT, and those of the last stage of a Swin, whose patches are that stage's grid.
+A tap is one decorated function that checks a model and returns what hooks have to keep. "The blocks" are all blocks of
+a ViT, and those of the last stage of a Swin, whose patches are that stage's grid.
 """
 
 import inspect

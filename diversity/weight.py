@@ -116,7 +116,7 @@ def weight_mha_mhs(weights: Stacks, *, mhs_collapse_aware: bool = False) -> torc
 
     Args:
         weights: [M, Dout, Din] with Dout >= 2, or a sequence of such stacks.
-        mhs_collapse_aware: the distance in place of its square, which also parts rows that coincide.
+        mhs_collapse_aware: the distance in place of its square, which also separates rows that coincide.
 
     Returns:
         0-dim, in [-4 M, 0] ([-2 M, 0] when collapse-aware): 0 when two rows of each matrix are parallel.
