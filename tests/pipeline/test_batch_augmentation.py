@@ -15,7 +15,7 @@ SIZE = (48, 40)
 
 
 def timms_boxes(count, **options):
-    """(height, width, top, left) of the boxes that timm erases in `count` images, and the share of images with one."""
+    """(height, width, top, left) of the boxes that timm erases in `count` images, and the fraction of images with one."""
     erasing, boxes, erased = RandomErasing(mode="const", device="cpu", **options), [], 0
     random.seed(0)
     for _ in range(count):
@@ -28,11 +28,11 @@ def timms_boxes(count, **options):
 
 
 def test_boxes_are_distributed_as_timms():
-    theirs, their_share = timms_boxes(4000, probability=0.4)
+    theirs, their_fraction = timms_boxes(4000, probability=0.4)
     np.random.seed(0)
     yl, yh, xl, xh = BatchErasing(0.4).draw(4000, SIZE)[:, 0].numpy().T
     drawn = yh > yl
-    assert drawn.mean() == pytest.approx(their_share, abs=0.03)
+    assert drawn.mean() == pytest.approx(their_fraction, abs=0.03)
     ours = np.stack((yh - yl, xh - xl, yl, xl), axis=1)[drawn]
     for quantity in range(4):
         for quantile in (0.05, 0.25, 0.5, 0.75, 0.95):
@@ -42,7 +42,7 @@ def test_boxes_are_distributed_as_timms():
     assert areas[0].mean() == pytest.approx(areas[1].mean(), rel=0.05)
 
 
-def test_boxes_lie_in_the_image_and_share_its_area():
+def test_boxes_are_inside_the_image_and_divide_its_area():
     np.random.seed(0)
     boxes = BatchErasing(1.0, max_count=3).draw(500, SIZE)
     yl, yh, xl, xh = boxes.unbind(-1)
@@ -76,7 +76,7 @@ def test_boxes_are_filled_and_nothing_else(mode):
         assert (inside == 0).all()
     if mode == "rand":
         assert (inside == inside[:, :1, :1]).all() and len(inside[:, 0, 0].unique()) == 3
-        assert not torch.equal(erased[1, :, 3, 3], erased[1, :, 0, 0])  # a later box lies over an earlier one
+        assert not torch.equal(erased[1, :, 3, 3], erased[1, :, 0, 0])  # a later box covers an earlier one
     if mode == "pixel":
         assert len(inside.unique()) == inside.numel()
 
@@ -96,11 +96,11 @@ def drawn(mixup=None, **numbers):
     return augment.draw(images, **dict(seed=0, rank=0, epoch=0, batch=0) | numbers)
 
 
-def test_draws_follow_from_seed_rank_epoch_and_batch():
+def test_draws_depend_on_seed_rank_epoch_and_batch():
     numbers = [dict(seed=s, rank=r, epoch=e, batch=b) for s in (0, 1) for r in (0, 1) for e in (0, 1) for b in (0, 1)]
     draws = [drawn(**each) for each in numbers]
     assert len({draw.boxes.numpy().tobytes() for draw in draws}) == 16
-    assert len({draw.mixing.numpy().tobytes() for draw in draws}) == 8  # ranks mix alike
+    assert len({draw.mixing.numpy().tobytes() for draw in draws}) == 8  # mixing is the same on all ranks
     np.random.seed(8)
     again = drawn(**numbers[5])
     assert torch.equal(again.boxes, draws[5].boxes) and torch.equal(again.mixing, draws[5].mixing)

@@ -104,7 +104,7 @@ def test_timm_image_folder(tmp_path, val_split):
 
 
 def test_timm_image_folder_without_the_split_is_refused(tmp_path):
-    """timm would take the whole folder for the missing part, and so evaluate on the training images."""
+    """timm would read the folder itself in place of the missing split, and so evaluate on the training images."""
     make_image_folder(tmp_path, splits=(".",))
     with pytest.raises(SystemExit, match=rf"^error: .*{tmp_path}"):
         build("--data-set", "torch/image_folder", "--data-path", tmp_path)
