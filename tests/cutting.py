@@ -88,12 +88,17 @@ def outcome(folder: Path) -> dict:
     }
 
 
-class Fed:
-    """Digests of the batches that went into the model, {(epoch, batch): digest}.
+class InputRecorder:
+    """Records a digest of every batch that the model gets, and calls `at` at every moment of the run.
 
     Args:
         replace: monkeypatch.setattr, or setattr.
-        at: called with each moment, ("step", epoch, step), ("validation", epoch) or ("save", number).
+        at: called with ("step", epoch, step), ("validation", epoch) or ("save", number).
+
+    Attributes:
+        digests: {(epoch, batch): digest}.
+        indices: {"epoch step": sample indices of the step}.
+        last: (epoch, step) of the last step.
     """
 
     def __init__(self, replace: Callable, at: Callable = lambda *moment: None):
@@ -116,8 +121,8 @@ class Fed:
 
         def watched_augment(augmentation, *batch):
             mixed, target = augment(augmentation, *batch)
-            content = [t.contiguous().numpy().tobytes() for t in (mixed, target.labels, target.lam, target.patch_lam)]
-            key, digest = (self.state.epoch, self.batch), hashlib.sha256(b"".join(content)).hexdigest()
+            tensors = [t.contiguous().numpy().tobytes() for t in (mixed, target.labels, target.lam, target.patch_lam)]
+            key, digest = (self.state.epoch, self.batch), hashlib.sha256(b"".join(tensors)).hexdigest()
             assert self.digests.setdefault(key, digest) == digest
             self.batch += 1
             return mixed, target
@@ -156,8 +161,8 @@ if __name__ == "__main__":
             if moment[0] == "save":
                 time.sleep(0.5)  # the signal comes while the file is written
 
-    fed = Fed(setattr, interrupt)
+    recorder = InputRecorder(setattr, interrupt)
     try:
         main.command_line(flags)
     finally:
-        Path(out, f"{own}.json").write_text(json.dumps(fed.indices))
+        Path(out, f"{own}.json").write_text(json.dumps(recorder.indices))

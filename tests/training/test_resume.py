@@ -11,7 +11,7 @@ from signal import SIGTERM
 
 import pytest
 import torch
-from cutting import Fed, content, points, records, send
+from cutting import InputRecorder, content, points, records, send
 from helpers import REPOSITORY, TINY, run_main
 from ranks import run_ranks
 
@@ -50,7 +50,7 @@ def cut_run(monkeypatch, folder, *cuts, flags=EVERYTHING, then=()):
     fed = {}
     for i, cut in enumerate((*cuts, None)):
         with monkeypatch.context() as patch:
-            watch = Fed(patch.setattr, partial(stop_at, ("step", *(cut or ()))))
+            watch = InputRecorder(patch.setattr, partial(stop_at, ("step", *(cut or ()))))
             end = pytest.raises(SystemExit) if cut else contextlib.nullcontext()
             with end as stopped:
                 run_main(*flags, *(then if i else ()), "--output-dir", folder, "--resume", "auto")

@@ -11,8 +11,9 @@ import forking
 import pytest
 import yaml
 from forking import exit_code, receive
-from helpers import one_line, world
+from helpers import TINY, one_line, run_main, world
 
+import main
 from training import run_folder
 from utils import joined_world
 
@@ -186,6 +187,13 @@ def test_the_main_process_alone_has_the_folder_and_its_errors_end_all(name, fork
         assert (first, second) == (folder, None)
     else:
         assert first == second and first.startswith(f"error: --output-dir {folder} cannot be written")
+
+
+def test_a_run_locks_its_folder_before_it_builds_anything(tmp_path, monkeypatch):
+    monkeypatch.setattr(main, "build_data", lambda *_: pytest.fail("the data is built"))
+    with lock(tmp_path), pytest.raises(SystemExit) as caught:
+        run_main(*TINY, "--output-dir", tmp_path, "--resume", "auto")
+    one_line(caught, "--output-dir", "is in use")
 
 
 # Its files
