@@ -3,7 +3,7 @@
 from argparse import BooleanOptionalAction as Switch
 
 from diversity.mixing import MODES
-from pipeline.sources import sources_help
+from pipeline.sources import SOURCES, sources_help
 from training.parsing import (
     fraction,
     fraction_below_one,
@@ -53,7 +53,8 @@ def add_data(parser):
     """Add the group of data sets, loaders and evaluation to a parser."""
     add = parser.add_argument_group("data").add_argument
     add("--data-set", default="IMNET", metavar="NAME", help=sources_help())
-    add("--data-path", default="", metavar="DIR", help="folder of the data; not needed by DIGITS and FAKE")
+    no_path = " and ".join(name for name, source in SOURCES.items() if "data_path" not in source.flags)
+    add("--data-path", default="", metavar="DIR", help=f"folder of the data; not needed by {no_path}")
     add("--train-split", "--train-dir", default="train", metavar="NAME", help="sub-folder or split to train on")
     add("--val-split", "--val-dir", default=None, metavar="NAME",
         help="sub-folder or split to evaluate on; None = val (folders) or validation (timm names)")  # fmt: skip

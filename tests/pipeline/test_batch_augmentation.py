@@ -15,7 +15,7 @@ SIZE = (48, 40)
 
 
 def timms_boxes(count, **options):
-    """(height, width, top, left) of the boxes that timm erases in `count` images, and the fraction of images with one."""
+    """(height, width, top, left) of timm's boxes in `count` images, and the fraction of images with one."""
     erasing, boxes, erased = RandomErasing(mode="const", device="cpu", **options), [], 0
     random.seed(0)
     for _ in range(count):
