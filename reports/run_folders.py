@@ -11,6 +11,8 @@ from typing import TextIO
 
 import yaml
 
+from training.records import read_records
+
 ACCURACIES = {"test_acc1": "raw", "test_acc1_ema": "EMA"}
 FINITE = ("train_loss", "test_loss", "test_loss_ema", *ACCURACIES)  # in the last epoch, unless the run failed
 MAY_DIFFER = (
@@ -127,13 +129,11 @@ def read_log(path: Path, notices: TextIO | None = None) -> list[dict]:
     skipped, with a notice, by default on stdout.
     """
     records = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
+    for number, record in enumerate(read_records(path), 1):
+        if record is None:
             print(f"{path}:{number}: not a complete JSON line, skipped", file=notices)
-            continue
-        records = [earlier for earlier in records if earlier["epoch"] < record["epoch"]] + [record]
+        else:
+            records = [earlier for earlier in records if earlier["epoch"] < record["epoch"]] + [record]
     return records
 
 

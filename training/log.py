@@ -14,6 +14,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
+from training.records import read_records
 from utils import World, atomic_write
 
 
@@ -45,11 +46,11 @@ class RunLog:
 
     def _drop_from(self, epoch: int):
         """Remove the lines of this and later epochs, and incomplete ones, from log.txt."""
-        lines = self.path.read_text().splitlines()
-        earlier = [line for line in lines if (record := _parsed(line)) is not None and record["epoch"] < epoch]
-        if earlier != lines or not self.path.read_bytes().endswith(b"\n"):
+        earlier = [record for record in read_records(self.path) if record is not None and record["epoch"] < epoch]
+        text = "".join(f"{json.dumps(record)}\n" for record in earlier)
+        if text != self.path.read_text():
             with atomic_write(self.path) as file:
-                file.write("".join(f"{line}\n" for line in earlier).encode())
+                file.write(text.encode())
 
     def print(self, text: str):
         if self.is_main:
@@ -104,14 +105,6 @@ class RunLog:
     def close(self):
         if self.writer:
             self.writer.close()
-
-
-def _parsed(line: str) -> dict | None:
-    """A record of log.txt; None for a line that was cut off."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None
 
 
 def epoch_line(record: dict[str, float], num_epochs: int) -> str:
