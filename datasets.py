@@ -22,21 +22,9 @@ from utils import BadImageError, World, cpu_count, reseed
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(SourceOptions, TransformOptions):
-    """What `build_data` needs. Each field without a default is the flag of its name.
+    """What `build_data` needs. Each field is the flag of its name, which `main.py --help` explains.
 
-    Attributes:
-        eval: whether the run only evaluates, and so reads no training set.
-        accum_steps: batches accumulated per optimizer step.
-        max_bad_images: unreadable training images that a process replaces before it stops.
-        num_workers: loader processes per rank, half as many for evaluation; None = the cores that are free.
-        loader_timeout: longest wait for a batch, in seconds; 0 = no limit.
-        pin_mem: whether batches for a GPU are in page-locked memory.
-        dist_eval: whether each rank evaluates its share of the validation set, in place of all of it.
-        prefetcher: whether bytes are sent to the device ahead of the step; None = on a GPU.
-        repeated_aug: whether each drawn image is shown `aug_repeats` times, differently augmented.
-        aug_repeats: copies of each image under `repeated_aug`.
-        repeats_together: whether the copies of an image are on one rank, in place of one on each.
-        decode_once: whether copies in one batch are decoded once; not a flag, for comparisons.
+    The exception is `decode_once`, whether copies of an image in one batch are decoded once; it is for comparisons.
     """
 
     eval: bool

@@ -23,19 +23,7 @@ SOURCE_FLAGS = ("data_path", "train_split", "val_split", "inat_category")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """Which data set is read. Each field is the flag of its name.
-
-    Attributes:
-        data_set: a name of `SOURCES`, or one of its prefixes with timm's name for a data set after it.
-        data_path: folder that holds the data; empty = none.
-        train_split: sub-folder or split to train on.
-        val_split: sub-folder or split to evaluate on; None = the data set's usual one.
-        num_classes: None = counted.
-        inat_category: taxonomic rank that labels the images of iNaturalist.
-        input_size: side of the images that FAKE makes, in pixels.
-        batch_size: images per batch, which a stream needs to count its batches.
-        seed: of the order of a stream.
-    """
+    """Which data set is read. Each field is the flag of its name, which `main.py --help` explains."""
 
     data_set: str
     data_path: str

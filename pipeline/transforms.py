@@ -17,22 +17,7 @@ SMALL = 32  # up to this input size in pixels, images are resized and not croppe
 
 @dataclass(frozen=True, kw_only=True)
 class TransformOptions:
-    """How images are cropped and augmented. Each field is the flag of its name.
-
-    Attributes:
-        input_size: side of the square input in pixels.
-        eval_crop_ratio: side of the centre crop, divided by the resized short side.
-        scale: lowest and highest area of a random crop, as fractions of the image's area.
-        ratio: lowest and highest width of a random crop, divided by its height.
-        train_interpolation: "random", "bilinear" or "bicubic", of training crops.
-        fast_crop: whether torch resizes training crops, in place of Pillow.
-        hflip: probability of a horizontal flip.
-        aa: timm's auto-augment policy; None = off.
-        color_jitter: strength; 0 = off.
-        reprob: probability of random erasing.
-        remode: "const", "rand" or "pixel": what an erased box is filled with.
-        recount: most boxes erased per image.
-    """
+    """How images are cropped and augmented. Each field is the flag of its name, which `main.py --help` explains."""
 
     input_size: int
     eval_crop_ratio: float

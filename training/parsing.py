@@ -4,7 +4,7 @@ import argparse
 import ast
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
@@ -110,40 +110,45 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nonneg_int(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "an integer >= 0")
+def _number(kind: type, is_valid: Callable[[float], bool], what: str) -> Callable[[str], float]:
+    """A type for `add_argument`: finite numbers that are valid."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and is_valid(value)):
+            raise argparse.ArgumentTypeError(f"needs {what}; got {text!r}")
+        return value
+
+    return parse
 
 
-def positive_int(text: str) -> int:
-    return _number(text, int, lambda value: value >= 1, "an integer >= 1")
+nonneg_int = _number(int, lambda value: value >= 0, "an integer >= 0")
+positive_int = _number(int, lambda value: value >= 1, "an integer >= 1")
+seed_int = _number(int, lambda value: 0 <= value < 2**31, "an integer from 0 to below 2^31")
+nonneg_float = _number(float, lambda value: value >= 0, "a finite number >= 0")
+positive_float = _number(float, lambda value: value > 0, "a finite number > 0")
+fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+fraction_below_one = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
-def seed_int(text: str) -> int:
-    return _number(text, int, lambda value: 0 <= value < 2**31, "an integer from 0 to below 2^31")
+def text_for(parse: Callable[[str], object]) -> Callable[[str], str]:
+    """A type for `add_argument`: text that `parse` accepts, unchanged."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return text
+
+    return check
 
 
-def nonneg_float(text: str) -> float:
-    return _number(text, float, lambda value: value >= 0, "a finite number >= 0")
-
-
-def positive_float(text: str) -> float:
-    return _number(text, float, lambda value: value > 0, "a finite number > 0")
-
-
-def fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def fraction_below_one(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-
-
-def layer_list(text: str) -> str:
-    return _accepted(parse_layers, text)
-
-
-def group_list(text: str) -> str:
-    return _accepted(parse_weight_groups, text)
+layer_list = text_for(parse_layers)
+group_list = text_for(parse_weight_groups)
 
 
 def device_name(text: str) -> str:
@@ -162,25 +167,6 @@ def literal(text: str) -> object:
 
 def none_or_text(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
-
-
-def _accepted(parse, text: str) -> str:
-    """`text`, if `parse` accepts it."""
-    try:
-        parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def _number(text, kind, is_valid, what):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and is_valid(value)):
-        raise argparse.ArgumentTypeError(f"needs {what}; got {text!r}")
-    return value
 
 
 def with_hyphens(word: str) -> str:
