@@ -23,7 +23,7 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler prints no messages
 
-from benchmarks import cuda_bytes, gpu, loader, steps
+from benchmarks import cuda_bytes, gpu, loader, steps, terms
 from diversity import ALIASES, REGULARIZERS
 from diversity.objective import MIXING
 from training import arguments
@@ -33,7 +33,7 @@ from utils import cpu_count, init_world, quiet_warnings, run_command, set_backen
 
 WHATS = {
     "step": steps.compare_steps,
-    "terms": steps.compare_terms,
+    "terms": terms.compare_terms,
     "loader": loader.compare_loaders,
     "bytes": cuda_bytes.compare_bytes,
 }

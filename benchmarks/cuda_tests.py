@@ -5,18 +5,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from .scratch import scratch_folder
-
 REPOSITORY = Path(__file__).parents[1]
 LAST_LINES = 15  # of a test that failed
 
 
 class Outcomes:
-    """A plugin of pytest that sends every outcome as soon as it is known.
-
-    Args:
-        send: called with {"tests": [{name, outcome, seconds, text}, ...]}, all tests so far.
-    """
+    """A plugin of pytest that sends {"tests": [{name, outcome, seconds, lines}, ...]} after every test."""
 
     def __init__(self, send: Callable[[dict], None]):
         self.send = send
@@ -39,20 +33,14 @@ class Outcomes:
 
 
 def run_cuda_tests(own: Namespace, args: Namespace, earlier: dict, send: Callable[[dict], None]):
-    """Run the tests marked `cuda`, which are skipped without a GPU.
-
-    Raises:
-        SystemExit: pytest itself fails.
-    """
+    """Run the tests marked `cuda`, which are skipped without a GPU; their files go to TMPDIR."""
     try:
         import pytest
     except ModuleNotFoundError:
         send({"note": "pytest is not installed, so no test ran"})
         return
-    words = ["-m", "cuda", "-p", "no:cacheprovider", "-p", "no:logging"]
-    words += ["--basetemp", scratch_folder(own.output) / "pytest"]
-    words += ["--rootdir", REPOSITORY, REPOSITORY / "tests" / "test_cuda.py"]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # plugins of other packages may write elsewhere
-    code = pytest.main([*map(str, words)], plugins=[Outcomes(send)])
+    words = ["-m", "cuda", "-p", "no:cacheprovider", "-p", "no:logging", "--rootdir", str(REPOSITORY)]
+    code = pytest.main([*words, str(REPOSITORY / "tests" / "test_cuda.py")], plugins=[Outcomes(send)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise SystemExit(f"error: pytest ended with {code!r}")

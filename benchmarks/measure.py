@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -76,29 +77,24 @@ def step_flops(model: torch.nn.Module, samples: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype | None, rounds: int) -> float:
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype | None) -> float:
     """Floating-point operations per second that the device reaches in the product of two large square matrices."""
     side = 8192 if device.type == "cuda" else 2048
     a, b, product = torch.randn(3, side, side, device=device, dtype=dtype or torch.float32)
-    return 2 * side**3 / seconds_of_a_call(lambda: torch.mm(a, b, out=product), rounds, device)
+    return 2 * side**3 / seconds_of_a_call(lambda: torch.mm(a, b, out=product))
 
 
-def copy_bytes_per_second(device: torch.device, rounds: int) -> float:
+def copy_bytes_per_second(device: torch.device) -> float:
     """Bytes per second, read and written, of a large copy from the device's memory to the device's memory."""
     num_bytes = 2**30 if device.type == "cuda" else 2**26  # far more than its caches hold
     source, copy = torch.zeros(2, num_bytes, dtype=torch.uint8, device=device)
-    return 2 * num_bytes / seconds_of_a_call(lambda: copy.copy_(source), rounds, device)
+    return 2 * num_bytes / seconds_of_a_call(lambda: copy.copy_(source))
 
 
-def seconds_of_a_call(function: Callable, rounds: int, device: torch.device) -> float:
-    """Median seconds of a short function; on a GPU of many calls at once, so that launching them is not measured."""
-    num_calls = 20 if device.type == "cuda" else 1
-
-    def call():
-        for _ in range(num_calls):
-            function()
-
-    return interleave({"calls": call}, rounds, device)["calls"] / num_calls
+def seconds_of_a_call(function: Callable) -> float:
+    """Median seconds of a short function, of many calls at once, so that launching them is not measured."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.5).median
 
 
 def now(device: torch.device) -> float:

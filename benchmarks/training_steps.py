@@ -126,3 +126,8 @@ def random_batch(args: Namespace, device: torch.device) -> tuple[torch.Tensor, t
     """Samples [B, 3, S, S] and labels [B]."""
     shape = (args.batch_size, 3, args.input_size, args.input_size)
     return torch.randn(shape, device=device), torch.randint(NUM_CLASSES, (args.batch_size,), device=device)
+
+
+def with_flags(args: Namespace, **flags) -> Namespace:
+    """A copy of main.py's flags with some of them replaced."""
+    return Namespace(**vars(args) | flags)

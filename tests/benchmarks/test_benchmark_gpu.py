@@ -13,11 +13,11 @@ import pytest
 import torch
 from helpers import REPOSITORY, parse, world
 
+from benchmarks.gpu import use_scratch
 from benchmarks.gpu_markdown import markdown_report
-from benchmarks.gpu_parts import EAGER, measured_rows
+from benchmarks.gpu_steps import EAGER, measured_rows
 from benchmarks.loader import ALL, AS_IS
 from benchmarks.parts import FAILED, FINISHED, NOT_FINISHED, NOT_STARTED, Part, run_parts
-from benchmarks.scratch import use_scratch
 from benchmarks.steps import DIVERSIFIED, PLAIN, TEXTBOOK
 from diversity import PRESETS
 
