@@ -26,10 +26,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the
 from benchmarks import cuda_bytes, gpu, loader, steps, terms
 from diversity import ALIASES, REGULARIZERS
 from diversity.objective import MIXING
+from models.execution import set_backends
 from training import arguments
 from training.log import environment_lines
 from training.parsing import positive_float, positive_int
-from utils import cpu_count, init_world, quiet_warnings, run_command, set_backends, write_json
+from utils import cpu_count, init_world, quiet_warnings, run_command, write_json
 
 WHATS = {
     "step": steps.compare_steps,

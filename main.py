@@ -9,6 +9,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from datasets import DataOptions, build_data
 from engine import autocast_dtype, train_one_epoch
+from models.execution import set_backends
 from pipeline.workers import loader_errors
 from training import arguments, build
 from training.checkpoint import TrainState, resume
@@ -19,7 +20,7 @@ from training.progress import Progress
 from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
 from training.saving import Saver
 from training.stopping import StopSignals
-from utils import World, joined_world, one_line_errors, quiet_warnings, run_command, set_backends
+from utils import World, joined_world, one_line_errors, quiet_warnings, run_command
 
 
 def main(args: Namespace, world: World):

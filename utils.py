@@ -1,4 +1,4 @@
-"""Processes, devices and seeds.
+"""Processes, files and seeds.
 
 Randomness is counter-based: every draw is a function of what it is for, not of what was drawn before. So a run may be
 cut anywhere, and use any number of loader workers, and a checkpoint needs no random state. Who draws seeds the
@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from timm.layers import set_fused_attn
 from torch.distributed.rendezvous import rendezvous
 
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
@@ -120,7 +119,9 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
     if device == "cuda":
         device = f"cuda:{local_rank}"
     if device.startswith("cuda"):
-        _require_gpu(device)
+        num_gpus = torch.cuda.device_count()
+        if device not in [f"cuda:{index}" for index in range(num_gpus)]:
+            raise SystemExit(f"error: --device {device}: there are {num_gpus} GPUs, cuda:0 and up")
         torch.cuda.set_device(device)
     if size > 1:
         on_gpu = device.startswith("cuda")
@@ -148,12 +149,6 @@ def _launched() -> tuple[int, int, int, int]:
             f"error: {', '.join(names[:3])} in the environment do not describe a process; "
             "start with torchrun, or unset them"
         ) from None
-
-
-def _require_gpu(device: str):
-    index = device.removeprefix("cuda:")
-    if not index.isdigit() or int(index) >= torch.cuda.device_count():
-        raise SystemExit(f"error: --device {device}: there are {torch.cuda.device_count()} GPUs, cuda:0 and up")
 
 
 @contextlib.contextmanager
@@ -232,34 +227,9 @@ def lock_folder(folder: Path, flag: str) -> Iterator[None]:
         lock.release()
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on a device; on a GPU through page-locked memory, so that the host does not wait."""
-    if device.type == "cuda":
-        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
-    return tensor.to(device, non_blocking=True)
-
-
 def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def set_backends(fused_attn: bool, tf32: bool, deterministic: bool = False):
-    """Configure how torch and timm compute.
-
-    Args:
-        fused_attn: whether timm uses scaled-dot-product attention.
-        tf32: whether a GPU multiplies float32 matrices with 10 bits of mantissa.
-        deterministic: whether a GPU repeats a run bit for bit, more slowly; an operation without a deterministic form
-            raises. To be set before CUDA is used.
-    """
-    torch.backends.cudnn.benchmark = not deterministic
-    set_fused_attn(fused_attn)
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 def quiet_warnings():
@@ -288,10 +258,3 @@ def reseed(purpose: str, *counters: int, device: torch.device | None = None):
     torch.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-
-
-def seed_everything(seed: int):
-    """Seed Python, numpy and torch; the model's initial weights are drawn from this."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from engine import autocast_dtype
-from utils import World, init_world, quiet_warnings, set_backends
+from models.execution import set_backends
+from utils import World, init_world, quiet_warnings
 
 from . import training_steps
 from .measure import matmul_flops_per_second, now

@@ -1,7 +1,28 @@
-"""How a timm model computes: with less memory, fewer bytes or other kernels, and the same parameters."""
+"""How torch and a timm model compute: with less memory, fewer bytes or other kernels, and the same parameters."""
+
+import os
 
 import torch
+from timm.layers import set_fused_attn
 from torch import nn
+
+
+def set_backends(fused_attn: bool, tf32: bool, deterministic: bool = False):
+    """Configure how torch and timm compute.
+
+    Args:
+        fused_attn: whether timm uses scaled-dot-product attention.
+        tf32: whether a GPU multiplies float32 matrices with 10 bits of mantissa.
+        deterministic: whether a GPU repeats a run bit for bit, more slowly; an operation without a deterministic form
+            raises. To be set before CUDA is used.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
+    set_fused_attn(fused_attn)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def enable_grad_checkpointing(model: nn.Module):

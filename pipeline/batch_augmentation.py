@@ -14,7 +14,7 @@ from torch import nn
 
 from diversity import MixedTarget, PatchMixup
 from diversity.mixing import in_box
-from utils import reseed, to_device
+from utils import reseed
 
 
 class Normalize(nn.Module):
@@ -106,6 +106,13 @@ class Draws(NamedTuple):
 
     mixing: torch.Tensor | None = None
     boxes: torch.Tensor | None = None
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on a device; on a GPU through page-locked memory, so that the host does not wait."""
+    if device.type == "cuda":
+        tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 class BatchAugmentation(nn.Module):

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from timm.utils import random_seed
 
 from benchmarks.training_steps import NUM_CLASSES
 from pipeline.batch_augmentation import Draws
 from training.arguments import parse_args
 from training.build import build_augmentation, build_diverse_loss, build_initial, compile_and_wrap
-from utils import World, reseed, seed_everything
+from utils import World, reseed
 
 STEPS = 2  # DistributedDataParallel exchanges the gradients of its first step differently
 
@@ -29,7 +30,7 @@ def main(rank: int, size: int, output: Path, words: list[str]):
     model = build_initial(args, NUM_CLASSES).double().to(world.device)
     loss_fn = build_diverse_loss(args, world, model, NUM_CLASSES, build_augmentation(args, of_bytes=False))
     loss_fn = compile_and_wrap(args, world, loss_fn)
-    seed_everything(1)
+    random_seed(1)
     samples = torch.randn(args.batch_size, 3, args.input_size, args.input_size, dtype=torch.float64)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,))
     samples, labels = samples.to(world.device), labels.to(world.device)

@@ -13,7 +13,7 @@ import timm.optim
 import torch
 import torch._functorch.config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +26,7 @@ from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
 from training import arguments
 from training.distillation import DistillationLoss
 from training.parsing import flag_of
-from utils import World, seed_everything
+from utils import World
 
 T = TypeVar("T")
 FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefined if the first step is skipped
@@ -40,7 +40,7 @@ def options_of(cls: type[T], args: Namespace) -> T:
 
 def build_initial(args: Namespace, num_classes: int) -> nn.Module:
     """The model with its initial weights, which are the same on every rank."""
-    seed_everything(args.seed)
+    random_seed(args.seed)
     model = build_model(
         args.model, num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
     )
