@@ -90,62 +90,29 @@ def grad(outputs, inputs, grad_outputs=None, create_graph: bool = False, **_):
 def differentiate(outputs, inputs, grad_outputs=None, create_graph: bool = False) -> tuple[torch.Tensor | None, ...]:
     """The gradients at `inputs`; where that is None, they are added to `.grad` of the leaves."""
     edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in inputs or ()]
-    wanted = {(edge.node, edge.output_nr): place for place, edge in enumerate(edges)}
-    ends = {node for node, _ in wanted}
-    missing = _num_parents([output.grad_fn for output in outputs], ends)
-    arriving = collections.defaultdict(dict)
+    ends = {edge.node for edge in edges}
+    arrived = collections.defaultdict(dict)  # {node: {number of its output: gradient so far}}
+
+    def add(node, number, grad):
+        arrived[node][number] = arrived[node][number] + grad if number in arrived[node] else grad
+
     for output, start in zip(outputs, grad_outputs or map(torch.ones_like, outputs), strict=True):
-        arriving[output.grad_fn][output.output_nr] = start
-    ready, found = [output.grad_fn for output in outputs if not missing[output.grad_fn]], [None] * len(edges)
+        add(output.grad_fn, output.output_nr, start)
     with torch.set_grad_enabled(create_graph):
-        while ready:
-            node = ready.pop()
-            grads = arriving.pop(node, {})
-            if node in ends:
-                for (end, number), place in wanted.items():
-                    if end is node:
-                        found[place] = grads.get(number)
-                continue
-            if hasattr(node, "variable"):  # a leaf
-                if inputs is None and grads:
-                    before = node.variable.grad
-                    node.variable.grad = grads[0].detach() if before is None else before + grads[0].detach()
-                continue
-            results = _call(node, [grads.get(number) for number in range(len(node._input_metadata))])
+        while inner := [node for node in arrived if node not in ends and not hasattr(node, "variable")]:
+            node = max(inner, key=lambda node: node._sequence_nr())  # the latest: no other passes it a gradient
+            grads = arrived.pop(node)
+            function = node.apply if hasattr(node, "_forward_cls") else node  # a torch.autograd.Function, or torch's
+            results = function(*(grads.get(number) for number in range(len(node._input_metadata))))
+            results = results if isinstance(results, tuple) else (results,)
             for (child, number), grad in zip(node.next_functions, results, strict=False):
-                if child is None:
-                    continue
-                if grad is not None:
-                    grad = _as_expected(grad, child, number)
-                    before = arriving[child].get(number)
-                    arriving[child][number] = grad if before is None else before + grad
-                missing[child] -= 1
-                if not missing[child]:
-                    ready.append(child)
-    return tuple(found)
-
-
-def _num_parents(roots, ends) -> collections.Counter:
-    """The number of nodes that pass a gradient to each node."""
-    counts, stack, seen = collections.Counter(), [*roots], set()
-    while stack:
-        node = stack.pop()
-        if node in seen or node in ends:
-            continue
-        seen.add(node)
-        children = [child for child, _ in node.next_functions if child is not None]
-        counts.update(children)
-        stack += children
-    return counts
-
-
-def _call(node, grads) -> tuple:
-    if all(grad is None for grad in grads):
-        return (None,) * len(node.next_functions)
-    result = (node.apply if hasattr(node, "_forward_cls") else node)(
-        *grads
-    )  # a torch.autograd.Function, or torch's own
-    return result if isinstance(result, tuple) else (result,)
+                if child is not None and grad is not None:
+                    add(child, number, _as_expected(grad, child, number))
+    if inputs is None:
+        for leaf, grads in arrived.items():
+            before = leaf.variable.grad
+            leaf.variable.grad = grads[0].detach() if before is None else before + grads[0].detach()
+    return tuple(arrived[edge.node].get(edge.output_nr) for edge in edges)
 
 
 def _as_expected(grad: torch.Tensor, child, number: int) -> torch.Tensor:
