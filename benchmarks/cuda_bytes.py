@@ -46,12 +46,7 @@ H100 = types.SimpleNamespace(
 
 
 def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
-    """Bytes and kernels of the step without terms, with its input made from bytes, with each term, and with all.
-
-    Args:
-        own: `terms` to count alone (None = those that are on).
-        args: main.py's flags.
-    """
+    """Bytes and kernels of the step without terms, with its input made from bytes, with each term, and with all."""
     alone = terms_to_compare(args, own.terms)
     rows = {PLAIN: [], INPUT: [], **{f"only {name}": [name] for name in alone}, "all terms": None}
     counts = {}
@@ -72,11 +67,9 @@ def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
 
 
 def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> dict[str, int]:
-    """{"bytes": number, "kernels": number} of a forward and a backward pass.
+    """{"bytes": number, "kernels": number} of a forward and a backward pass with `terms` alone; None = those of `args`.
 
-    Args:
-        terms: those that are on, see `steps.only`; None = those of `args`.
-        from_bytes: the input is bytes that are normalised, erased and mixed; otherwise floats, ready for the model.
+    With `from_bytes` the input is bytes that are normalised, erased and mixed, otherwise floats, ready for the model.
     """
     args = args if terms is None else only(args, terms)
     model = build_initial(args, NUM_CLASSES)

@@ -73,17 +73,10 @@ def measure_steps(own: Namespace, args: Namespace, earlier: dict, send: Callable
 def measured_rows(
     builders: dict[str, Callable], known: dict, args: Namespace, own: Namespace, world: World, product_seconds: float
 ) -> Iterator[tuple[str, dict]]:
-    """Measure one step after the other, in turns with the plain one, and yield its name and row.
+    """Measure one step after the other, in turns with the plain one, which comes first, and yield its name and row.
 
     A step that fails, for example for lack of memory, has a row with the error. Only the plain step stays in memory.
-
-    Args:
-        builders: {name: builder}, `PLAIN` first.
-        known: rows that exist already; their steps are not measured again.
-        args: main.py's flags.
-        own: benchmark.py's flags.
-        world: this process.
-        product_seconds: see `step_measures`.
+    Steps that have a row in `known` are not measured again.
     """
     plain = None
     for name, build in builders.items():

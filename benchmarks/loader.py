@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import DataOptions, build_data
 from pipeline.images import Sample
 from pipeline.transforms import build_transform
-from reports.tables import markdown_table
+from reports.tables import rows_table
 from training.build import options_of
 from utils import World
 
@@ -29,12 +29,7 @@ NONE, EVERY = dict.fromkeys(PARTS.values(), False), dict.fromkeys(PARTS.values()
 
 
 def compare_loaders(own: Namespace, args: Namespace, world: World) -> dict:
-    """Images per second of one core: as DeiT reads them, with each faster part alone, and with all of them.
-
-    Args:
-        own: `rounds`; `steps`, the batches of a round (None = 8); `resized`, a folder or empty.
-        args: main.py's flags.
-    """
+    """Images per second of one core: as DeiT reads them, with each faster part alone, and with all of them."""
     options = options_of(DataOptions, args)
     modes = {AS_IS: NONE} | {name: NONE | {part: True} for name, part in PARTS.items()} | {ALL: EVERY}
     if own.resized:
@@ -44,19 +39,15 @@ def compare_loaders(own: Namespace, args: Namespace, world: World) -> dict:
     loaders = {name: {"images_per_s": speed, "to_deits": speed / speeds[AS_IS]} for name, speed in speeds.items()}
     print(f"{args.data_path or args.data_set}, batch {args.batch_size}, medians of {own.rounds} rounds, one core")
     columns = {
-        "loader": [*loaders],
-        "images/s per core": [f"{loader['images_per_s']:.1f}" for loader in loaders.values()],
-        "relative to DeiT's": [f"{loader['to_deits']:.2f}" for loader in loaders.values()],
+        "images/s per core": ("images_per_s", "{:.1f}".format),
+        "relative to DeiT's": ("to_deits", "{:.2f}".format),
     }
-    print(markdown_table(columns))
+    print(rows_table("loader", loaders, columns))
     return {"loaders": loaders}
 
 
 def images_per_core(modes: dict[str, DataOptions], num_batches: int, rounds: int) -> dict[str, float]:
-    """Images per second that one core reads in each mode; medians of `rounds` rounds of `num_batches`, in turns.
-
-    The mode `AS_IS` is read as DeiT does.
-    """
+    """Images per second that one core reads in each mode (`AS_IS`: as DeiT does); medians of rounds in turns."""
     readers = {}
     for name, options in modes.items():
         batches = endless(train_loader(replace(options, num_workers=0), as_is=name == AS_IS))
@@ -83,11 +74,10 @@ def images_of_all_workers(options: DataOptions, seconds: float) -> float:
 
 
 def train_loader(options: DataOptions, as_is: bool = False) -> DataLoader:
+    """The training loader of a run in one process, or one of the same batches that reads as DeiT does."""
     loader = build_data(options, World(0, 1, 0, 1, CPU)).train
-    if not as_is:
-        return loader
     images = AsIs(loader.dataset.source, build_transform(options, is_training=True))
-    return DataLoader(images, batch_sampler=loader.batch_sampler)
+    return DataLoader(images, batch_sampler=loader.batch_sampler) if as_is else loader
 
 
 def endless(loader: DataLoader) -> Iterator:
@@ -116,11 +106,8 @@ class AsIs(Dataset):
 def make_photographs(root: Path, num_photographs: int, num_names: int):
     """A folder of random JPEG images, root/{train,val}/{cat,dog}/NUMBER.jpg, of the mean size of ImageNet's.
 
-    Smooth colours under noise, 500 x 375 pixels and about 100 KB each.
-
-    Args:
-        num_photographs: images that differ.
-        num_names: training images; those beyond the first `num_photographs` are links to them.
+    Smooth colours under noise, 500 x 375 pixels and about 100 KB each. The `num_names` training images are links to
+    `num_photographs` files.
     """
     random = np.random.RandomState(0)
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
@@ -130,7 +117,6 @@ def make_photographs(root: Path, num_photographs: int, num_names: int):
         noise = random.randint(0, 50, (375, 500, 3))
         Image.fromarray((0.8 * np.asarray(coarse) + noise).astype(np.uint8)).save(root / f"{number}.jpg", quality=92)
     for number in range(num_names):
-        name, photograph = f"{('cat', 'dog')[number % 2]}/{number}.jpg", root / f"{number % num_photographs}.jpg"
-        (root / "train" / name).symlink_to(photograph.resolve())
-        if number < 2:
-            (root / "val" / name).symlink_to(photograph.resolve())
+        for split in ("train", "val") if number < 2 else ("train",):
+            link = root / split / ("cat", "dog")[number % 2] / f"{number}.jpg"
+            link.symlink_to((root / f"{number % num_photographs}.jpg").resolve())

@@ -17,12 +17,10 @@ NOT_STARTED, NOT_FINISHED, FINISHED, FAILED = "not started", "not finished", "fi
 
 
 class Part(NamedTuple):
-    """A part of a report.
+    """A part of a report: a function, and its fraction of the time, to which the rest of earlier parts' is added.
 
-    Attributes:
-        function: called in a new process with the inputs, the results of all parts so far ({name: result}), and `send`,
-            to which it passes each dict of results as soon as it is known.
-        fraction: of the time of the report. Time that earlier parts did not use is added.
+    The function is called in a new process with the inputs, the results of all parts so far ({name: result}), and
+    `send`, to which it passes each dict of results as soon as it is known.
     """
 
     function: Callable
@@ -32,19 +30,16 @@ class Part(NamedTuple):
 def run_parts(
     parts: dict[str, Part], inputs: tuple, seconds: float, write: Callable[[dict], None], log: Path, start_method: str
 ) -> dict[str, dict]:
-    """Run the parts one after the other.
+    """Run the parts one after the other within `seconds`; returns {name: result}.
+
+    A result has what its part has sent, its `state`, its `seconds`, and a `note` if it did not finish. While a part
+    runs its state is "not finished", so that an interrupted report is correct.
 
     Args:
-        parts: in order.
         inputs: first arguments of every part.
-        seconds: time for all parts together.
         write: called with all results so far whenever they change.
         log: file that receives what the parts print.
         start_method: multiprocessing's.
-
-    Returns:
-        {name: result}. A result has what its part has sent, its `state`, its `seconds`, and a `note` if it did not
-        finish. While a part runs its state is "not finished", so that an interrupted report is correct.
     """
     results = {name: {"state": NOT_STARTED} for name in parts}
     report_start, fraction = time.monotonic(), 0.0

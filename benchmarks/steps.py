@@ -86,18 +86,9 @@ def seconds_of_a_step(runs: dict[str, Run], rounds: int, num_steps: int, device:
 def step_measures(
     run: Run, seconds: float, args: Namespace, device: torch.device, product_seconds: float
 ) -> dict[str, float | None]:
-    """The row of a training step in a table.
+    """The row of a training step of `seconds` in a table; {key of `STEP_COLUMNS`: value}.
 
-    Args:
-        run: takes training steps.
-        seconds: time of a step.
-        args: main.py's flags.
-        device: that it runs on.
-        product_seconds: time of the matrix products for one image at the speed of a product of large matrices.
-
-    Returns:
-        ms, images_per_s, peak_mib (beyond weights, average and state), utilisation (fraction of the speed of a product
-        of large matrices), and host_syncs (waits of the host for the GPU in a step, None on a CPU).
+    `product_seconds` is the time of the matrix products for one image at the speed of a product of large matrices.
     """
     return {
         "ms": 1000 * seconds,
