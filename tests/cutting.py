@@ -18,11 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from helpers import few_digits
 
 import main
 from pipeline.batch_augmentation import BatchAugmentation
 from training import checkpoint, checkpoint_files, saving
 
+DIGITS = 960  # of the program's data set
 TIMES = ("images_per_s", "data_wait", "training_seconds")  # endings of the names of measured times
 
 
@@ -163,6 +165,7 @@ if __name__ == "__main__":
 
     recorder = InputRecorder(setattr, interrupt)
     try:
-        main.command_line(flags)
+        with few_digits(DIGITS):
+            main.command_line(flags)
     finally:
         Path(out, f"{own}.json").write_text(json.dumps(recorder.indices))

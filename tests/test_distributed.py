@@ -1,26 +1,7 @@
 """Two gloo ranks on this machine do what one process does."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 from ranks import run_ranks
-
-ROOT = Path(__file__).parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def run(command, **environment):
-    return subprocess.run(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 def test_two_ranks_take_the_steps_of_one_process_with_all_terms(tmp_path):
@@ -32,12 +13,12 @@ def test_two_ranks_take_the_steps_of_one_process_with_all_terms(tmp_path):
         torch.testing.assert_close(weights[1][name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_main_under_torchrun_skips_a_step_on_both_ranks_and_names_the_rank(tmp_path):
+def test_main_skips_a_step_on_both_ranks_and_names_the_rank():
     # The learning rate makes the loss overflow; both ranks must agree on every skipped step to finish.
     model = "--model deit_tiny_patch16_224_diverse --input-size 32 --patch-size 8 --model-kwargs depth=1 embed_dim=24"
     data = "--data-set FAKE --num-classes 4 --num-workers 0 --batch-size 64 --epochs 1 --aa none --no-repeated-aug"
     steps = "--emb_cos_within_coef 1 --opt sgd --lr 1e30 --unscale-lr --warmup-epochs 0 --max-nonfinite-steps 99"
-    result = run([*TORCHRUN, "main.py", *f"{model} {data} {steps}".split()])
+    result = run_ranks(2, "main.py", *f"{model} {data} {steps}".split())
     assert result.returncode == 0, result.stderr
     skipped = [line for line in result.stdout.splitlines() if "step skipped" in line]
     assert any("rank 0" in line for line in skipped)

@@ -55,6 +55,7 @@ def files_of_the_repository():
     return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
+@pytest.mark.slow
 def test_the_report_has_every_part_and_nothing_is_written_elsewhere(start):
     start, folder, elsewhere = start
     before = files_of_the_repository()
