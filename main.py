@@ -29,10 +29,9 @@ def main(args: Namespace, world: World):
     set_backends(args.fused_attn, args.tf32, args.deterministic)
     with loader_errors():
         if args.eval:
-            evaluate_only(args, world)
-        else:
-            with lock_run_folder(args.output_dir, world, args.resume) as folder:
-                train(args, world, folder)
+            return evaluate_only(args, world)
+        with lock_run_folder(args.output_dir, world, args.resume) as folder:
+            train(args, world, folder)
 
 
 def evaluate_only(args: Namespace, world: World):
@@ -69,7 +68,12 @@ def train(args: Namespace, world: World, folder: Path | None):
     start = resume(state, args.resume, args.output_dir, world, finetune=args.finetune, global_batch=global_batch)
     data.mark_bad_images(start.bad_images)
     if start.path and state.epoch >= num_epochs and not needs_summary(args.output_dir, start.path):
-        return report_finished(args, world, start.path, num_epochs)
+        if args.resume != "auto":
+            line = f"--resume {start.path} has finished its {num_epochs} epochs; raise --epochs or use --eval"
+            raise SystemExit(f"error: {line}")
+        if world.is_main:
+            print(f"{args.output_dir} has finished its {num_epochs} epochs")
+        return
 
     tables = [args.preset and f"preset {args.preset}", diverse_loss.objective.table(), diverse_loss.tapped.table()]
     tables = "\n".join(filter(None, tables))
@@ -98,18 +102,15 @@ def train(args: Namespace, world: World, folder: Path | None):
     guard = FiniteGuard(args.max_nonfinite_steps, world, skipped, data.step_images)
     update = GuardedUpdate(model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad)
     progress = Progress(state, data.num_steps, log, world, args.log_interval)
+
+    def extras() -> dict:
+        return {"args": vars(args), "global_batch": global_batch, "bad_images": data.bad_images(world)}
+
     with StopSignals() as signals:
         saver = Saver(
-            state,
-            lambda: {"args": vars(args), "global_batch": global_batch, "bad_images": data.bad_images(world)},
-            folder,
-            log,
-            world,
-            signals,
-            steps=args.save_every_steps,
-            minutes=args.save_every_minutes,
-            keep=args.keep_checkpoints,
-        )
+            state, extras, folder, log, world, signals,
+            steps=args.save_every_steps, minutes=args.save_every_minutes, keep=args.keep_checkpoints,
+        )  # fmt: skip
         record, test_stats = {}, None
         while state.epoch < num_epochs:
             epoch, last_step = state.epoch, (state.epoch + 1) * data.num_steps - 1
@@ -129,28 +130,16 @@ def train(args: Namespace, world: World, folder: Path | None):
         saver.close()
 
         test_stats = test_stats or evaluate_both(model, model_ema, data, world, amp_dtype)
-        if record:
-            log.print(terms_table(record))
-        log.print(f"training time {datetime.timedelta(seconds=round(state.seconds))}\n{accuracy_line(test_stats)}")
+        seconds = round(state.seconds)
+        lines = [terms_table(record), f"training time {datetime.timedelta(seconds=seconds)}", accuracy_line(test_stats)]
+        log.print("\n".join(filter(None, lines)))
         if folder:
-            draw_curves(folder, diverse_loss.objective.coefs)
-            write_summary(folder, num_epochs, round(state.seconds), test_stats)
+            from reports import figures  # here, as matplotlib takes a second to import
+
+            figures.curves(folder, list(diverse_loss.objective.coefs))
+            write_summary(folder, num_epochs, seconds, test_stats)
             log.print(f"run folder: {folder}")
         log.close()
-
-
-def report_finished(args: Namespace, world: World, path: str, num_epochs: int):
-    """Report that a checkpoint has no epoch left: an error, unless `--resume auto` found it."""
-    if args.resume != "auto":
-        raise SystemExit(f"error: --resume {path} has finished its {num_epochs} epochs; raise --epochs or use --eval")
-    if world.is_main:
-        print(f"{args.output_dir} has finished its {num_epochs} epochs")
-
-
-def draw_curves(folder: Path, coefs: dict[str, float]):
-    from reports import figures  # here, as matplotlib takes a second to import
-
-    figures.curves(folder, list(coefs))
 
 
 def redundancy_figure(epoch: int, report: dict):

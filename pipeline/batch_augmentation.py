@@ -38,22 +38,14 @@ class BatchErasing:
         probability: of an image to be erased at all.
         mode: what a box is filled with: "const", zeros; "rand", one normal colour per box; "pixel", normal noise.
         max_count: most boxes of an image, which divide the area among them.
-        min_area, max_area: of a box, as fractions of the image's.
-        min_aspect: lowest ratio of height to width; the highest is its inverse.
     """
 
-    def __init__(
-        self,
-        probability: float,
-        mode: str = "pixel",
-        max_count: int = 1,
-        min_area: float = 0.02,
-        max_area: float = 1 / 3,
-        min_aspect: float = 0.3,
-    ):
+    AREAS = (0.02, 1 / 3)  # smallest and largest, as fractions of the image's
+    LOG_ASPECTS = (math.log(0.3), -math.log(0.3))  # of height over width
+
+    def __init__(self, probability: float, mode: str = "pixel", max_count: int = 1):
         assert mode in ("const", "rand", "pixel"), f"unknown mode {mode!r}"
         self.probability, self.mode, self.max_count = probability, mode, max_count
-        self.areas, self.log_aspects = (min_area, max_area), (math.log(min_aspect), -math.log(min_aspect))
 
     def draw(self, batch: int, image_size: tuple[int, int]) -> torch.Tensor:
         """Boxes (yl, yh, xl, xh) in pixels, [B, max_count, 4] int32 on the CPU, from numpy's global generator.
@@ -63,8 +55,8 @@ class BatchErasing:
         shape = (batch, self.max_count)
         count = np.random.randint(1, self.max_count + 1, size=(batch, 1))
         is_drawn = (np.random.rand(batch, 1) < self.probability) & (np.arange(self.max_count) < count)
-        area = np.random.uniform(*self.areas, size=(10, *shape)) * np.prod(image_size) / count
-        aspect = np.exp(np.random.uniform(*self.log_aspects, size=(10, *shape)))
+        area = np.random.uniform(*self.AREAS, size=(10, *shape)) * np.prod(image_size) / count
+        aspect = np.exp(np.random.uniform(*self.LOG_ASPECTS, size=(10, *shape)))
         sides = np.rint(np.sqrt((area * aspect, area / aspect))).astype(int)
         image_sides = np.array(image_size)[:, None, None]
         fits = (sides < image_sides[:, None]).all(axis=0)

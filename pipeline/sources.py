@@ -214,11 +214,7 @@ def _digits(options: SourceOptions, is_training: bool) -> Dataset:
     return Digits(is_training)
 
 
-def _numbers(dataset: Dataset) -> list[str]:
-    return [str(label) for label in range(dataset.num_classes)]
-
-
-@data_set("FAKE", "random images, to test a machine", flags=(), class_names=_numbers)
+@data_set("FAKE", "random images, to test a machine", flags=(), class_names=lambda d: [*map(str, range(d.num_classes))])
 def _fake(options: SourceOptions, is_training: bool) -> Dataset:
     """Not needed: 1,024 images to train on and 256 to evaluate, of `--num-classes` classes (1,000 by default)."""
     from torchvision.datasets import FakeData

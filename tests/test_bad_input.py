@@ -215,18 +215,22 @@ def test_files_that_are_missing_or_damaged(refused, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (("--resume",), "has no epoch, lr_scheduler, optimizer, scaler; training continues from checkpoint.pth"),
-        (("--finetune",), "does not fit VisionTransformer: "),
-        (("--eval", "--resume"), "does not fit VisionTransformer: "),
-        (("--eval", "--finetune"), "does not fit VisionTransformer: "),
-        (TEACHER, "does not fit VisionTransformer: "),
-    ],
-)
-def test_files_of_another_shape(refused, tmp_path, flags, reason):
+    ("flags", "width", "others"), [("--finetune", 24, 29), ("--eval --resume", 24, 30), ("--eval --finetune", 24, 29),
+                                   (" ".join(TEACHER), 192, 150)],
+)  # fmt: skip
+def test_files_of_another_shape(refused, tmp_path, flags, width, others):
     path = weights(tmp_path / "wide.pth", embed_dim=48)
-    assert refused(*flags, path).startswith(f"error: {flags[-1]} {path} {reason}")
+    misfit = f"blocks.0.attn.proj.bias is [48] in the file and [{width}] in the model, and {others} more"
+    flags = flags.split()
+    assert refused(*flags, path) == f"error: {flags[-1]} {path} does not fit VisionTransformer: {misfit}"
+
+
+def test_weights_alone_are_not_continued(refused, tmp_path):
+    path = weights(tmp_path / "weights.pth")
+    assert refused("--resume", path) == (
+        f"error: --resume {path} has no epoch, lr_scheduler, optimizer, scaler; training continues from "
+        "checkpoint.pth, other weights start a new run with --finetune"
+    )
 
 
 def test_weights_for_another_kind_of_model(refused, tmp_path):

@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 import engine
 from benchmarks.fake_cuda import CUDA, fake_cuda
 from diversity import REGULARIZERS
+from diversity.distillation import DistillationLoss
 from pipeline.batch_augmentation import BatchAugmentation, Draws, Normalize
 from pipeline.prefetch import Prefetcher
 from training.background import copy_to_cpu
@@ -26,7 +27,6 @@ from training.build import (
     build_optimizer,
 )
 from training.checkpoint import TrainState
-from training.distillation import DistillationLoss
 from training.guard import FiniteGuard, GuardedUpdate
 from utils import World
 

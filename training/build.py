@@ -19,12 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Data
 from diversity import DiverseLoss, DiversityObjective, PatchMixup, TapError
+from diversity.distillation import DistillationLoss
 from models import build_model
 from models.execution import embed_patches_by_product, enable_grad_checkpointing, keep_residual_in_bfloat16
 from models.weights import load_weights
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
 from training import arguments
-from training.distillation import DistillationLoss
 from training.parsing import flag_of
 from utils import World
 

@@ -24,14 +24,8 @@ def add_augmentation(parser):
         help="of training crops")  # fmt: skip
     add("--scale", type=fraction, nargs=2, default=[0.08, 1.0], metavar=("LOW", "HIGH"),
         help="area of random crops, as fractions of the image")  # fmt: skip
-    add(
-        "--ratio",
-        type=positive_float,
-        nargs=2,
-        default=[0.75, 4 / 3],
-        metavar=("LOW", "HIGH"),
-        help="aspect ratio of random crops",
-    )
+    add("--ratio", type=positive_float, nargs=2, default=[0.75, 4 / 3], metavar=("LOW", "HIGH"),
+        help="aspect ratio of random crops")  # fmt: skip
     add("--hflip", type=fraction, default=0.5, help="probability of a horizontal flip; 0 = off")
     add("--repeated-aug", action=Switch, default=True,
         help="augment each drawn image --aug-repeats times")  # fmt: skip
@@ -58,28 +52,16 @@ def add_data(parser):
     add("--train-split", "--train-dir", default="train", metavar="NAME", help="sub-folder or split to train on")
     add("--val-split", "--val-dir", default=None, metavar="NAME",
         help="sub-folder or split to evaluate on; None = val (folders) or validation (timm names)")  # fmt: skip
-    add(
-        "--num-classes",
-        type=positive_int,
-        default=None,
-        help="None = counted; needed for a data set without class names",
-    )
+    add("--num-classes", type=positive_int, default=None,
+        help="None = counted; needed for a data set without class names")  # fmt: skip
     add("--inat-category", default="name", help="iNaturalist label",
         choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
     add("--eval-crop-ratio", type=positive_float, default=0.875, help="centre crop over resized side, above 32 px")
-    add(
-        "--max-bad-images",
-        type=nonneg_int,
-        default=100,
-        help="unreadable training images a process replaces before training stops",
-    )
-    add(
-        "--num-workers",
-        type=nonneg_int,
-        default=None,
+    add("--max-bad-images", type=nonneg_int, default=100,
+        help="unreadable training images a process replaces before training stops")  # fmt: skip
+    add("--num-workers", type=nonneg_int, default=None,
         help="loader processes per rank, half as many for evaluation; None = the cores this process may use, "
-        "less two on a GPU machine, divided among the local ranks; at least 1",
-    )
+        "less two on a GPU machine, divided among the local ranks; at least 1")  # fmt: skip
     add("--loader-timeout", type=nonneg_int, default=600, metavar="SECONDS",
         help="longest wait for a loader process before the run stops with an error; 0 = no limit")  # fmt: skip
     add("--pin-mem", action=Switch, default=True, help="page-locked batches on a GPU machine")

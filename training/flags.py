@@ -27,7 +27,6 @@ from training.parsing import (
     seed_int,
 )
 
-DISTILLATION_TYPES = ("none", "soft", "hard")
 REMOVED = {
     "--fused-opt": "AdamW and Adam always take a step in one kernel",
     "--decode-once": "an image is always decoded once for its repeated augmentations in a batch",
@@ -57,12 +56,8 @@ def build_parser() -> Parser:
 def _run(parser):
     add = parser.add_argument_group("run").add_argument
     add("--config", metavar="YAML", help="flags from a file such as a run's args.yaml; the command line overrides it")
-    add(
-        "--output-dir",
-        default="",
-        metavar="DIR",
-        help="run folder for log, checkpoints and curves; empty = nothing saved",
-    )
+    add("--output-dir", default="", metavar="DIR",
+        help="run folder for log, checkpoints and curves; empty = nothing saved")  # fmt: skip
     add("--resume", default="", metavar="FILE",
         help="continue from a checkpoint.pth (or evaluate it, with --eval); "
         "auto = the newest undamaged one of --output-dir, or start if there is none")  # fmt: skip
@@ -77,12 +72,8 @@ def _run(parser):
     add("--start-epoch", type=nonneg_int, default=0, help="first epoch; --resume sets it")
     add("--batch-size", type=positive_int, default=64, help="images per process and step")
     add("--accum-steps", type=positive_int, default=1, help="batches accumulated per optimizer step; 1 = off")
-    add(
-        "--seed",
-        type=seed_int,
-        default=0,
-        help="of weights, data order, augmentation, mixing, dropout and start vectors",
-    )
+    add("--seed", type=seed_int, default=0,
+        help="of weights, data order, augmentation, mixing, dropout and start vectors")  # fmt: skip
     add("--deterministic", action=Switch, default=False,
         help="repeat a run bit for bit on a GPU too, more slowly")  # fmt: skip
     add("--device", type=device_name, default="auto", metavar="{auto,cuda,cpu}", help="auto = cuda where there is one")
@@ -150,13 +141,8 @@ def _diversity(parser):
         help="tokens = one weight for each token, as released; equal = for class token and patches")  # fmt: skip
     for term in REGULARIZERS.values():
         paper = f"[{term.coef:g}]" if term.coef else "[off]"
-        add(
-            flag_of(f"{term.name}_coef"),
-            type=nonneg_float,
-            default=0.0,
-            metavar="COEF",
-            help=f"{term.formula} {paper}".replace("%", "%%"),
-        )
+        add(flag_of(f"{term.name}_coef"), type=nonneg_float, default=0.0, metavar="COEF",
+            help=f"{term.formula} {paper}".replace("%", "%%"))  # fmt: skip
     for alias, name in ALIASES.items():
         add(flag_of(f"{alias}_coef"), type=nonneg_float, default=0.0, metavar="COEF",
             help=f"another name of {flag_of(f'{name}_coef')}")  # fmt: skip
@@ -211,12 +197,8 @@ def _schedule(parser):
     ).add_argument
     add("--lr", type=positive_float, default=5e-4, help="learning rate at 512 images per step, scaled linearly")
     add("--unscale-lr", action=Switch, default=False, help="do not scale --lr")
-    add(
-        "--sched",
-        choices=("cosine", "tanh", "step", "poly", "plateau", "constant"),
-        default="cosine",
-        help="timm schedule",
-    )
+    add("--sched", choices=("cosine", "tanh", "step", "poly", "plateau", "constant"), default="cosine",
+        help="timm schedule")  # fmt: skip
     add("--warmup-lr", type=nonneg_float, default=1e-6, help="learning rate at the start of warm-up, not scaled")
     add("--warmup-epochs", type=nonneg_int, default=5, help="epochs of linear warm-up; 0 = off")
     add("--min-lr", type=nonneg_float, default=1e-5, help="lowest learning rate, not scaled")
@@ -232,7 +214,7 @@ def _schedule(parser):
 
 def _distillation(parser):
     add = parser.add_argument_group("distillation").add_argument
-    add("--distillation-type", choices=DISTILLATION_TYPES, default="none", help="from a teacher; none = off")
+    add("--distillation-type", choices=("none", "soft", "hard"), default="none", help="from a teacher; none = off")
     add("--teacher-model", default="regnety_160", help="timm name of the teacher")
     add("--teacher-path", default="", metavar="FILE", help="weights of the teacher")
     add("--distillation-alpha", type=fraction, default=0.5, help="weight of the teacher in the loss, 0 to 1")

@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 
 from diversity import DiverseLoss, DiversityObjective, PatchMixup, TapError, TappedViT
-from training.distillation import DistillationLoss
+from diversity.distillation import DistillationLoss
 
 COEFS = {"mixing": 1.0, "emb_cos_within": 0.5, "emb_contrast_cross": 0.5, "attn_cos_within": 0.1}
 PROBED = {"weight_mha_cond_orth": 0.01}
