@@ -1,13 +1,12 @@
 """CUDA tensors without a GPU, which compute shapes, dtypes and devices only.
 
 Under FakeTensorMode a tensor may claim the device "cuda". An operation that mixes devices then raises as on a GPU. What
-the CUDA driver would do is replaced: streams, events, generators, and torch's autograd engine, whose nodes are called
-from Python. It uses private parts of torch 2.14.
+the CUDA driver would do is replaced: generators, and torch's autograd engine, whose nodes are called from Python. It
+uses private parts of torch 2.14.
 """
 
 import collections
 import contextlib
-from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -21,33 +20,14 @@ CUDA = torch.device("cuda", 0)
 
 
 @contextlib.contextmanager
-def fake_cuda(on_wait: Callable[[str], None] = lambda what: None):
-    """Within, tensors may be on "cuda" on any machine; `on_wait` is called with the reason when the host waits."""
-
-    def tolist(tensor):
-        if tensor.device.type == "cuda":
-            on_wait("tolist reads values of the device")
-        value = True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
-        for size in reversed(tensor.shape):
-            value = [value] * size
-        return value
-
-    event = mock.Mock(spec=["record", "query", "synchronize"], **{"query.return_value": False})
-    event.synchronize.side_effect = lambda: on_wait("waits for an event")
+def fake_cuda():
+    """Within, tensors may be on "cuda" on any machine."""
     stand_ins = {
         "torch.autograd.backward": backward,
         "torch.autograd.grad": grad,
-        "torch.cuda.Event": lambda *_, **__: event,
-        "torch.cuda.Stream": mock.MagicMock(),
-        "torch.cuda.current_stream": mock.MagicMock(),
-        "torch.cuda.stream": lambda stream: contextlib.nullcontext(),
         "torch.cuda.default_generators": (mock.Mock(),),
         "torch.cuda.is_bf16_supported": lambda **_: True,
-        "torch.cuda.max_memory_allocated": lambda *_: 0,
-        "torch.cuda.synchronize": lambda *_: on_wait("torch.cuda.synchronize"),
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
-        "torch.Tensor.tolist": tolist,
-        "torch._subclasses.fake_tensor.FakeTensor.tolist": tolist,
         "torch.nn.Module.to": _to,
     }
     with contextlib.ExitStack() as stack:

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from helpers import REPOSITORY
@@ -100,7 +101,34 @@ def _running_line() -> str:
 
 @contextlib.contextmanager
 def watched_fake_cuda() -> Iterator[Watch]:
-    """`fake_cuda` with a `Watch`."""
+    """`fake_cuda` with streams and events that do nothing, and with a `Watch`."""
     watch = Watch()
-    with fake_cuda(lambda what: watch.add("wait", what)), watch:
-        yield watch
+
+    def on_wait(what):
+        watch.add("wait", what)
+
+    def tolist(tensor):
+        if tensor.device.type == "cuda":
+            on_wait("tolist reads values of the device")
+        value = True if tensor.dtype == torch.bool else 1.0 if tensor.is_floating_point() else 1
+        for size in reversed(tensor.shape):
+            value = [value] * size
+        return value
+
+    event = mock.Mock(spec=["record", "query", "synchronize"], **{"query.return_value": False})
+    event.synchronize.side_effect = lambda: on_wait("waits for an event")
+    stand_ins = {
+        "torch.cuda.Event": lambda *_, **__: event,
+        "torch.cuda.Stream": mock.MagicMock(),
+        "torch.cuda.current_stream": mock.MagicMock(),
+        "torch.cuda.stream": lambda stream: contextlib.nullcontext(),
+        "torch.cuda.max_memory_allocated": lambda *_: 0,
+        "torch.cuda.synchronize": lambda *_: on_wait("torch.cuda.synchronize"),
+        "torch.Tensor.tolist": tolist,
+        "torch._subclasses.fake_tensor.FakeTensor.tolist": tolist,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(mock.patch(name, stand_in))
+        stack.enter_context(fake_cuda())
+        yield stack.enter_context(watch)

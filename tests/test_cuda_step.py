@@ -13,7 +13,7 @@ from helpers import parse, train_epoch
 from timm.utils import ModelEmaV3
 
 import engine
-from benchmarks.fake_cuda import CUDA, fake_cuda
+from benchmarks.fake_cuda import CUDA
 from diversity import REGULARIZERS
 from diversity.distillation import DistillationLoss
 from pipeline.batch_augmentation import BatchAugmentation, Draws, Normalize
@@ -143,7 +143,7 @@ def test_decisions_are_read_at_the_same_step_on_all_ranks():
 
 
 def test_the_buffers_of_saves_are_allocated_once():
-    with fake_cuda():
+    with watched_fake_cuda():
         state = {"model": {"a": torch.empty(3, device=CUDA), "b": [torch.empty(2, 2, device=CUDA)]}, "epoch": 1}
         buffers = {}
         first = copy_to_cpu(state, buffers)
