@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -14,15 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from reports.run_folders import LOG, read_log
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe and Ito, colour-blind safe
+# Okabe and Ito, colour-blind safe
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 plt.rcParams.update(
     {
@@ -43,6 +37,11 @@ def curve_styles() -> Iterator[dict]:
     return itertools.cycle([{"color": colour, "linestyle": style} for style in STYLES for colour in COLOURS])
 
 
+def panels(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
+    """A figure of a size in inches, and its axes [rows, columns]."""
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
+
+
 def save(figure: Figure, path: Path):
     """Write path.png and path.pdf, and close the figure."""
     figure.savefig(path.with_name(f"{path.name}.png"))
@@ -52,20 +51,15 @@ def save(figure: Figure, path: Path):
 
 
 def curves(output_dir: Path, terms: list[str]) -> Path | None:
-    """Draw `curves.png` from a run's log.txt: losses, accuracies, and each term's raw value.
+    """Draw `curves.png` from the log.txt of a run folder: losses, accuracies, and the raw values of `terms`.
 
-    Args:
-        output_dir: the run folder.
-        terms: names of the terms to draw, at most one curve each.
-
-    Returns:
-        The figure's path; None when the log has no epoch.
+    Returns the figure's path; None when the log has no epoch.
     """
     records = read_log(output_dir / LOG)
     if not records:
         return None
     columns = 3 if terms else 2
-    figure, (loss, accuracy, *raw) = plt.subplots(1, columns, figsize=(4.4 * columns, 4.2), layout="constrained")
+    figure, ((loss, accuracy, *raw),) = panels(1, columns, 4.4 * columns, 4.2)
     _draw(loss, records, {"train_loss": "train, all terms", "test_loss": "test, raw", "test_loss_ema": "test, EMA"})
     loss.set(title="Loss", ylabel="nats per image")
     _draw(accuracy, records, {"test_acc1": "raw", "test_acc1_ema": "EMA"})
@@ -107,19 +101,18 @@ def training_curves(runs: list[tuple[str, list[dict], bool]]) -> Figure:
     Args:
         runs: for each run its configuration, its log.txt's records in order, and whether it has finished.
     """
-    panels = {
+    shown = {
         "test_acc1": ("Test accuracy, raw weights", "top-1, percent"),
         "test_acc1_ema": ("Test accuracy, EMA", "top-1, percent"),
         "train_loss": ("Training loss, all terms", "nats per image"),
     }
-    panels = {name: text for name, text in panels.items() if any(name in r for _, records, _ in runs for r in records)}
+    shown = {name: text for name, text in shown.items() if any(name in r for _, records, _ in runs for r in records)}
     marker = "o" if max(len(records) for _, records, _ in runs) < 20 else None
-    size = {"figsize": (4.2 * len(panels) + 2, 3.8), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(1, len(panels), **size)
+    figure, axes = panels(1, len(shown), 4.2 * len(shown) + 2, 3.8)
     names, handles = dict.fromkeys(name for name, _, _ in runs), []
     for name, style in zip(names, curve_styles(), strict=False):
         of_name = [(records, has_finished) for other, records, has_finished in runs if other == name]
-        for axis, column in zip(axes[0], panels, strict=True):
+        for axis, column in zip(axes[0], shown, strict=True):
             finished = []
             for records, has_finished in of_name:
                 points = {r["epoch"]: r[column] for r in records if r.get(column) is not None}
@@ -131,10 +124,10 @@ def training_curves(runs: list[tuple[str, list[dict], bool]]) -> Figure:
             axis.plot(epochs, means, **style, linewidth=2, marker=marker, markersize=3)
         label = name if any(has_finished for _, has_finished in of_name) else f"{name} (none finished)"
         handles.append(Line2D([], [], **style, linewidth=2, label=label))
-    for axis, (title, unit) in zip(axes[0], panels.values(), strict=True):
+    for axis, (title, unit) in zip(axes[0], shown.values(), strict=True):
         axis.set(title=title, xlabel="epoch", ylabel=unit)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if "test_acc1_ema" in panels:
+    if "test_acc1_ema" in shown:
         axes[0, 1].sharey(axes[0, 0])
     title, ncols = "thick: mean of finished\nseeds; thin: each seed", 1 + len(handles) // 20
     figure.legend(handles=handles, loc="outside right upper", title=title, ncols=ncols)

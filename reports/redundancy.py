@@ -59,13 +59,7 @@ def draw_heads(
 
 
 def analyze(options: Namespace, flags: list[str], world: World):
-    """Measure every RUN and write reports, tables and figures.
-
-    Args:
-        options: analyze.py's own flags.
-        flags: main.py's flags on the command line.
-        world: this process.
-    """
+    """Measure every RUN and write reports, tables and figures; `flags` are those of main.py on the command line."""
     if world.size > 1:
         raise SystemExit("error: analyze.py is one process; start it without torchrun")
     runs = options.runs

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diversity.measures import Measure, measures_of
-from reports.figures import curve_styles, plt
+from reports.figures import curve_styles, panels
 
 MAX_COLUMNS = 5
 HEADS_PER_LINE = 6
@@ -27,8 +27,7 @@ def redundancy_depth(configurations: dict[str, list[dict]]) -> Figure:
     lines = {level: math.ceil(len(measures) / MAX_COLUMNS) for level, measures in levels.items()}
     columns = max(math.ceil(len(measures) / lines[level]) for level, measures in levels.items())
     rows = sum(math.ceil(len(measures) / columns) for measures in levels.values())
-    size = {"figsize": (3 * columns, 2.7 * rows), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(rows, columns, **size)
+    figure, axes = panels(rows, columns, 3 * columns, 2.7 * rows)
     figure.get_layout_engine().set(wspace=0.05)
     stages = _stages(configurations)
     free = iter(axes.flat)
@@ -40,15 +39,15 @@ def redundancy_depth(configurations: dict[str, list[dict]]) -> Figure:
             axis.set(xlabel="layer (0: input of block 0)" if level == "embedding" else "block", ylabel=measure.unit)
         for _ in range(-len(measures) % columns):
             next(free).remove()
-    _legend_below(figure, axes[0, 0], configurations, _stages_note(stages))
+    _legend_below(figure, axes[0, 0], configurations, "grey lines: stages" if stages else None)
     return figure
 
 
 def weight_depth(configurations: dict[str, list[dict]]) -> Figure:
     """The measures of weights over the blocks, one row for each measure and one column for each matrix."""
     matrices, measures = list(_first_report(configurations)["weight"]), measures_of("weight")
-    size = {"figsize": (2.3 * len(matrices) + 0.6, 2 * len(measures)), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(len(measures), len(matrices), **size, sharex=True, sharey="row")
+    rows, columns = len(measures), len(matrices)
+    figure, axes = panels(rows, columns, 2.3 * columns + 0.6, 2 * rows, sharex=True, sharey="row")
     stages = _stages(configurations)
     for line, (key, measure) in zip(axes, measures.items(), strict=True):
         for axis, matrix in zip(line, matrices, strict=True):
@@ -57,7 +56,7 @@ def weight_depth(configurations: dict[str, list[dict]]) -> Figure:
         scale = "\n(log scale,\ngeometric mean)" if measure.geometric else ""
         line[0].set_ylabel(_title(measure, width=20) + scale)
     _titles(axes, matrices, "block")
-    _legend_below(figure, axes[0, 0], configurations, _stages_note(stages))
+    _legend_below(figure, axes[0, 0], configurations, "grey lines: stages" if stages else None)
     return figure
 
 
@@ -70,9 +69,8 @@ def weight_spectra(configurations: dict[str, list[dict]]) -> Figure:
     first = _first_report(configurations)
     matrices = list(first["spectra"])
     compared = len(configurations) > 1
-    lines = 2 if compared else 1
-    size = {"figsize": (2.6 * len(matrices), 2.7 * lines + 0.9), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(lines, len(matrices), **size, sharey="row")
+    rows = 2 if compared else 1
+    figure, axes = panels(rows, len(matrices), 2.6 * len(matrices), 2.7 * rows + 0.9, sharey="row")
     for column, matrix in zip(axes.T, matrices, strict=True):
         values = _of_runs(configurations, lambda report, matrix=matrix: _spectra(report, matrix))
         values = [np.concatenate(of_configuration) for of_configuration in values]
@@ -97,8 +95,7 @@ def variance(configurations: dict[str, list[dict]]) -> Figure:
     """Fraction of the variance of all tokens in the first principal components, in the first, middle and last layer."""
     depth = len(_first_report(configurations)["variance"]) - 1
     layers = list(dict.fromkeys((0, depth // 2, depth)))
-    size = {"figsize": (4 * len(layers), 3.8), "layout": "constrained"}
-    figure, axes = plt.subplots(1, len(layers), **size, sharey=True, squeeze=False)
+    figure, axes = panels(1, len(layers), 4 * len(layers), 3.8, sharey=True)
     for axis, layer in zip(axes[0], layers, strict=True):
         values = _of_runs(configurations, lambda report, layer=layer: 100 * np.cumsum(report["variance"][layer]))
         _draw_curves(axis, configurations, values, start=1)
@@ -136,8 +133,7 @@ def attention_heads(
     norms = [PowerNorm(0.5, vmin=0, vmax=float(kind.max())) for kind in kinds]
     lines, in_a_line, left = math.ceil(heads / HEADS_PER_LINE), min(heads, HEADS_PER_LINE), int(picture is not None)
     rows, columns = lines * len(kinds), in_a_line + left
-    size = {"figsize": (2 * columns + 1.2, 2.2 * rows + 0.4), "layout": "constrained"}
-    figure, axes = plt.subplots(rows, columns, **size, squeeze=False)
+    figure, axes = panels(rows, columns, 2 * columns + 1.2, 2.2 * rows + 0.4)
     for axis in axes.flat:
         axis.set_axis_off()
     if left:
@@ -170,19 +166,9 @@ def _of_runs(configurations: dict[str, list[dict]], read: Callable[[dict], list]
 def _draw_curves(
     axis: Axes, configurations: dict[str, list[dict]], rows: list, start: int = 0, geometric: bool = False, **options
 ) -> list[np.ndarray]:
-    """One curve for each configuration: the mean of its rows, with a light band from the least to the greatest.
+    """One curve for each configuration: the mean of its rows [n, points], with a light band from least to greatest.
 
-    Args:
-        axis: to draw on.
-        configurations: of the figure.
-        rows: each configuration's values [n, points], of every run or of every block of every run; a None breaks the
-            curve.
-        start: x of the first point.
-        geometric: draw geometric means.
-        options: further arguments of `Axes.plot`.
-
-    Returns:
-        Each configuration's curve [points].
+    A None breaks a curve. `start` is x of the first point. Returns the curves, each [points].
     """
     curves = []
     for style, (name, reports), values in zip(curve_styles(), configurations.items(), rows, strict=False):
@@ -222,10 +208,6 @@ def _first_report(configurations: dict[str, list[dict]]) -> dict:
 def _stages(configurations: dict[str, list[dict]]) -> list[int]:
     """Blocks with which a stage other than the first begins."""
     return _first_report(configurations)["stages"][1:]
-
-
-def _stages_note(stages: list[int]) -> str | None:
-    return "grey lines: stages" if stages else None
 
 
 def _titles(axes: np.ndarray, columns: list[str], xlabel: str):

@@ -81,13 +81,7 @@ class Run:
 
 
 def find_runs(outs: list[str]) -> list[Run]:
-    """Read all runs below some folders, each once.
-
-    Args:
-        outs: run folders, or folders that are searched for run folders (those with args.yaml).
-
-    Returns:
-        The runs, in the order of `outs` and sorted by their path within each.
+    """Read all runs below some folders, each once, sorted by their path within each of `outs`.
 
     Raises:
         SystemExit: a folder has no run; the runs of a configuration differ in more than their seed, or have the same.

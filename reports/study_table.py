@@ -20,21 +20,13 @@ DEFAULT_MEASURES = (
 
 def write_table(
     folders: list[str],
-    form: str = "markdown",
-    measures: list[str] | None = None,
-    baseline: str = "plain",
-    output: Path | None = None,
-    curves: Path | None = None,
+    form: str,
+    measures: list[str] | None,
+    baseline: str,
+    output: Path | None,
+    curves: Path | None,
 ):
-    """Print or write the table of the runs in some folders, and draw their training curves.
-
-    Args:
-        folders: run folders, or folders that are searched for run folders.
-        form: "markdown", "latex" or "csv".
-        measures: names of measures of redundancy; None = `DEFAULT_MEASURES`.
-        baseline: the configuration to compare with.
-        output: file of the table; None = print it.
-        curves: file that ends in .png of the training curves, which are also written as PDF; None = none.
+    """Print or write the table of the runs in some folders, and draw their training curves; see table.py's flags.
 
     Raises:
         SystemExit: there is no such run or measure, or a file cannot be written.
@@ -64,11 +56,7 @@ def write_table(
 
 
 def draw_curves(runs: list[Run], path: Path):
-    """Draw the training curves of runs as PNG and PDF.
-
-    Raises:
-        SystemExit: no run has finished an epoch.
-    """
+    """Draw the training curves of runs as PNG and PDF."""
     from reports import figures  # here, as matplotlib takes a second to import
 
     if not any(run.records for run in runs):
@@ -78,13 +66,9 @@ def draw_curves(runs: list[Run], path: Path):
 
 
 def statistics_table(runs: list[Run], source: str | None, measures: list[str], baseline: str) -> pd.DataFrame:
-    """Means over the finished runs of each configuration.
+    """Means over the finished runs of each configuration, and their differences from those of the baseline.
 
-    Args:
-        runs: of all configurations.
-        source: the file that their redundancy is read from.
-        measures: names of measures of redundancy.
-        baseline: the configuration whose means are subtracted from the others'.
+    `source` is the file that redundancy is read from.
 
     Returns:
         One row for each configuration, the baseline first. Columns: n (finished runs), unfinished and failed (runs);
@@ -113,10 +97,9 @@ def statistics_table(runs: list[Run], source: str | None, measures: list[str], b
 
 
 def text_tables(table: pd.DataFrame, measures: list[str], baseline: str) -> list[dict[str, list[str]]]:
-    """`statistics_table` as text: accuracies, then redundancy if there are `measures`.
+    """`statistics_table` as text, the best values in **bold**: accuracies, then redundancy if there are `measures`.
 
-    Returns:
-        tables: {heading: one text for each configuration, the best values in **bold**}.
+    Each table is {heading: one text for each configuration}.
     """
     states = zip(table.index, table["n"], table["unfinished"], strict=True)
     names = [name if n else f"{name} ({'unfinished' if unfinished else 'failed'})" for name, n, unfinished in states]
@@ -159,16 +142,9 @@ def _texts(table: pd.DataFrame, name: str, decimals: int | None, best, baseline:
 
 
 def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | None, list[str], list[str]]:
-    """The redundancy that the table has.
+    """The file that redundancy is read from, those of the measures that the finished runs have, and notes on them.
 
-    Args:
-        names: names of measures; None = `DEFAULT_MEASURES`, and no note if there is no redundancy at all.
-        runs: of all configurations.
-
-    Returns:
-        source: the file that redundancy is read from.
-        measures: those of the names that the finished runs have, each once.
-        notes: on what was measured, or why there is nothing.
+    No names are `DEFAULT_MEASURES`, without a note if there is no redundancy at all.
 
     Raises:
         SystemExit: a name is neither a measure of this project nor in any run.

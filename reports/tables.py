@@ -63,9 +63,7 @@ def _latex_number(text: str) -> str:
 def comparison(configurations: dict[str, list[dict]]) -> str:
     """The Markdown of analyze.py: summaries with the differences from the first configuration; layers and matrices.
 
-    Args:
-        configurations: {name: the reports of its runs}; numbers are means over them, and standard deviations of a
-            sample.
+    Numbers are means over the reports of a configuration's runs, and standard deviations of a sample.
     """
     (first_name, (first_report, *_)), *_ = configurations.items()
     known = {name: entry for name, entry in summary_measures().items() if name in first_report["summary"]}
