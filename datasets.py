@@ -140,25 +140,26 @@ def build_data(options: DataOptions, world: World, val_transform: Callable | Non
     val = build_source(options, is_training=False)
     num_classes = count_classes(options, train, val)
     prefetches = world.device.type == "cuda" if options.prefetcher is None else options.prefetcher
+    for source in (train, val):
+        if isinstance(source, IterableDataset):
+            source.target_transform = partial(_known_label, num_classes=num_classes)
     transform = val_transform or build_transform(options, is_training=False, as_bytes=prefetches)
-    val_loader = _val_loader(options, world, val, transform, num_classes)
+    val_loader = _val_loader(options, world, val, transform)
     if prefetches and val_transform is None:
         val_loader = Prefetcher(val_loader, world.device, Normalize().to(world.device))
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(None, val_loader, num_classes, num_val, accum_steps=options.accum_steps, seed=options.seed)
     if train is not None:
         transform = build_transform(options, is_training=True, as_bytes=prefetches)
-        data.train = _train_loader(options, world, train, transform, num_classes)
+        data.train = _train_loader(options, world, train, transform)
         data.num_steps = len(data.train) // options.accum_steps
         data.prefetcher = Prefetcher(data.train, world.device) if prefetches else None
     return data
 
 
-def _train_loader(
-    options: DataOptions, world: World, source: Dataset, transform: Callable, num_classes: int
-) -> DataLoader:
+def _train_loader(options: DataOptions, world: World, source: Dataset, transform: Callable) -> DataLoader:
     if isinstance(source, IterableDataset):
-        return _stream_loader(options, world, source, transform, num_classes, is_training=True)
+        return _stream_loader(options, world, source, transform, is_training=True)
     images = ReadableImages(source, transform, options.max_bad_images, options.seed, decode_once=options.decode_once)
     of_all_ranks = {"num_replicas": 1, "rank": 0, "shuffle": True, "seed": options.seed}
     repeats = options.aug_repeats if options.repeated_aug else 1
@@ -174,18 +175,14 @@ def _train_loader(
             f"--batch-size {options.batch_size}, {world.size} processes, --accum-steps {options.accum_steps}"
         )
     num_batches = num_steps * options.accum_steps
-    batches = ResumableBatches(
-        sampler, options.batch_size, num_batches, repeats, world, in_runs=options.repeats_together
-    )
+    batches = ResumableBatches(sampler, options.batch_size, num_batches, repeats, world, options.repeats_together)
     return DataLoader(images, batch_sampler=batches, **_loader_settings(options, world, is_training=True))
 
 
-def _val_loader(
-    options: DataOptions, world: World, source: Dataset, transform: Callable, num_classes: int
-) -> DataLoader:
+def _val_loader(options: DataOptions, world: World, source: Dataset, transform: Callable) -> DataLoader:
     """The share of each rank without padding: images rank, rank + size, rank + 2 size, ..."""
     if isinstance(source, IterableDataset):
-        return _stream_loader(options, world, source, transform, num_classes, is_training=False)
+        return _stream_loader(options, world, source, transform, is_training=False)
     images = ReadableImages(source, transform, max_bad=0)
     if options.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
@@ -194,12 +191,7 @@ def _val_loader(
 
 
 def _stream_loader(
-    options: DataOptions,
-    world: World,
-    source: IterableDataset,
-    transform: Callable,
-    num_classes: int,
-    is_training: bool,
+    options: DataOptions, world: World, source: IterableDataset, transform: Callable, is_training: bool
 ) -> DataLoader:
     """Training shards are divided among ranks and workers, at least one for each; every rank evaluates all images.
 
@@ -218,7 +210,6 @@ def _stream_loader(
     settings["num_workers"] = min(settings["num_workers"], num_shards)
     settings["persistent_workers"] = False  # each epoch starts new ones, seeded by it
     source.transform = transform
-    source.target_transform = partial(_known_label, num_classes=num_classes)
     source.set_loader_cfg(num_workers=settings["num_workers"])
     loader = DataLoader(source, batch_size=options.batch_size, drop_last=is_training, **settings)
     if is_training and len(loader) < options.accum_steps:

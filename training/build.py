@@ -93,8 +93,8 @@ def build_diverse_loss(
 
 def objective_settings(args: Namespace) -> dict[str, object]:
     """The arguments of `DiversityObjective` that the flags set."""
-    settings = {"coefs": arguments.coefficients(args), "smoothing": args.smoothing}
-    return settings | {"mixing_balance": args.mixing_balance} | arguments.term_options(args)
+    settings = {"smoothing": args.smoothing, "mixing_balance": args.mixing_balance}
+    return {"coefs": arguments.coefficients(args)} | settings | arguments.term_options(args)
 
 
 def tap_settings(args: Namespace) -> dict[str, object]:
@@ -184,15 +184,8 @@ def build_mixup(args: Namespace, grid: tuple[int, int] | None = None) -> PatchMi
     Args:
         grid: of the patches that need labels; None = the grid of the model, where labels are mixed for its patches.
     """
-    return PatchMixup(
-        args.mixup,
-        args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        grid=grid,
-    )
+    settings = {"prob": args.mixup_prob, "switch_prob": args.mixup_switch_prob, "mode": args.mixup_mode}
+    return PatchMixup(args.mixup, args.cutmix, cutmix_minmax=args.cutmix_minmax, grid=grid, **settings)
 
 
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:

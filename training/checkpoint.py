@@ -18,14 +18,7 @@ from training import checkpoint_files
 from training.meters import EpochTotals
 from utils import World
 
-SETTINGS = {
-    "weight_decay",
-    "betas",
-    "eps",
-    "momentum",
-    "initial_lr",
-    "fused",
-}  # of a group, by flags and device
+SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr", "fused"}  # of a group, by flags and device
 LAST = "checkpoint.pth"
 BEST = {"acc1": "checkpoint_best.pth", "acc1_ema": "checkpoint_best_ema.pth"}
 
@@ -130,7 +123,11 @@ class TrainState:
             raise SystemExit(f"error: --resume {path} was written with another optimizer: {error}") from None
         self.epoch, self.step = checkpoint["epoch"] + 1, step
         if isinstance(self.scheduler, PlateauLRScheduler):
-            _restore_plateau(self.scheduler, checkpoint["lr_scheduler"])
+            scheduler_state = dict(checkpoint["lr_scheduler"])
+            plateau = scheduler_state.pop("plateau", None)
+            self.scheduler.load_state_dict(scheduler_state)
+            if plateau is not None:
+                self.scheduler.lr_scheduler.load_state_dict(plateau)
         elif self.epoch:
             self.scheduler.step(checkpoint["epoch"])
         if checkpoint["scaler"]:  # empty when the run so far did not scale its loss
@@ -148,12 +145,6 @@ def _scheduler_state(scheduler: Scheduler) -> dict:
     if isinstance(scheduler, PlateauLRScheduler):
         state["plateau"] = scheduler.lr_scheduler.state_dict()
     return state
-
-
-def _restore_plateau(scheduler: PlateauLRScheduler, state: dict):
-    scheduler.load_state_dict({name: value for name, value in state.items() if name != "plateau"})
-    if "plateau" in state:
-        scheduler.lr_scheduler.load_state_dict(state["plateau"])
 
 
 def load_model_and_ema(model: nn.Module, model_ema: ModelEmaV3 | None, checkpoint: dict, path: str):

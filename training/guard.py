@@ -154,7 +154,10 @@ class GuardedUpdate:
             SystemExit: too many steps were not finite.
         """
         self.loss_scaler.unscale_(self.optimizer)
-        grad_norm = self._clip_gradients()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, grad_norm)
         names = [*self.terms[0]]
         num_checked = sum(not name.endswith("_share") for name in names)  # the raw values come first
         values = torch.stack([torch.stack([*terms.values()]) for terms in self.terms]).mean(dim=0)
@@ -190,15 +193,6 @@ class GuardedUpdate:
             torch._foreach_lerp_(averages, currents, 1 - self.model_ema.decay)
             for average, current in zip(*self.pairs[False], strict=True):
                 average.copy_(current)
-
-    def _clip_gradients(self) -> torch.Tensor:
-        """Norm of all gradients before clipping, 0-dim."""
-        groups = self.optimizer.param_groups
-        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
-        return norm
 
 
 def step_if(optimizer: torch.optim.Optimizer, allowed: torch.Tensor):

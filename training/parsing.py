@@ -49,22 +49,18 @@ class Parser(argparse.ArgumentParser):
         if first.preset is not None:  # replaces the preset of the file, whose other flags stay
             self._use_preset(first.preset)
         args, unknown = self.parse_known_args(words + argv)
-        if unknown:
-            self._refuse(unknown[0])
-        return args
+        if not unknown:
+            return args
+        flag = unknown[0].split("=")[0]
+        if hint := self.removed.get(flag.replace("--no-", "--", 1)):
+            self.error(f"{flag} was removed: {hint}")
+        self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists every flag)\n")
 
     def _use_preset(self, name: str | None):
         self.set_defaults(**self.plain | self.presets.get(str(name), {}))
-
-    def _refuse(self, word: str):
-        """End with an error that names the unknown argument and what to write instead."""
-        flag = word.split("=")[0]
-        if hint := self.removed.get(flag.replace("--no-", "--", 1)):
-            self.error(f"{flag} was removed: {hint}")
-        self.error(f"unknown argument {word}{did_you_mean(flag, self._option_string_actions)}")
 
     def _read(self, path: str) -> dict:
         try:

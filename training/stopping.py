@@ -56,13 +56,12 @@ class Agreement:
 
     All ranks create it, and call its methods in the same order with the same number of flags.
 
-    Args:
-        world: this process.
-        timeout: how long a rank waits for the slowest one.
+    A rank waits 30 minutes for the slowest one.
     """
 
-    def __init__(self, world: World, timeout: datetime.timedelta = datetime.timedelta(minutes=30)):
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+    def __init__(self, world: World):
+        wait = datetime.timedelta(minutes=30)
+        self.group = dist.new_group(backend="gloo", timeout=wait) if world.size > 1 else None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def vote(self, *flags: bool) -> tuple[bool, ...]:
