@@ -102,7 +102,7 @@ TOKENS = (
     "emb_cos_within: less similar tokens in the last layer\n"
     "emb_contrast_cross: each token similar to its own\nfirst embedding, not to the other tokens"
 )
-MIXING = "mixing, a supporting loss: every token\nclassified by the label of its own pixels"
+MIXING = "mixing, a supporting loss: every token\nclassified by the label of its pixels"
 
 
 def draw_mixed_image(axis):

@@ -58,7 +58,7 @@ class Progress:
         self.images += count * self.world.size
 
     def end_step(self):
-        """Count an optimizer step, which `state` already counts; report it where a line is due."""
+        """Count an optimizer step, which `state` already counts; report it every `log_interval` steps."""
         totals, now = self.state.totals, time.perf_counter()
         measured = (self.images, now - self.clock, self.waited)
         if self.is_warm:
