@@ -94,7 +94,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (source.is_stream,
          "repeated_aug aug_repeats repeats_together max_bad_images dist_eval",
          "--data-set streams: its reader skips unreadable images"),
-        (args.resume, "start_epoch", "--resume determines it"),
+        (args.resume not in ("", "auto"), "start_epoch", "--resume determines it"),
         (not args.output_dir, "tensorboard redundancy_every save_every_steps save_every_minutes keep_checkpoints",
          "nothing is written without --output-dir"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),

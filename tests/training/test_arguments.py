@@ -446,6 +446,7 @@ def test_flags_without_effect_are_said(words, named):
         "--emb_mhs_coef 1 --mhs-collapse-aware --emb-layers all",
         "--weight_mha_cond_orth_in_coef 1 --cond-orth-steps 3 --cond-orth-normalize --weight-groups fc2",
         "--attn_so_coef 1 --attn-layers 0,2 --mixing_coef 1 --mixing-balance equal",
+        "--resume auto --output-dir out --start-epoch 2",
     ],
 )
 def test_flags_with_effect_are_not(words):
