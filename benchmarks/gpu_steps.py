@@ -98,8 +98,8 @@ def measured_rows(
 
 def measured_row(run, plain, args: Namespace, own: Namespace, device: torch.device, product_seconds: float) -> dict:
     """`step_measures` of a step that has run before, and its time relative to the plain one, if there is one."""
-    num_steps = own.steps or 1
-    if own.steps is None and device.type == "cuda":
+    num_steps = own.steps
+    if num_steps is None and device.type == "cuda":
         num_steps = min(20, math.ceil(ROUND_SECONDS / seconds_of_one_step(run, device)))
     runs = {"this": run} if plain in (None, run) else {"plain": plain, "this": run}
     seconds = seconds_of_a_step(runs, own.rounds, num_steps, device)

@@ -34,7 +34,7 @@ def compare_steps(own: Namespace, args: Namespace, world: World) -> dict:
     """The plain, the diversified and the textbook step, and the diversified one with each of its terms alone."""
     runs = {name: build() for name, build in step_builders(args, world, own.terms).items()}
     device, dtype = world.device, autocast_dtype(args.amp, world.device)
-    seconds = seconds_of_a_step(runs, own.rounds, own.steps or default_steps(device), device)
+    seconds = seconds_of_a_step(runs, own.rounds, own.steps, device)
     flops = flops_of_an_image(args)
     rate = matmul_flops_per_second(device, dtype)
     steps = {}
@@ -72,13 +72,11 @@ def only(args: Namespace, names: Collection[str]) -> Namespace:
     return with_flags(args, **{f"{name}_coef": (coef or 1.0) * (name in names) for name, coef in coefs.items()})
 
 
-def default_steps(device: torch.device) -> int:
-    """Training steps of a round."""
-    return 20 if device.type == "cuda" else 1
-
-
-def seconds_of_a_step(runs: dict[str, Run], rounds: int, num_steps: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of a step of each run, over rounds of `num_steps` steps in turns."""
+def seconds_of_a_step(
+    runs: dict[str, Run], rounds: int, num_steps: int | None, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of a step of each run, over rounds of `num_steps` steps in turns; None = 20 on a GPU, else 1."""
+    num_steps = num_steps or (20 if device.type == "cuda" else 1)
     timed = {name: lambda run=run: run(num_steps) for name, run in runs.items()}
     return {name: seconds / num_steps for name, seconds in interleave(timed, rounds, device).items()}
 

@@ -15,13 +15,13 @@ from utils import World
 
 from . import training_steps
 from .measure import interleave, peak_bytes
-from .steps import default_steps, only, seconds_of_a_step
+from .steps import only, seconds_of_a_step
 
 
 def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
     """Every term alone: its time on a step's tensors, and the additional peak memory of a step with it."""
     plain, device, rounds = training_steps.plain(args, world), world.device, 5 * own.rounds
-    plain_seconds = seconds_of_a_step({"": plain}, own.rounds, own.steps or default_steps(device), device)[""]
+    plain_seconds = seconds_of_a_step({"": plain}, own.rounds, own.steps, device)[""]
     plain_bytes = peak_bytes(lambda: plain(1), device)
     model = build_initial(args, training_steps.NUM_CLASSES).to(device)
     with TappedViT(model).train() as tapped:
