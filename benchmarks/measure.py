@@ -92,7 +92,7 @@ def copy_bytes_per_second(device: torch.device) -> float:
 
 
 def seconds_of_a_call(function: Callable) -> float:
-    """Median seconds of a short function, of many calls at once, so that launching them is not measured."""
+    """Median seconds of a short function, over blocks of so many calls that launching and waiting hardly count."""
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=0.5).median
 
