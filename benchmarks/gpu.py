@@ -37,14 +37,8 @@ SOCKET_NAME = len("/pymp-12345678/listener-12345678")
 def write_report(own: Namespace, args: Namespace, world: World, heading: dict):
     """Run the parts of the report one after the other, and write it again with every result.
 
-    A run that is interrupted therefore leaves a report of what it has done. On a CPU the models are tiny.
-
-    Args:
-        own: `minutes` of the report, its folder `output`, and for the steps `rounds` and `steps` of a round (None = as
-            many as take 0.3 s).
-        args: main.py's flags.
-        world: this process.
-        heading: further content of the JSON file.
+    A run that is interrupted therefore leaves a report of what it has done. On a CPU the models are tiny. `own` and
+    `args` are the flags of benchmark.py and main.py; the JSON file begins with `heading`.
     """
     args = Namespace(**vars(args) | {"device": str(world.device)})
     folder = Path(own.output)

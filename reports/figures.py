@@ -96,10 +96,7 @@ def training_curves(runs: list[tuple[str, list[dict], bool]]) -> Figure:
     """Test accuracy, raw and EMA, and training loss of several runs against the epoch, one colour per configuration.
 
     Thin lines are runs, thick ones the mean over a configuration's finished runs. A quantity that no run has is left
-    out.
-
-    Args:
-        runs: for each run its configuration, its log.txt's records in order, and whether it has finished.
+    out. `runs` has for each run its configuration, its log.txt's records in order, and whether it has finished.
     """
     shown = {
         "test_acc1": ("Test accuracy, raw weights", "top-1, percent"),

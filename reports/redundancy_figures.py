@@ -111,20 +111,12 @@ def variance(configurations: dict[str, list[dict]]) -> Figure:
 
 
 def attention_heads(
-    maps: np.ndarray,
-    picture: np.ndarray | None,
-    prefix_tokens: list[str],
-    grid: tuple[int, int] | None,
-    title: str,
+    maps: np.ndarray, picture: np.ndarray | None, prefix_tokens: list[str], grid: tuple[int, int] | None, title: str
 ) -> Figure:
     """The attention maps of a block's heads for one image; below each, the first prefix token's row over the patches.
 
-    Args:
-        maps: [H, N, N], rows sum to 1.
-        picture: the image [S, S, 3] in 0..1, where there is one to show.
-        prefix_tokens: names of the tokens in front of the patches, in order.
-        grid: rows and columns of the patches; None when the tokens do not lie on the grid (a window of a Swin).
-        title: of the figure.
+    maps [H, N, N], rows sum to 1; picture [S, S, 3] in 0..1, if there is one to show. `prefix_tokens` are the names of
+    the tokens in front of the patches. `grid` is None when the tokens do not lie on the grid (a window of a Swin).
     """
     heads, prefix = len(maps), len(prefix_tokens)
     kinds = [maps]
