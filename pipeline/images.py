@@ -61,10 +61,6 @@ class ReadableImages(Dataset):
         """Distinct unreadable images that this process and its workers have met, or that were marked."""
         return int(self.is_bad.count_nonzero())
 
-    def bad_indices(self) -> list[int]:
-        """The images that `num_bad` counts, for a checkpoint."""
-        return self.is_bad.nonzero().flatten().tolist()
-
     def mark_bad(self, indices: Iterable[int]):
         """Count these images as unreadable; they are replaced without another attempt or report."""
         for index in indices:

@@ -97,13 +97,7 @@ def _save(state: dict, file: BinaryIO):
 
 
 def _rotate(names: list[Path], oldest: Path, undo: contextlib.ExitStack):
-    """Give each file the next name up to the first one that is free, while the newest keeps its own name as well.
-
-    Args:
-        names: of the newest file and the previous ones.
-        oldest: a temporary name, for the last file if none is free.
-        undo: receives the calls that restore the names.
-    """
+    """Give each file the next name up to the first one that is free (or `oldest`); the newest keeps its own as well."""
     free = next((number for number, name in enumerate(names) if not name.exists()), len(names))
     if free == 0 or len(names) == 1:
         return

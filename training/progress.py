@@ -32,7 +32,14 @@ class Progress:
 
     def batches(self, loader: Iterable) -> Iterator:
         """The loader's batches for the rest of an epoch; the time spent waiting for each is added up."""
-        self._begin_epoch()
+        self.images, self.waited = 0, 0.0  # of the step in progress
+        self.step_images = 0  # of the last step
+        self.first = (0, 0.0, 0.0)  # images, seconds and waiting of this process's first step
+        self.window = [0, 0.0, 0.0]  # the same since the last console line
+        self.clock = time.perf_counter()
+        is_on_terminal = self.world.is_main and sys.stderr.isatty()
+        steps = {"initial": self.state.step, "total": self.num_steps}
+        self.bar = tqdm(**steps, desc=f"epoch {self.state.epoch}", leave=False, disable=not is_on_terminal)
         batches = iter(loader)
         while True:
             start = time.perf_counter()
@@ -42,16 +49,6 @@ class Progress:
                 return
             self.waited += time.perf_counter() - start
             yield batch
-
-    def _begin_epoch(self):
-        self.images, self.waited = 0, 0.0  # of the step in progress
-        self.step_images = 0  # of the last step
-        self.first = (0, 0.0, 0.0)  # images, seconds and waiting of this process's first step
-        self.window = [0, 0.0, 0.0]  # the same since the last console line
-        self.clock = time.perf_counter()
-        is_on_terminal = self.world.is_main and sys.stderr.isatty()
-        steps = {"initial": self.state.step, "total": self.num_steps}
-        self.bar = tqdm(**steps, desc=f"epoch {self.state.epoch}", leave=False, disable=not is_on_terminal)
 
     def count_images(self, count: int):
         """Count the images of a batch of this process; all processes have as many."""

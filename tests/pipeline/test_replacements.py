@@ -52,7 +52,7 @@ def test_a_replacement_is_the_next_image_with_its_label(tmp_path):
         image, label = images[index]
         assert np.array_equal(image, np.asarray(source[good][0]))
         assert label == source[good][1]
-    assert images.bad_indices() == BAD
+    assert images.is_bad.nonzero().flatten().tolist() == BAD
 
 
 def test_a_replacement_is_augmented_as_the_sample_that_it_replaces(tmp_path):
@@ -97,7 +97,7 @@ def test_pixels_depend_on_the_sample_alone(tmp_path, capfd, num_workers):
     pixels, labels = read_samples(images, SAMPLES, num_workers)
     assert torch.equal(pixels, torch.stack([image for image, _ in expected]))
     assert labels == [label for _, label in expected]
-    assert images.bad_indices() == BAD
+    assert images.is_bad.nonzero().flatten().tolist() == BAD
     assert len({image.numpy().tobytes() for image in pixels}) == len(SAMPLES)
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == len(bad)
@@ -106,13 +106,13 @@ def test_pixels_depend_on_the_sample_alone(tmp_path, capfd, num_workers):
         assert line.startswith("unreadable image") and line.endswith("; replaced by the next one")
 
     again = fresh()
-    again.mark_bad(images.bad_indices())
+    again.mark_bad(images.is_bad.nonzero().flatten().tolist())
     for path in bad:
         photo(99).save(path, "png")  # would be readable
     rest, labels = read_samples(again, SAMPLES[20:], num_workers)
     assert torch.equal(rest, pixels[20:])
     assert labels == [label for _, label in expected[20:]]
-    assert again.bad_indices() == BAD
+    assert again.is_bad.nonzero().flatten().tolist() == BAD
     assert capfd.readouterr().err == ""
 
 
@@ -171,9 +171,9 @@ def test_marks_count_and_are_checked(tmp_path, capsys):
     source, _ = damaged_folder(tmp_path)
     images = ReadableImages(source, np.asarray, max_bad=3)
     images.mark_bad([])
-    assert images.bad_indices() == []
+    assert images.is_bad.nonzero().flatten().tolist() == []
     images.mark_bad([12, 2, 2])
-    assert images.bad_indices() == [2, 12]
+    assert images.is_bad.nonzero().flatten().tolist() == [2, 12]
     images[3]
     assert (images.num_bad, capsys.readouterr().err.count("unreadable")) == (3, 1)
     with pytest.raises(BadImageError, match="number 4; 3 may be replaced"):

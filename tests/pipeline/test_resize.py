@@ -213,7 +213,9 @@ def test_a_copy_is_a_training_source(source, tmp_path, capsys):
         folder = build_source(data_options("--data-set", "IMNET", "--data-path", root), is_training=True)
         images = ReadableImages(folder, lambda image: image, max_bad=1)
         read[root.name] = [images[index] for index in range(len(images))]
-        assert [folder.samples[index][0] for index in images.bad_indices()] == [str(root / "train/dog/half.png")]
+        assert [folder.samples[index][0] for index in images.is_bad.nonzero().flatten().tolist()] == [
+            str(root / "train/dog/half.png")
+        ]
     assert len(read["copy"]) == 24
     for (original, label), (image, copied_label) in zip(read["source"], read["copy"], strict=True):
         assert copied_label == label
