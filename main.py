@@ -102,13 +102,10 @@ def train(args: Namespace, world: World, folder: Path | None):
     guard = FiniteGuard(args.max_nonfinite_steps, world, skipped, data.step_images)
     update = GuardedUpdate(model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad)
     progress = Progress(state, data.num_steps, log, world, args.log_interval)
-
-    def extras() -> dict:
-        return {"args": vars(args), "global_batch": global_batch, "bad_images": data.bad_images(world)}
-
     with StopSignals() as signals:
         saver = Saver(
-            state, extras, folder, log, world, signals,
+            state, lambda: {"args": vars(args), "global_batch": global_batch, "bad_images": data.bad_images(world)},
+            folder, log, world, signals,
             steps=args.save_every_steps, minutes=args.save_every_minutes, keep=args.keep_checkpoints,
         )  # fmt: skip
         record, test_stats = {}, None
