@@ -25,9 +25,10 @@ class DiverseLoss(nn.Module):
         loss.backward()
         logits = loss_fn.eval()(images)
 
-    Wrap this module, not the model, in DistributedDataParallel or torch.compile. Give the optimizer, the average of the
-    weights and the checkpoint `loss_fn.model`, which is the stock timm model. A model with a distillation head trains
-    it where there is a teacher, and otherwise trains the mean of its two heads.
+    Wrap this module, not the model, in DistributedDataParallel or torch.compile. Copy the model, not this module: a
+    copy would share its hooks. Give the optimizer, the average of the weights and the checkpoint `loss_fn.model`,
+    which is the stock timm model. A model with a distillation head trains it where there is a teacher, and otherwise
+    trains the mean of its two heads.
 
     Args:
         model: a timm model, on its device; see `TappedViT`.

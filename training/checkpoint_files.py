@@ -42,7 +42,8 @@ def write(state: dict, path: Path, keep: int = 2):
         with atomic_write(path, before_rename=lambda: _rotate(names, oldest, undo)) as file:
             _save(state, file)
         undo.pop_all()
-    oldest.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a later run removes it
+        oldest.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -211,6 +211,19 @@ def test_a_rotation_that_was_stopped_is_not_done_twice(tmp_path):
     assert [epoch_in(file) for file in files.candidates(path)] == [3, 2, 1]
 
 
+def test_an_old_file_that_cannot_be_removed_is_no_failed_save(tmp_path, monkeypatch):
+    path = written(tmp_path, 2, 2)
+
+    def refuse(self, missing_ok=False):
+        raise OSError(errno.EBUSY, "busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        files.write(state_of(3), path, 2)
+    assert [epoch_in(file) for file in files.candidates(path)] == [3, 2]
+    assert remove_temporary_files(tmp_path)
+
+
 def test_fewer_to_keep_removes_nothing(tmp_path):
     path = written(tmp_path, 3, 3)
     files.write(state_of(4), path, 1)
