@@ -151,7 +151,7 @@ def test_maps_are_those_before_dropout_and_the_models_own_without_fused_attentio
 
 
 @pytest.mark.parametrize("name", ["deit", "registers", "average", "distilled", "swin"])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_step_has_the_gradients_of_eager(name, autocast):
     torch._dynamo.reset()  # else the cases count as recompilations of one step
     objective = DiversityObjective({"mixing": 1.0} | dict.fromkeys(RELEASED, 0.1), smoothing=0.1)
