@@ -32,8 +32,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from PIL import Image
 from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from reports.run_folders import LOG, read_log
+from reports.run_folders import read_log
+from training.records import LOG
 
 # Okabe and Ito, colour-blind safe
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

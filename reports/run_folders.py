@@ -11,7 +11,7 @@ from typing import TextIO
 
 import yaml
 
-from training.records import read_records
+from training.records import LOG, SUMMARY, read_records
 
 ACCURACIES = {"test_acc1": "raw", "test_acc1_ema": "EMA"}
 FINITE = ("train_loss", "test_loss", "test_loss_ema", *ACCURACIES)  # in the last epoch, unless the run failed
@@ -22,7 +22,7 @@ MAY_DIFFER = (
     *("loader_timeout", "deterministic", "scale_lr_flag"),
     *("fused_opt", "decode_once"),  # of earlier versions
 )  # flags of where and how a run ran, not of what it trained
-REPORT, LOG = "redundancy.json", "log.txt"  # sources of redundancy, the better one first: analyze.py, main.py
+REPORT = "redundancy.json"  # of analyze.py; with the log of main.py the sources of redundancy, the better one first
 PROVENANCE = {
     "data_set": "data set {}",
     "split": "split {}",
@@ -143,7 +143,7 @@ def read_run(folder: Path, configuration: str) -> Run:
         run.records = read_log(folder / LOG, sys.stderr) if (folder / LOG).exists() else []
         sources = {REPORT: _reported(_read_json(folder / REPORT)), LOG: _logged(run)}
         run.redundancy = {source: measured for source, measured in sources.items() if measured.measures}
-        run.problem = _problem(run, _read_json(folder / "summary.json"))
+        run.problem = _problem(run, _read_json(folder / SUMMARY))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         run.problem = f"failed: its files cannot be read ({' '.join(str(error).split())})"
     return run

@@ -8,8 +8,9 @@ import pandas as pd
 
 from diversity.measures import summary_measures
 from diversity.spelling import did_you_mean
-from reports.run_folders import ACCURACIES, LOG, PROVENANCE, REPORT, Run, find_runs
+from reports.run_folders import ACCURACIES, PROVENANCE, REPORT, Run, find_runs
 from reports.tables import latex, markdown
+from training.records import LOG
 
 BEST = {"lower": min, "higher": max}
 DEFAULT_MEASURES = (

@@ -15,4 +15,4 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=python3
 [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # it has a process for every core
-exec "$python" "$root/pipeline/resize.py" "$@"
+PYTHONPATH=$root exec "$python" -m pipeline.resize "$@"

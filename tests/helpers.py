@@ -111,7 +111,7 @@ def photo(seed, size=40) -> Image.Image:
 
 
 def make_image_folder(root: Path, classes=("cat", "dog"), n=4, size=40, splits=("train", "val")) -> Path:
-    """root/<split>/<class>/<number>.png, n of each and no two alike; returns root."""
+    """root/<split>/<class>/<number>.png, n of each, all different; returns root."""
     seed = 0
     for split in splits:
         for name in classes:

@@ -38,7 +38,7 @@ class Finished(NamedTuple):
 def run_ranks(count: int, program: str | Path, *words, timeout: float = 240) -> Finished:
     """Run `python PROGRAM WORDS` as `count` ranks of one group, with one thread each; for `count` 1 as a plain process.
 
-    Each rank has a session of its own, as under torchrun. Those that are left after `timeout` seconds are killed.
+    Each rank has its own session, as under torchrun. Those that still run after `timeout` seconds are killed.
     """
     context, port = multiprocessing.get_context("fork"), _free_port()
     with tempfile.TemporaryDirectory() as folder:

@@ -269,7 +269,7 @@ def test_two_ranks_exchange_what_plain_data_parallel_training_does():
 
 @pytest.mark.slow
 def test_gradients_travel_early_also_compiled_with_checkpointed_blocks():
-    """In many buckets that leave while the backward pass goes on, and with equal gradients."""
+    """In many buckets that leave during the backward pass, and with equal gradients."""
     result = run_ranks(2, "tests/ddp_buckets.py")
     assert result.returncode == 0, result.stderr
     ways = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]

@@ -14,7 +14,7 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from training.records import read_records
+from training.records import LOG, read_records
 from utils import World, atomic_write
 
 
@@ -32,7 +32,7 @@ class RunLog:
 
     def __init__(self, output_dir: Path | None, world: World, tensorboard: bool, epoch: int = 0, step: int = 0):
         self.is_main = world.is_main
-        self.path = output_dir / "log.txt" if output_dir and self.is_main else None
+        self.path = output_dir / LOG if output_dir and self.is_main else None
         self.unwritten = ""
         if self.path and self.path.exists():
             self._drop_from(epoch)

@@ -1,7 +1,10 @@
-"""Reading log.txt: one JSON object per epoch, with DeiT's keys."""
+"""The names of a run's records, and reading log.txt: one JSON object per epoch, with DeiT's keys."""
 
 import json
 from pathlib import Path
+
+LOG = "log.txt"
+SUMMARY = "summary.json"
 
 
 def read_records(path: Path) -> list[dict | None]:

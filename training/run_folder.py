@@ -6,10 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from training.records import LOG, SUMMARY
 from utils import TEMPORARY, World, atomic_write, lock_folder, write_json
-
-RECORDS = "log.txt"
-SUMMARY = "summary.json"
 
 
 @contextlib.contextmanager
@@ -33,7 +31,7 @@ def lock_run_folder(folder: str, world: World, resume: str = "") -> Iterator[Pat
         path = Path(folder) if folder and world.is_main else None
         with _same_error_everywhere(folder, world):
             if path is not None:
-                if resume != "auto" and not is_inside(resume, folder) and (path / RECORDS).exists():
+                if resume != "auto" and not is_inside(resume, folder) and (path / LOG).exists():
                     raise SystemExit(
                         f"error: --output-dir {folder} already holds a run; continue it with --resume auto, "
                         "or choose another folder"

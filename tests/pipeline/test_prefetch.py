@@ -1,17 +1,17 @@
 """What a prefetcher sends to the device becomes the pixels of the float path."""
 
 import gc
-import os
-import signal
 import time
 
 import pytest
 import torch
+from cutting import content
 from data_files import write_webdataset
+from failing import Failing, hang, kill
 from helpers import data_options, few_digits, make_image_folder, world
-from test_resume import EVERYTHING, content, cut_run
+from test_resume import EVERYTHING, cut_run
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import datasets
@@ -144,27 +144,8 @@ def test_unreadable_images_are_replaced_and_counted(tmp_path, capfd):
     assert capfd.readouterr().err.count("replaced by the next one") == 2 * 2
 
 
-class Failing(Dataset):
-    """Small images, of which number 5 fails."""
-
-    def __init__(self, fail):
-        self.fail = fail
-
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        if index == 5:
-            self.fail()
-        return torch.zeros(4, 4, 3, dtype=torch.uint8), index
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def hang():
-    time.sleep(1000)
+def small_image(index):
+    return torch.zeros(4, 4, 3, dtype=torch.uint8), index
 
 
 @pytest.mark.parametrize(
@@ -173,7 +154,7 @@ def hang():
 )
 def test_a_loader_that_fails_ends_in_one_line(fail, timeout, line):
     gc.collect()  # the end of an earlier test's loader would hide the signal of a worker's death
-    loader = Prefetcher(DataLoader(Failing(fail), batch_size=2, num_workers=1, timeout=timeout), CPU)
+    loader = Prefetcher(DataLoader(Failing(fail, small_image), batch_size=2, num_workers=1, timeout=timeout), CPU)
     with pytest.raises(SystemExit, match=f"^error: .*{line}"), loader_errors():
         for _ in loader:
             time.sleep(0.01)

@@ -22,7 +22,7 @@ class Pids:
 
 
 def load(pipe, how):
-    """An epoch of a loader with two workers in a process group of its own, which the test signals after a batch."""
+    """An epoch of a loader with two workers in its own process group, which the test signals after a batch."""
     os.setsid()
     with StopSignals():
         batches = iter(DataLoader(Pids(), batch_size=2, num_workers=2, worker_init_fn=ignore_signals))

@@ -9,7 +9,8 @@ import signal
 import time
 
 import pytest
-from torch.utils.data import DataLoader, Dataset
+from failing import Failing, hang, kill
+from torch.utils.data import DataLoader
 
 from pipeline.workers import loader_errors
 from utils import BadImageError
@@ -21,23 +22,9 @@ def old_loaders_are_gone():
     gc.collect()
 
 
-class Failing(Dataset):
-    """Its item 5 fails; the others are the process that reads them."""
-
-    def __init__(self, fail):
-        self.fail = fail
-
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        if index == 5:
-            self.fail()
-        return os.getpid()
-
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
+def reader(index):
+    """The process that reads an item."""
+    return os.getpid()
 
 
 def break_pipes_and_die():
@@ -50,10 +37,6 @@ def break_pipes_and_die():
 
 def leave():
     os._exit(3)
-
-
-def hang():
-    time.sleep(1000)
 
 
 def fill_shared_memory():
@@ -75,7 +58,7 @@ def be_wrong():
     ],
 )
 def test_a_loader_that_fails_ends_in_one_line(fail, timeout, line, old_loaders_are_gone):
-    loader = DataLoader(Failing(fail), batch_size=2, num_workers=2, timeout=timeout)
+    loader = DataLoader(Failing(fail, reader), batch_size=2, num_workers=2, timeout=timeout)
     with pytest.raises(SystemExit) as stop, loader_errors():
         for _ in loader:
             time.sleep(0.01)
@@ -86,7 +69,7 @@ def test_a_loader_that_fails_ends_in_one_line(fail, timeout, line, old_loaders_a
 
 def test_a_worker_killed_while_the_main_process_computes(old_loaders_are_gone):
     """Its death interrupts whatever runs."""
-    loader = DataLoader(Failing(int), batch_size=2, num_workers=1)
+    loader = DataLoader(Failing(int, reader), batch_size=2, num_workers=1)
     with pytest.raises(SystemExit, match="error: a loader worker was killed"), loader_errors():
         batches = iter(loader)
         os.kill(int(next(batches)[0]), signal.SIGKILL)
@@ -94,7 +77,7 @@ def test_a_worker_killed_while_the_main_process_computes(old_loaders_are_gone):
 
 
 def test_a_pipe_that_breaks_before_its_worker_is_known_dead(old_loaders_are_gone):
-    loader = DataLoader(Failing(break_pipes_and_die), batch_size=2, num_workers=1)
+    loader = DataLoader(Failing(break_pipes_and_die, reader), batch_size=2, num_workers=1)
     with pytest.raises(SystemExit, match=r"a loader worker was killed.*killed by signal: Killed"), loader_errors():
         for _ in loader:
             time.sleep(0.3)
@@ -114,7 +97,7 @@ def test_a_pipe_that_breaks_without_a_signal_of_death(monkeypatch):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_bug_in_a_data_set_keeps_its_traceback(num_workers):
     with pytest.raises(ValueError, match="a bug"), loader_errors():
-        list(DataLoader(Failing(be_wrong), batch_size=2, num_workers=num_workers))
+        list(DataLoader(Failing(be_wrong, reader), batch_size=2, num_workers=num_workers))
 
 
 @pytest.mark.parametrize(

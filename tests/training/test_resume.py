@@ -119,7 +119,7 @@ CUTTING = "tests/cutting.py"
 
 
 def start_torchrun(*words) -> subprocess.CompletedProcess:
-    """Run torchrun in a session of its own, since a signal may go to all processes of it."""
+    """Run torchrun in its own session, since a signal may go to all processes of it."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     options = {"cwd": REPOSITORY, "env": environment, "text": True, "start_new_session": True}
     command = [str(word) for word in (*TORCHRUN, *words)]
