@@ -16,7 +16,7 @@ from pipeline.prefetch import Prefetcher
 from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
 from pipeline.sources import SourceOptions, build_source, count_classes, find_source
 from pipeline.transforms import TransformOptions, build_transform
-from pipeline.workers import ignore_signals
+from pipeline.workers import StoppableLoader
 from utils import BadImageError, World, cpu_count, reseed
 
 
@@ -176,7 +176,7 @@ def _train_loader(options: DataOptions, world: World, source: Dataset, transform
         )
     num_batches = num_steps * options.accum_steps
     batches = ResumableBatches(sampler, options.batch_size, num_batches, repeats, world, options.repeats_together)
-    return DataLoader(images, batch_sampler=batches, **_loader_settings(options, world, is_training=True))
+    return StoppableLoader(images, batch_sampler=batches, **_loader_settings(options, world, is_training=True))
 
 
 def _val_loader(options: DataOptions, world: World, source: Dataset, transform: Callable) -> DataLoader:
@@ -187,7 +187,7 @@ def _val_loader(options: DataOptions, world: World, source: Dataset, transform: 
     if options.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
     batch_size = int(1.5 * options.batch_size)
-    return DataLoader(images, batch_size=batch_size, **_loader_settings(options, world, is_training=False))
+    return StoppableLoader(images, batch_size=batch_size, **_loader_settings(options, world, is_training=False))
 
 
 def _stream_loader(
@@ -211,7 +211,7 @@ def _stream_loader(
     settings["persistent_workers"] = False  # each epoch starts new ones, seeded by it
     source.transform = transform
     source.set_loader_cfg(num_workers=settings["num_workers"])
-    loader = DataLoader(source, batch_size=options.batch_size, drop_last=is_training, **settings)
+    loader = StoppableLoader(source, batch_size=options.batch_size, drop_last=is_training, **settings)
     if is_training and len(loader) < options.accum_steps:
         raise SystemExit(
             f"error: an epoch has {len(source)} images per process, less than the "
@@ -240,6 +240,5 @@ def _loader_settings(options: DataOptions, world: World, is_training: bool) -> d
         "multiprocessing_context": find_source(options.data_set).start_method if num_workers else None,
         "pin_memory": options.pin_mem and world.device.type == "cuda",
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": ignore_signals,
         "timeout": options.loader_timeout if num_workers else 0,
     }

@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch.utils.data import DataLoader
+
 from utils import BadImageError
 
 DEAD_WORKER = (
@@ -68,15 +70,29 @@ def _death_of_worker(error: Exception) -> Exception:
     return error
 
 
-def ignore_signals(worker_id: int):
-    """`worker_init_fn` of a DataLoader: a signal to stop that reaches all processes leaves its workers at work.
+class StoppableLoader(DataLoader):
+    """A `DataLoader` whose workers continue to work when a signal to stop reaches all processes.
 
     They end when the loader ends them, when their parent has died, and by a SIGTERM from their parent: multiprocessing
     sends it to those that are left at exit, and then waits for their end.
     """
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, worker_init_fn=_ignore_signals, **settings)
+
+    def __iter__(self):
+        # A worker starts with SIGTERM blocked: threads that a library starts after a fork, as pyarrow does, are then
+        # blocked too; one that is not would end the worker.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _ignore_signals(worker_id: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 

@@ -3,13 +3,14 @@
 import os
 import select
 import signal
+import threading
 import time
 
+import pytest
 import torch
 from forking import exit_code, receive
-from torch.utils.data import DataLoader
 
-from pipeline.workers import ignore_signals
+from pipeline.workers import StoppableLoader
 from training.stopping import StopSignals
 
 
@@ -25,7 +26,7 @@ def load(pipe, how):
     """An epoch of a loader with two workers in its own process group, which the test signals after a batch."""
     os.setsid()
     with StopSignals():
-        batches = iter(DataLoader(Pids(), batch_size=2, num_workers=2, worker_init_fn=ignore_signals))
+        batches = iter(StoppableLoader(Pids(), batch_size=2, num_workers=2))
         pids = set(next(batches).tolist()) | set(next(batches).tolist())
         pipe.send(pids)
         pipe.recv()
@@ -36,8 +37,15 @@ def load(pipe, how):
         pipe.send(later)
 
 
-def test_workers_survive_a_stop_of_the_group_and_end_with_their_loader(fork, capfd):
-    process, pipe = fork(load, "finish")
+def load_beside_a_library(pipe, how):
+    """`load`, where a library starts a thread in each forked process, as pyarrow does."""
+    os.register_at_fork(after_in_child=lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
+    load(pipe, how)
+
+
+@pytest.mark.parametrize("loading", [load, load_beside_a_library])
+def test_workers_survive_a_stop_of_the_group_and_end_with_their_loader(loading, fork, capfd):
+    process, pipe = fork(loading, "finish")
     pids = receive(pipe)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.killpg(process.pid, number)
