@@ -42,32 +42,32 @@ def loader_errors(then: str = "start again with --resume auto") -> Iterator[None
     except BadImageError:
         raise
     except (RuntimeError, OSError, EOFError) as error:
-        broken_pipe = _is_from_pipe(error)
-        cause = _death_of_worker(error) if broken_pipe else error
-        if isinstance(cause.__cause__, RuntimeError):
-            cause = cause.__cause__  # it names the signal
-        line = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
-        hint = None
-        if broken_pipe or isinstance(error, RuntimeError) or "in DataLoader worker process" in str(error):
-            hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, line)), None)
-        if hint is None and not broken_pipe:
+        try:
+            reason = _reason(error, then)
+        except RuntimeError as death:  # torch raises it at the signal of a worker's death, whenever that arrives
+            reason = _reason(death, then)
+        if reason is None:
             raise
-        raise SystemExit(f"error: {hint or DEAD_WORKER}; {then} ({line})") from None
+        raise SystemExit(f"error: {reason}") from None
+
+
+def _reason(error: Exception, then: str) -> str | None:
+    """What happened to a worker and what to do, with torch's message; None for an error of another kind."""
+    broken_pipe = _is_from_pipe(error)
+    if broken_pipe:
+        time.sleep(2)  # the signal of the worker's death arrives a little after its pipe broke
+    cause = error.__cause__ if isinstance(error.__cause__, RuntimeError) else error  # it names the signal
+    line = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+    hint = DEAD_WORKER if broken_pipe else None
+    if broken_pipe or isinstance(error, RuntimeError) or "in DataLoader worker process" in str(error):
+        hint = next((hint for pattern, hint in HINTS.items() if re.search(pattern, line)), hint)
+    return f"{hint}; {then} ({line})" if hint else None
 
 
 def _is_from_pipe(error: Exception) -> bool:
     """Whether it was raised in the exchange with a worker."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return Path(frame.f_code.co_filename).parent.name == "multiprocessing"
-
-
-def _death_of_worker(error: Exception) -> Exception:
-    """What torch raises at the signal of a worker's death, a little after its pipe broke; or else `error`."""
-    try:
-        time.sleep(2)
-    except RuntimeError as death:
-        return death
-    return error
 
 
 class StoppableLoader(DataLoader):

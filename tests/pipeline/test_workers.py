@@ -12,6 +12,7 @@ import pytest
 from failing import Failing, hang, kill
 from torch.utils.data import DataLoader
 
+from pipeline import workers
 from pipeline.workers import loader_errors
 from utils import BadImageError
 
@@ -92,6 +93,22 @@ def test_a_pipe_that_breaks_without_a_signal_of_death(monkeypatch):
         loader_errors("do this"),
     ):
         here.recv()
+
+
+def test_a_death_whose_signal_arrives_while_an_error_is_handled(monkeypatch):
+    is_from_pipe, deaths = workers._is_from_pipe, ["DataLoader worker (pid 5) is killed by signal: Killed. "]
+
+    def interrupted(error):
+        if deaths:
+            raise RuntimeError(deaths.pop())
+        return is_from_pipe(error)
+
+    monkeypatch.setattr(workers, "_is_from_pipe", interrupted)
+    with (
+        pytest.raises(SystemExit, match=r"^error: a loader worker was killed.*killed by signal: Killed"),
+        loader_errors(),
+    ):
+        raise ConnectionResetError("reset by peer")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
