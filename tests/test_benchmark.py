@@ -22,7 +22,8 @@ def table(text):
 
 
 def test_steps(capsys, tmp_path):
-    benchmark.main(["step", *SMALL_STEP, "--json", str(tmp_path / "step.json")])
+    flags = ["--patch-product", "--amp", "bf16", "--residual-dtype", "bfloat16"]
+    benchmark.main(["step", *SMALL_STEP, *flags, "--json", str(tmp_path / "step.json")])
     paper = [f"only {name}" for name in ("mixing", *(n for n, term in diversity.REGULARIZERS.items() if term.coef))]
     names = ["plain timm", "diversified", *paper, "textbook"]
     rows = table(capsys.readouterr().out)
