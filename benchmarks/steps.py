@@ -100,4 +100,5 @@ def step_measures(
 def flops_of_an_image(args: Namespace) -> int:
     """Floating-point operations of the model's matrix products in the forward and backward pass of an image."""
     image = torch.empty(1, 3, args.input_size, args.input_size)
+    args = with_flags(args, patch_product=False, residual_dtype="float32")  # they ask for autocast, unknown on meta
     return step_flops(build_initial(args, training_steps.NUM_CLASSES), image)

@@ -42,7 +42,8 @@ class PatchProduct(nn.Conv2d):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = self.kernel_size
-        images = images.to(_autocast_dtype(images) or images.dtype)  # before the patches are copied, not after
+        if torch.is_autocast_enabled(images.device.type):  # before the patches are copied, not after
+            images = images.to(torch.get_autocast_dtype(images.device.type))
         patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # [B, C, rows, height, columns, width]
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
@@ -78,11 +79,7 @@ def keep_residual_in_bfloat16(model: nn.Module):
 
 
 def _to_bfloat16(block: nn.Module, inputs: tuple):
-    return (inputs[0].bfloat16(), *inputs[1:]) if _autocast_dtype(inputs[0]) == torch.bfloat16 else None
-
-
-def _autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    """The dtype of autocast on the tensor's device; None where it is off, or unknown as on the meta device."""
-    kind = tensor.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if enabled else None
+    device_type = inputs[0].device.type
+    if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16:
+        return inputs[0].bfloat16(), *inputs[1:]
+    return None
