@@ -42,7 +42,6 @@ from utils import atomic_write, cpu_count, lock_folder, run_command
 SMALLEST_SIDE = 64
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
 MARK = "short_side.txt"
-AGAIN = "the same command continues from here"
 
 
 def main(argv: list[str] | None = None):
@@ -52,26 +51,25 @@ def main(argv: list[str] | None = None):
     parser.add_argument("dst", metavar="DST", type=Path, help="folder of the copy: a new one, or an unfinished copy")
     parser.add_argument("side", metavar="SIDE", type=int, nargs="?", default=256, help="short side in pixels (256)")
     args = parser.parse_args(argv)
+    source, target, side = args.src, args.dst, args.side
     counts = collections.Counter()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     pool = ProcessPoolExecutor(cpu_count(), initializer=start_worker)
     try:
-        check_folders(args.src, args.dst, args.side)
-        args.dst.mkdir(parents=True, exist_ok=True)
-        (args.dst / MARK).write_text(f"{args.side}\n")
-        with lock_folder(args.dst, "DST"):
-            names = list(make_folders(args.src, args.dst))
-            results = pool.map(functools.partial(copy, args.src, args.dst, args.side), names, chunksize=16)
+        check_folders(source, target, side)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MARK).write_text(f"{side}\n")
+        with lock_folder(target, "DST"):
+            names = list(make_folders(source, target))
+            results = pool.map(functools.partial(copy, source, target, side), names, chunksize=16)
             for outcome, problem in tqdm(results, total=len(names), unit=" files", disable=not sys.stderr.isatty()):
                 counts[outcome] += 1
                 if problem:
                     tqdm.write(problem, file=sys.stderr)
-    except BrokenProcessPool:
-        raise SystemExit(f"error: a worker was killed, as the system does when memory runs out; {AGAIN}") from None
-    except OSError as error:
-        raise SystemExit(f"error: {error}; {AGAIN}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(f"error: interrupted; {AGAIN}") from None
+    except (BrokenProcessPool, KeyboardInterrupt, OSError) as error:
+        killed = "a worker was killed, as the system does when memory runs out"
+        reason = {BrokenProcessPool: killed, KeyboardInterrupt: "interrupted"}.get(type(error), error)
+        raise SystemExit(f"error: {reason}; the same command continues from here") from None
     finally:
         pool.shutdown(cancel_futures=True)
     print(
@@ -86,9 +84,8 @@ def check_folders(source: Path, target: Path, side: int):
         raise SystemExit(f"error: SIDE {side} is too small; it must be at least {SMALLEST_SIDE} pixels")
     if not (source / "train").is_dir():
         raise SystemExit(f"error: SRC {source} has no folder train")
-    place = target.resolve()
-    for folder in (source, *(path for path in source.iterdir() if path.is_dir())):  # these may be links
-        if folder.resolve() in (place, *place.parents):
+    for folder in (source, *filter(Path.is_dir, source.iterdir())):  # these may be links
+        if target.resolve().is_relative_to(folder.resolve()):
             raise SystemExit(f"error: DST {target} is in {folder}, which is to be copied; choose another folder")
     found = (target / MARK).read_text().strip() if (target / MARK).exists() else None
     if found not in (None, str(side)):
@@ -121,21 +118,21 @@ def start_worker():
 
 def copy(source: Path, target: Path, side: int, name: str) -> tuple[str, str]:
     """Resize or copy a file that does not exist yet; returns what was done, and a line about an unreadable image."""
-    outcome, problem, content = "copied", "", None
     if (target / name).exists():
-        return "skipped", problem
+        return "skipped", ""
+    outcome, problem, jpeg = "copied", "", None
     if name.startswith("train/") and is_image_file(name):
         try:
-            content = smaller(source / name, side)
-            outcome = "copied" if content is None else "resized"
+            jpeg = smaller(source / name, side)
+            outcome = "resized" if jpeg else "copied"
         except Exception as error:  # decoders raise many types
             reason = " ".join(str(error).split()) or type(error).__name__
             outcome, problem = "unreadable", f"unreadable image {source / name}: {reason}; copied as it is"
     try:
-        with atomic_write(target / name) as file, open(source / name, "rb") as original:
-            shutil.copyfileobj(original if content is None else io.BytesIO(content), file)
+        with atomic_write(target / name) as file, io.BytesIO(jpeg) if jpeg else open(source / name, "rb") as content:
+            shutil.copyfileobj(content, file)
     except OSError as error:
-        raise SystemExit(f"error: {source / name} cannot be copied to {target}: {error}; {AGAIN}") from None
+        raise OSError(f"{source / name} cannot be copied to {target}: {error}") from None
     return outcome, problem
 
 
