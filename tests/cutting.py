@@ -15,16 +15,25 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from helpers import few_digits
+from helpers import TINY, few_digits, log_of, run_main
 
 import main
 from pipeline.batch_augmentation import BatchAugmentation
 from training import checkpoint, checkpoint_files, saving
+from training.stopping import RESUMABLE
 
 DIGITS = 960  # of the program's data set
+EVERYTHING = (
+    *(*TINY, "--preset", "released", "--epochs", "3", "--batch-size", "32", "--accum-steps", "2", "--aug-repeats", "3"),
+    *("--drop-path", "0.2", "--drop", "0.1", "--reprob", "0.5", "--warmup-epochs", "1", "--lr", "4e-3"),
+    *("--unscale-lr", "--model-ema-decay", "0.9"),
+    *("--log-interval", "3", "--save-every-minutes", "0", "--tensorboard"),
+)
+"""Flags of a run with every source of random numbers."""
 TIMES = ("images_per_s", "data_wait", "training_seconds")  # endings of the names of measured times
 
 
@@ -59,7 +68,7 @@ def digest(tree) -> str:
 
 def records(folder: Path) -> list[dict]:
     """log.txt without times."""
-    return [without_times(json.loads(line)) for line in (folder / "log.txt").read_text().splitlines()]
+    return [without_times(record) for record in log_of(folder)]
 
 
 def without_times(record: dict) -> dict:
@@ -150,6 +159,33 @@ def send(target: str, number: int):
         os.killpg(os.getpgrp(), number)
     else:
         os.kill({"self": os.getpid, "parent": os.getppid}[target](), number)
+
+
+def cut_run(monkeypatch, folder, *cuts, flags=EVERYTHING, then=()):
+    """Run `flags`, stopped by SIGTERM after each (epoch, step) of `cuts` and continued; returns the digests of batches.
+
+    Args:
+        then: further flags of the runs that continue.
+    """
+    fed = {}
+    for i, cut in enumerate((*cuts, None)):
+        with monkeypatch.context() as patch:
+            recorder = InputRecorder(patch.setattr, partial(_stop_at, ("step", *(cut or ()))))
+            code = None
+            try:
+                run_main(*flags, *(then if i else ()), "--output-dir", folder, "--resume", "auto")
+            except SystemExit as stopped:
+                code = stopped.code
+            assert code == (RESUMABLE if cut else None)
+            assert not cut or recorder.last == cut
+            assert not fed.keys() & recorder.digests.keys()
+            fed |= recorder.digests
+    return fed
+
+
+def _stop_at(moment, *now):
+    if now == moment:
+        send("self", signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -43,10 +44,18 @@ TINY = (
 )
 """Flags of a run of a second or two; a flag that comes later on the line replaces one of these."""
 
+CONVNET = ("--model", "resnet10t", "--model-kwargs", "channels=[8,8,8,8]", "stem_width=8")
+"""Flags of a model that has no tokens."""
+
 
 def run_main(*words):
     """`python main.py *words` in this process."""
     main.command_line([str(word) for word in words])
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The records of a run, one for each epoch."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 @functools.cache

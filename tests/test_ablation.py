@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from helpers import REPOSITORY, TINY, run_main
+from helpers import REPOSITORY, TINY, log_of, run_main
 
 from diversity import PRESETS, REGULARIZERS
 from training import arguments
@@ -334,7 +334,7 @@ def test_a_configuration_trains_with_its_terms(checkout, few_digits):
 def assert_trained(folder, config, epochs):
     """A run has finished its epochs with exactly the terms of its configuration."""
     assert json.loads((folder / "summary.json").read_text())["epochs"] == epochs
-    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    records = log_of(folder)
     assert [record["epoch"] for record in records] == list(range(epochs))
     assert {name for name in FIVE if f"train_{name}" in records[-1]} == set(GRID[config])
     kept = yaml.safe_load((folder / "args.yaml").read_text())

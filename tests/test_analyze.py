@@ -9,12 +9,22 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import BRIEF, TINY, data_options, few_digits, make_image_folder, one_line, parse, run_main, world
+from helpers import (
+    BRIEF,
+    CONVNET,
+    TINY,
+    data_options,
+    few_digits,
+    log_of,
+    make_image_folder,
+    one_line,
+    parse,
+    run_main,
+    world,
+)
 from matplotlib import pyplot as plt
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_bad_input import CONVNET
-from test_end_to_end import log_of
 
 import analyze
 from datasets import build_data

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from helpers import BRIEF, TINY, TINY_MODEL, make_image_folder, run_main, run_process
+from helpers import BRIEF, CONVNET, TINY, TINY_MODEL, make_image_folder, run_main, run_process
 
 from diversity import PRESETS, REGULARIZERS
 from models import build_model
 
 FOLDER = ("--data-set", "IMNET", "--batch-size", 2, "--no-repeated-aug", "--data-path")
-CONVNET = ("--model", "resnet10t", "--model-kwargs", "channels=[8,8,8,8]", "stem_width=8")
 
 
 @pytest.fixture

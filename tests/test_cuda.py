@@ -11,10 +11,10 @@ from signal import SIGTERM
 import pytest
 import torch
 from cutting import content, points
+from families import FAMILIES, build, objective_of
+from families import images as images_of_a_family
 from helpers import REPOSITORY, TINY, parse, run_main, run_process
-from test_backbones import FAMILIES, build, objective_of
-from test_backbones import images as images_of_a_family
-from test_engine import images, make_state, small_vit, train, weights
+from steps import images, make_state, small_vit, train, weights
 from timm.utils import ModelEmaV3
 
 from benchmarks import training_steps

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
-from helpers import TINY, data_options, few_digits, parse, run_main, run_process, world
+from helpers import TINY, data_options, few_digits, log_of, parse, run_main, run_process, world
 
 from datasets import build_data
 from diversity import PRESETS, REGULARIZERS
@@ -15,10 +15,6 @@ from engine import evaluate
 from models import build_model
 
 TERMS = ("--mixing_coef", "1", *(word for name in REGULARIZERS for word in (f"--{name}_coef", "0.01")))
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

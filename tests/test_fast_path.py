@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import TINY, few_digits, model_of, parse, run_main, train_epoch, world
 from ranks import run_ranks
-from test_engine import images, make_state, small_vit
+from steps import images, make_state, small_vit
 from timm.utils import ModelEmaV3
 from torch._dynamo.backends.common import aot_autograd
 

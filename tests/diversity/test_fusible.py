@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from families import FAMILIES, build, fused, images
 from golden_inputs import normals
-from test_backbones import FAMILIES, build, fused, images
 from timm.layers import Attention
 
 from diversity import REGULARIZERS, DiversityObjective, MixedTarget, TappedViT, token_cross_entropy

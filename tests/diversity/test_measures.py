@@ -5,16 +5,16 @@ import math
 
 import pytest
 import torch
+from families import FAMILIES, build, identity_blocks, images
 from golden_inputs import normals
-from test_backbones import FAMILIES, build, images
-from test_redundancy import assert_close, identity_blocks, textbook_rank, variance_shares
+from textbook_redundancy import assert_close, textbook_rank, variance_shares
 
 from diversity import MEASURES, measurable, measure_redundancy
 from diversity import measures as registry
 from diversity.measures import effective_rank_of, measures_table, summary_measures
 from diversity.redundancy import _Covariance, _Meter, _weights
 
-PATCHES, WIDTH = 16, 24  # of the models of test_backbones that are no Swin
+PATCHES, WIDTH = 16, 24  # of the models of families.py that are not Swin
 
 
 # --- closed forms: tokens

@@ -9,9 +9,10 @@ import pytest
 import textbook
 import timm
 import torch
+from families import attentions, build, images
 from golden_inputs import normals
-from test_backbones import attentions, build, classified, images, unrolled
 from torch import nn
+from unrolled import classified, unrolled
 
 from diversity import (
     PRESETS,

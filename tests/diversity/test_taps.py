@@ -5,9 +5,10 @@ import copy
 import pytest
 import timm
 import torch
+from families import CLASSES, build, fused, hooks, images
 from golden_inputs import normals
-from test_backbones import CLASSES, build, fused, hooks, images, unrolled
 from torch import nn
+from unrolled import unrolled
 
 from diversity import REGULARIZERS, TAPS, DiversityObjective, MixedTarget, TapError, TapOutput, TappedViT
 from diversity.backbones import parse_layers, parse_weight_groups

@@ -5,11 +5,10 @@ import time
 
 import pytest
 import torch
-from cutting import content
+from cutting import EVERYTHING, content, cut_run
 from data_files import write_webdataset
 from failing import Failing, hang, kill
 from helpers import data_options, few_digits, make_image_folder, world
-from test_resume import EVERYTHING, cut_run
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from torchvision import transforms

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from helpers import data_options, make_image_folder, photo
-from test_images import UNREADABLE, Photos, folder_with
+from image_files import UNREADABLE, Photos, folder_with
 from torch.utils.data import DataLoader
 
 from pipeline.images import ReadableImages, Sample

@@ -2,7 +2,7 @@
 
 import torch
 from helpers import world
-from test_engine import make_state, small_vit
+from steps import make_state, small_vit
 
 from training.log import RunLog, accuracy_line, epoch_line, terms_table
 from training.progress import Progress

@@ -1,42 +1,20 @@
 """A run that was cut anywhere and continued ends as one that was not: weights, average, optimizer, pixels, log."""
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from functools import partial
-from signal import SIGTERM
 
 import pytest
 import torch
-from cutting import DIGITS, InputRecorder, content, points, records, send
-from helpers import REPOSITORY, TINY, few_digits, run_main
+from cutting import DIGITS, EVERYTHING, content, cut_run, points, records
+from helpers import REPOSITORY, few_digits, run_main
 from ranks import run_ranks
 
 from training import checkpoint
 from training.stopping import RESUMABLE
 
-EVERYTHING = (
-    *(*TINY, "--preset", "released", "--epochs", "3", "--batch-size", "32", "--accum-steps", "2", "--aug-repeats", "3"),
-    *[
-        "--drop-path",
-        "0.2",
-        "--drop",
-        "0.1",
-        "--reprob",
-        "0.5",
-        "--warmup-epochs",
-        "1",
-        "--lr",
-        "4e-3",
-        "--unscale-lr",
-        "--model-ema-decay",
-        "0.9",
-    ],
-    *("--log-interval", "3", "--save-every-minutes", "0", "--tensorboard"),
-)
 STEPS = DIGITS * 4 // 5 // 256 * 256 // 64  # of an epoch: repeated augmentation rounds its images down
 
 
@@ -45,28 +23,6 @@ def digits():
     """`cutting.py` as a program has them too."""
     with few_digits(DIGITS):
         yield
-
-
-def stop_at(moment, *now):
-    if now == moment:
-        send("self", SIGTERM)
-
-
-def cut_run(monkeypatch, folder, *cuts, flags=EVERYTHING, then=()):
-    """The run of `flags`, stopped by SIGTERM after each (epoch, step) of `cuts` and continued; what it was fed."""
-    fed = {}
-    for i, cut in enumerate((*cuts, None)):
-        with monkeypatch.context() as patch:
-            watch = InputRecorder(patch.setattr, partial(stop_at, ("step", *(cut or ()))))
-            end = pytest.raises(SystemExit) if cut else contextlib.nullcontext()
-            with end as stopped:
-                run_main(*flags, *(then if i else ()), "--output-dir", folder, "--resume", "auto")
-            if cut:
-                assert stopped.value.code == RESUMABLE
-                assert watch.last == cut
-            assert not fed.keys() & watch.digests.keys()
-            fed |= watch.digests
-    return fed
 
 
 @pytest.fixture(scope="module")
