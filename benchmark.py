@@ -3,14 +3,15 @@
     python benchmark.py step --model deit_small_patch16_224_diverse --batch-size 16
     python benchmark.py terms --model deit_small_patch16_224_diverse --batch-size 16
     python benchmark.py loader --data-path DATA --resized RESIZED
-    python benchmark.py gpu --minutes 8
     python benchmark.py bytes --model deit_small_patch16_224_diverse --batch-size 1024
+    python benchmark.py gpu --minutes 8
 
-`step` times a plain timm training step, this project's step with all terms and with each alone, and a textbook's step.
-`terms` times every term alone, more precisely, as a fraction of the plain step, and measures the memory that it adds.
-`loader` times the input pipeline. `gpu` writes a report of a GPU machine: card, CUDA tests, training steps of three
-sizes, kernels, loader; on a CPU with tiny models. `bytes` counts, without a GPU, the memory traffic and the kernels of
-the compiled step on an H100.
+`step` times a plain timm training step, this project's with all terms, with further flags (--variant) and with each
+term alone, and a textbook's. `terms` times every term alone, more precisely, as a fraction of the plain step, and
+measures the memory that it adds. `loader` times the input pipeline, of random images without --data-path. `bytes`
+counts, without a GPU, the memory traffic and the kernels of the compiled step on an H100. `card` has the two speeds of
+the device, and `kernels` where a step spends its time. `gpu` runs all of this and the tests for a GPU, with a time
+limit for each, and writes a report; on a CPU with tiny models.
 
 What is compared runs in turns, A B A B ..., so that a drift of the machine's speed affects all of it; medians are
 printed, and written as JSON. Further flags are main.py's.
@@ -18,6 +19,7 @@ printed, and written as JSON. Further flags are main.py's.
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -37,6 +39,9 @@ WHATS = {
     "terms": terms.compare_terms,
     "loader": loader.compare_loaders,
     "bytes": cuda_bytes.compare_bytes,
+    "card": gpu.describe_card,
+    "kernels": gpu.trace_kernels,
+    "gpu": gpu.write_report,
 }
 
 
@@ -46,35 +51,34 @@ def main(argv: list[str] | None = None):
         description=__doc__.split("\n\n")[0], allow_abbrev=False, epilog="Further flags are main.py's."
     )
     add = parser.add_argument
-    add("what", choices=(*WHATS, "gpu"))
+    add("what", choices=WHATS)
     add("--rounds", type=positive_int, default=7, help="timed rounds after one warm-up")
     add("--steps", type=positive_int, default=None,
-        help="training steps of a round: 1 on a CPU, on a GPU 20 (gpu: as many as take 0.3 s, at most 20) "
-        "by default; loader: batches, 8")  # fmt: skip
+        help="training steps of a round, by default 10 on a GPU and 1 on a CPU; loader: batches, 8")  # fmt: skip
+    add("--variant", action="append", default=[], metavar="FLAGS", dest="variants",
+        help="step: a row of the diversified step with these flags too, such as --variant=--no-compile")  # fmt: skip
     add("--terms", nargs="*", type=lambda name: ALIASES.get(name, name), choices=(MIXING, *REGULARIZERS),
         metavar="TERM", default=None, help="only these; for step and bytes the list may be empty")  # fmt: skip
     add("--resized", default="", metavar="DIR", help="loader: a copy of the images by script/resize_imagenet.sh")
     add("--json", default="", metavar="FILE", help="file of the numbers; default: runs/benchmark_WHAT.json")
     add("--minutes", type=positive_float, default=8.0, help="gpu: time limit; what is not finished by then is stopped")
-    add("--output", default="runs/benchmark_gpu", metavar="DIR", help="gpu: the folder of gpu.md, gpu.json and gpu.log")
+    add("--output", default="runs/benchmark_gpu", metavar="DIR", help="gpu: the folder of gpu.md and gpu.log")
     argv = sys.argv[1:] if argv is None else argv
     own, words = parser.parse_known_args(argv)
     defaults = {"model": "deit_small_patch16_224_diverse", "batch_size": 16, "preset": "released"}
     args = arguments.parse_args(words, defaults)
+    own.variants = {flags: arguments.parse_args([*words, *shlex.split(flags)], defaults) for flags in own.variants}
     quiet_warnings()
     world = init_world(args.device)
     set_backends(args.fused_attn, args.tf32)
-    environment = environment_lines(world, args.seed)
-    print("\n".join(environment), flush=True)
-    heading = {"command": argv, "environment": environment, "cores": cpu_count()}
-    if own.what == "gpu":
-        gpu.write_report(own, args, world, heading)
-        return
+    own.environment = environment_lines(world, args.seed)
+    print("\n".join(own.environment), file=sys.stderr)
     results = WHATS[own.what](own, args, world)
-    path = Path(own.json or f"runs/benchmark_{own.what}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(heading | results, path)
-    print(f"written: {path}")
+    if results is not None:
+        path = Path(own.json or f"runs/benchmark_{own.what}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json({"command": argv, "environment": own.environment, "cores": cpu_count()} | results, path)
+        print(f"written: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,9 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pipeline.batch_augmentation import Draws
-from reports.tables import rows_table
+from reports.tables import print_rows
 from training.build import build_augmentation, build_diverse_loss, build_initial
 from utils import World
 
@@ -49,21 +48,24 @@ def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
     """Bytes and kernels of the step without terms, with its input made from bytes, with each term, and with all."""
     alone = terms_to_compare(args, own.terms)
     rows = {PLAIN: [], INPUT: [], **{f"only {name}": [name] for name in alone}, "all terms": None}
-    counts = {}
-    for name, names in tqdm(rows.items(), desc="lowering", leave=False):
-        with new_process() as pool:  # which ends, since lowering leaves torch believing in a GPU
-            counts[name] = pool.submit(count_step, args, names, name == INPUT).result()
-    plain = counts[PLAIN]
+    plain = {}
+
+    def counts():
+        for name, names in rows.items():
+            with new_process() as pool:  # which ends, since lowering leaves torch believing in a GPU
+                count = pool.submit(count_step, args, names, name == INPUT).result()
+            plain.update(plain or count)
+            yield count
+
     columns = {
         "GB": ("bytes", lambda number: f"{number / 1e9:.1f}"),
         "more than without terms, GB": ("bytes", lambda number: f"{(number - plain['bytes']) / 1e9:+.2f}"),
-        "bytes to no term": ("bytes", lambda number: f"{number / plain['bytes']:.3f}"),
+        "ratio": ("bytes", lambda number: f"{number / plain['bytes']:.3f}"),
         "kernels": ("kernels", str),
-        "kernels to no term": ("kernels", lambda number: f"{number / plain['kernels']:.3f}"),
+        "ratio of kernels": ("kernels", lambda number: f"{number / plain['kernels']:.3f}"),
     }
-    print(f"{args.model}, batch {args.batch_size}, bfloat16: counted, not measured")
-    print(rows_table("step", counts, columns))
-    return {"steps": counts}
+    print(f"{args.model}, batch {args.batch_size}, bfloat16: counted, not measured\n")
+    return {"steps": print_rows("step", [*rows], counts(), columns)}
 
 
 def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> dict[str, int]:

@@ -1,84 +1,175 @@
-"""`benchmark.py gpu`: the report of a machine with a GPU, as gpu.json and gpu.md in one folder."""
+"""`benchmark.py gpu`: a report of a machine with a GPU, and two of its parts, `card` and `kernels`."""
 
+import contextlib
 import os
-import shutil
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
+from collections.abc import Collection
+from operator import attrgetter
 from pathlib import Path
+from typing import IO, NamedTuple
 
-from utils import World, atomic_write, write_json
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import profile
 
-from . import gpu_parts
-from .cuda_tests import run_cuda_tests
-from .gpu_markdown import markdown_report
-from .gpu_steps import measure_steps
-from .parts import Part, run_parts
+from engine import autocast_dtype
+from reports.tables import markdown_table
+from utils import World
 
-PARTS = {
-    "card": Part(gpu_parts.describe_card, 0.04),
-    "tests": Part(run_cuda_tests, 0.34),
-    "steps": Part(measure_steps, 0.42),
-    "kernels": Part(gpu_parts.trace_kernels, 0.08),
-    "loader": Part(gpu_parts.measure_loader, 0.12),
-}
-VARIABLES = {
-    "TMPDIR": "tmp",
-    "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    "TRITON_CACHE_DIR": "triton",
-    "CUDA_CACHE_PATH": "cuda",
-    "MPLCONFIGDIR": "matplotlib",
-    "XDG_CACHE_HOME": "cache",
-}
-"""{environment variable: its folder within the scratch folder}."""
+from . import training_steps
+from .measure import copy_bytes_per_second, matmul_flops_per_second, now
 
-SOCKET_PATH = 107  # largest number of bytes in the path of a Unix socket; loader processes open some in TMPDIR
-SOCKET_NAME = len("/pymp-12345678/listener-12345678")
+REPOSITORY = Path(__file__).parents[1]
+NUM_KERNELS, TRACED_STEPS, KERNEL_NAME = 10, 3, 90  # the last is the largest number of characters
+TESTS = [
+    str(REPOSITORY / "tests" / "test_cuda.py"),
+    "-m",
+    "cuda",
+    "-p",
+    "no:cacheprovider",
+    "-q",
+    "-rs",
+    "--durations=3",
+]
 
 
-def write_report(own: Namespace, args: Namespace, world: World, heading: dict):
-    """Run the parts of the report one after the other, and write it again with every result.
+class Part(NamedTuple):
+    """A command, and its fraction of the time, to which what earlier parts have left is added."""
 
-    A run that is interrupted therefore leaves a report of what it has done. On a CPU the models are tiny. `own` and
-    `args` are the flags of benchmark.py and main.py; the JSON file begins with `heading`.
-    """
-    args = Namespace(**vars(args) | {"device": str(world.device)})
-    folder = Path(own.output)
-    scratch = use_scratch(folder)
-    log = folder / "gpu.log"
-    log.write_text("")
-
-    def write(results: dict[str, dict]):
-        report = heading | {"device": world.device.type, "minutes": own.minutes, "parts": results}
-        write_json(report, folder / "gpu.json")
-        with atomic_write(folder / "gpu.md") as file:
-            file.write(markdown_report(report).encode())
-
-    # A process that has used CUDA cannot be forked. Without CUDA, forking saves the time of importing torch.
-    start_method = "spawn" if world.device.type == "cuda" else "fork"
-    run_parts(PARTS, (own, args), 60 * own.minutes, write, log, start_method)
-    shutil.rmtree(scratch, ignore_errors=True)
-    print((folder / "gpu.md").read_text())
-    print(f"written: {folder / 'gpu.md'}, {folder / 'gpu.json'}; output of the parts: {log}")
+    words: list[str]
+    fraction: float
 
 
-def use_scratch(output: str | Path) -> Path:
-    """Make an empty folder in `output`, into which processes started from now on write their caches and files.
+def parts(own: Namespace, device: torch.device) -> list[Part]:
+    """The commands of the report, the most important ones first; tiny ones on a CPU."""
+    small, base = ["--model", "deit_small_patch16_224_diverse"], ["--model", "deit_base_patch16_224_diverse"]
+    if device.type != "cuda":
+        small = ["--model", "deit_tiny_patch16_224_diverse", "--input-size", "32", "--patch-size", "8"]
+        small = base = [*small, "--model-kwargs", "depth=2"]
+    large, middle, few = map(str, (1024, 256, 128) if device.type == "cuda" else (8, 4, 2))
+    common = ["--device", str(device), "--rounds", str(own.rounds)]
+    flags = ["--variant=--no-compile", "--variant=--patch-product", "--variant=--residual-dtype bfloat16 --amp bf16"]
+    return [
+        Part(["card", *common], 0.05),
+        Part(["step", *common, *small, "--batch-size", large, "--terms", *flags[:1]], 0.35),
+        Part(["pytest", *TESTS], 0.25),
+        Part(["kernels", *common, *small, "--batch-size", large], 0.05),
+        Part(["step", *common, *small, "--batch-size", few, "--terms", *flags[:1]], 0.1),
+        Part(["loader", *common, "--batch-size", few, "--steps", "2"], 0.1),
+        Part(["step", *common, *base, "--batch-size", middle, "--terms"], 0.05),
+        Part(["step", *common, *small, "--batch-size", large, *flags[1:]], 0.05),
+    ]
+
+
+def write_report(own: Namespace, args: Namespace, world: World):
+    """Run the parts one after the other, and write what they print to gpu.md; so an interrupted report has it too.
 
     Raises:
-        SystemExit: the folder cannot be written, or its path is too long.
+        SystemExit: the folder cannot be written.
     """
-    scratch = Path(output).resolve() / "scratch"
-    excess = len(os.fsencode(scratch / VARIABLES["TMPDIR"])) + SOCKET_NAME - SOCKET_PATH
-    if excess > 0:
-        raise SystemExit(
-            f"error: --output {output} is {excess} characters too long for the sockets of loader processes; choose a "
-            "folder with a shorter path"
-        )
+    folder = Path(own.output)
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for folder in VARIABLES.values():
-            (scratch / folder).mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        report, log = open(folder / "gpu.md", "w"), open(folder / "gpu.log", "w")  # noqa: SIM115
     except OSError as error:
-        raise SystemExit(f"error: --output {output} cannot be written: {error.strerror}") from None
-    os.environ |= {name: str(scratch / folder) for name, folder in VARIABLES.items()}
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "GIT_OPTIONAL_LOCKS": "0", "HF_HUB_OFFLINE": "1"}
-    return scratch
+        raise SystemExit(f"error: --output {folder} cannot be written: {error.strerror}") from None
+    stops = []  # an exception instead could be raised while a part starts, which would then stay
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stops.append(signal.Signals(number).name))
+    start, fraction = time.monotonic(), 0.0
+    with report, log:
+        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "a CPU"
+        report.write(f"# Benchmark of {name}\n\n" + "".join(f"- {line}\n" for line in own.environment))
+        report.write(f"- `python benchmark.py {' '.join(sys.argv[1:])}`, limit {own.minutes:g} minutes\n")
+        for number, (words, share) in enumerate(parts(own, world.device)):
+            fraction += share
+            begin = time.monotonic()
+            report.write(f"\n## `{' '.join(words)}`\n\n")
+            if words[0] == "pytest":
+                command = ["-m", *words]
+            else:
+                command = [
+                    str(REPOSITORY / "benchmark.py"),
+                    *words,
+                    "--json",
+                    str(folder / f"{number}_{words[0]}.json"),
+                ]
+            state = run_part(command, report, log, start + 60 * own.minutes * fraction - begin, stops)
+            line = f"{words[0]}: {state}, after {time.monotonic() - begin:.0f} s"
+            report.write(f"\n{line}\n")
+            print(line, flush=True)
+            if stops:
+                raise SystemExit(f"error: stopped by {stops[0]}; {folder / 'gpu.md'} has what was measured")
+    print(f"written: {folder / 'gpu.md'}; messages of the parts: {folder / 'gpu.log'}")
+
+
+def run_part(command: list[str], report: IO[str], log: IO[str], limit: float, stops: Collection[str] = ()) -> str:
+    """Run a Python program with its output in the report for at most `limit` seconds, or until there are `stops`.
+
+    Returns how it ended. Processes that it has started end with it.
+    """
+    report.flush()
+    # Plugins of other packages may fail, or write elsewhere.
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    options = {"stdout": report, "stderr": log, "env": environment, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, *command], **options)
+    end = time.monotonic() + max(1, limit)
+    while (code := process.poll()) is None and time.monotonic() < end and not stops:
+        time.sleep(0.1)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    report.seek(0, os.SEEK_END)
+    if code is None:
+        return f"stopped by {stops[0]}" if stops else f"stopped at its time limit of {limit:.0f} s"
+    return "finished" if code == 0 else f"failed with exit code {code}; gpu.log has its messages"
+
+
+def describe_card(own: Namespace, args: Namespace, world: World) -> dict:
+    """The device, how fast it copies its memory, and how fast it multiplies matrices."""
+    device, dtype = world.device, autocast_dtype(args.amp, world.device)
+    rows = {}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        rows = {
+            "memory, GiB": f"{card.total_memory / 2**30:.1f}",
+            "multiprocessors": str(card.multi_processor_count),
+            "CUDA version of torch": torch.version.cuda,
+        }
+    copied, product = copy_bytes_per_second(device), matmul_flops_per_second(device, dtype)
+    rows["copy within its memory, read + written, GB/s"] = f"{copied / 1e9:,.0f}"
+    precision = str(dtype or torch.float32).removeprefix("torch.")
+    rows[f"product of large {precision} matrices, TFLOP/s"] = f"{product / 1e12:.3g}"
+    print(markdown_table({"property": [*rows], "value": [*rows.values()]}))
+    return {"copy_bytes_per_second": copied, "matmul_flops_per_second": product}
+
+
+def trace_kernels(own: Namespace, args: Namespace, world: World) -> dict:
+    """The kernels that take most time of a diversified step; on a CPU the operators."""
+    is_cuda = world.device.type == "cuda"
+    run = training_steps.diversified(args, world)
+    run(2)
+    now(world.device)
+    with profile() as profiler:
+        run(TRACED_STEPS)
+        now(world.device)
+    kind, time_of = DeviceType.CPU, attrgetter("self_cpu_time_total")
+    if is_cuda:
+        kind, time_of = DeviceType.CUDA, attrgetter("self_device_time_total")
+    events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
+    events.sort(key=time_of, reverse=True)
+    total = sum(map(time_of, events))
+    kinds, events = "kernels" if is_cuda else "operators", events[:NUM_KERNELS]
+    print(f"{args.model}, batch {args.batch_size}: all {kinds} take {total / 1000 / TRACED_STEPS:.1f} ms per step\n")
+    columns = {
+        kinds: [f"`{event.key[:KERNEL_NAME]}`" for event in events],
+        "ms per step": [f"{time_of(event) / 1000 / TRACED_STEPS:.2f}" for event in events],
+        "of all": [f"{time_of(event) / total:.1%}" for event in events],
+        "calls per step": [f"{event.count / TRACED_STEPS:.4g}" for event in events],
+    }
+    print(markdown_table(columns))
+    return {"ms": total / 1000 / TRACED_STEPS, "kernels": {e.key: time_of(e) / 1000 / TRACED_STEPS for e in events}}

@@ -1,6 +1,7 @@
 """`benchmark.py loader`: how many images per second one core reads."""
 
 import itertools
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import DataOptions, build_data
 from pipeline.images import Sample
 from pipeline.transforms import build_transform
-from reports.tables import rows_table
+from reports.tables import print_rows
 from training.build import options_of
 from utils import World
 
@@ -25,25 +26,33 @@ CPU = torch.device("cpu")
 AS_IS, ALL, RESIZED = "DeiT's", "all three", "all three, resized copy"
 PARTS = {"decode once": "decode_once", "fast crop": "fast_crop", "bytes": "prefetcher"}
 """{name: option}; with bytes, normalisation and random erasing are left to the device."""
+NUM_PHOTOGRAPHS, NUM_NAMES, SECONDS = 64, 16384, 5.0
 NONE, EVERY = dict.fromkeys(PARTS.values(), False), dict.fromkeys(PARTS.values(), True)
 
 
 def compare_loaders(own: Namespace, args: Namespace, world: World) -> dict:
-    """Images per second of one core: as DeiT reads them, with each faster part alone, and with all of them."""
+    """Images per second of one core: as DeiT reads them, with each faster part alone, and with all of them.
+
+    The last row has all loader processes together. Without a folder of images, random ones are read again and again.
+    """
     options = options_of(DataOptions, args)
-    modes = {AS_IS: NONE} | {name: NONE | {part: True} for name, part in PARTS.items()} | {ALL: EVERY}
-    if own.resized:
-        modes[RESIZED] = EVERY | {"data_path": own.resized}
-    modes = {name: replace(options, **mode) for name, mode in modes.items()}
-    speeds = images_per_core(modes, own.steps or 8, own.rounds)
-    loaders = {name: {"images_per_s": speed, "to_deits": speed / speeds[AS_IS]} for name, speed in speeds.items()}
-    print(f"{args.data_path or args.data_set}, batch {args.batch_size}, medians of {own.rounds} rounds, one core")
-    columns = {
-        "images/s per core": ("images_per_s", "{:.1f}".format),
-        "relative to DeiT's": ("to_deits", "{:.2f}".format),
-    }
-    print(rows_table("loader", loaders, columns))
-    return {"loaders": loaders}
+    with tempfile.TemporaryDirectory() as folder:
+        source = args.data_path or args.data_set
+        if args.data_set == "IMNET" and not args.data_path:
+            make_photographs(Path(folder))
+            options = replace(options, data_path=folder)
+            source = f"{NUM_PHOTOGRAPHS} random JPEG images of 500 x 375 pixels"
+        modes = {AS_IS: NONE} | {name: NONE | {part: True} for name, part in PARTS.items()} | {ALL: EVERY}
+        if own.resized:
+            modes[RESIZED] = EVERY | {"data_path": own.resized}
+        modes = {name: replace(options, **mode) for name, mode in modes.items()}
+        speeds = images_per_core(modes, own.steps or 8, own.rounds)
+        all_workers, num_workers = images_of_all_workers(modes[ALL])
+    print(f"{source}, batch {args.batch_size}, medians of {own.rounds} rounds, one core\n")
+    rows = {name: {"images_per_s": speed, "to_deits": speed / speeds[AS_IS]} for name, speed in speeds.items()}
+    rows[f"{ALL}, {num_workers} processes"] = {"images_per_s": all_workers}
+    columns = {"images/s": ("images_per_s", "{:.1f}".format), "relative to DeiT's": ("to_deits", "{:.2f}".format)}
+    return {"loaders": print_rows("loader", [*rows], rows.values(), columns)}
 
 
 def images_per_core(modes: dict[str, DataOptions], num_batches: int, rounds: int) -> dict[str, float]:
@@ -59,8 +68,8 @@ def images_per_core(modes: dict[str, DataOptions], num_batches: int, rounds: int
     return {name: num_batches * options.batch_size / seconds[name] for name, options in modes.items()}
 
 
-def images_of_all_workers(options: DataOptions, seconds: float) -> float:
-    """Images per second that the loader processes of a run deliver together, as many as --num-workers says.
+def images_of_all_workers(options: DataOptions) -> tuple[float, int]:
+    """Images per second that the loader processes of a run deliver together, over `SECONDS`; their number.
 
     The first batches are not counted: they were read while the processes started.
     """
@@ -68,9 +77,9 @@ def images_of_all_workers(options: DataOptions, seconds: float) -> float:
     batches = endless(loader)
     read(batches, max(1, loader.num_workers) * (loader.prefetch_factor or 1))
     num_images, start = 0, time.perf_counter()
-    while time.perf_counter() < start + seconds:
+    while time.perf_counter() < start + SECONDS:
         num_images += read(batches, 1)
-    return num_images / (time.perf_counter() - start)
+    return num_images / (time.perf_counter() - start), loader.num_workers
 
 
 def train_loader(options: DataOptions, as_is: bool = False) -> DataLoader:
@@ -103,20 +112,20 @@ class AsIs(Dataset):
         return self.transform(image if image.mode == "RGB" else image.convert("RGB")), label
 
 
-def make_photographs(root: Path, num_photographs: int, num_names: int):
+def make_photographs(root: Path):
     """A folder of random JPEG images, root/{train,val}/{cat,dog}/NUMBER.jpg, of the mean size of ImageNet's.
 
-    Smooth colours under noise, 500 x 375 pixels and about 100 KB each. The `num_names` training images are links to
-    `num_photographs` files.
+    Smooth colours under noise, 500 x 375 pixels and about 100 KB each. The `NUM_NAMES` training images are links to
+    `NUM_PHOTOGRAPHS` files, so that an epoch takes longer than the measurement.
     """
     random = np.random.RandomState(0)
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
         (root / name).mkdir(parents=True)
-    for number in range(num_photographs):
+    for number in range(NUM_PHOTOGRAPHS):
         coarse = Image.fromarray(random.randint(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
         noise = random.randint(0, 50, (375, 500, 3))
         Image.fromarray((0.8 * np.asarray(coarse) + noise).astype(np.uint8)).save(root / f"{number}.jpg", quality=92)
-    for number in range(num_names):
+    for number in range(NUM_NAMES):
         for split in ("train", "val") if number < 2 else ("train",):
             link = root / split / ("cat", "dog")[number % 2] / f"{number}.jpg"
-            link.symlink_to((root / f"{number % num_photographs}.jpg").resolve())
+            link.symlink_to((root / f"{number % NUM_PHOTOGRAPHS}.jpg").resolve())

@@ -4,12 +4,11 @@ import functools
 from argparse import Namespace
 
 import torch
-from tqdm import tqdm
 
 from diversity import REGULARIZERS, DiversityObjective, TapOutput, TappedViT
 from diversity.objective import MIXING
 from engine import autocast, autocast_dtype
-from reports.tables import rows_table
+from reports.tables import print_rows
 from training.build import build_initial, build_mixup, objective_settings, tap_settings
 from utils import World
 
@@ -26,36 +25,36 @@ def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
     model = build_initial(args, training_steps.NUM_CLASSES).to(device)
     with TappedViT(model).train() as tapped:
         taps = tap_seconds(tapped, args, world, rounds)
-    print(f"plain step: {1000 * plain_seconds:.1f} ms, peak {plain_bytes / 2**20:.0f} MiB beyond weights and state")
+    print(f"plain step: {1000 * plain_seconds:.1f} ms, peak {plain_bytes / 2**20:.0f} MiB beyond weights and state\n")
 
     @functools.cache
     def bytes_with(*names):
         run = training_steps.diversified(only(args, names), world)
         return peak_bytes(lambda: run(1), device)
 
-    results = {}
-    for name in tqdm(own.terms or (MIXING, *REGULARIZERS), desc="terms", leave=False, disable=None):
-        # A term on the tokens' gradients needs mixing, without which only the class token has a gradient.
-        base = [MIXING] if "tokens" in DiversityObjective({name: 1.0}).reads else []
-        with_term, without = only(args, [*base, name]), only(args, base)
-        objectives = [DiversityObjective(**objective_settings(flags)) for flags in (without, with_term)]
-        reads, patch_logits = objectives[1].reads, objectives[1].patch_logits
-        with TappedViT(model, reads, patch_logits, **tap_settings(with_term)).train() as tapped:
-            seconds = term_seconds(tapped, objectives, with_term, world, rounds)
-            reads = [*tapped.reads, *(["patch_logits"] if tapped.patch_logits and not base else [])]
-        seconds += sum(taps.get(tap, 0) for tap in reads)
-        results[name] = {
-            "ms": 1000 * seconds,
-            "share": seconds / plain_seconds,
-            "peak_mib": (bytes_with(*base, name) - bytes_with(*base)) / 2**20,
-        }
+    names = own.terms or [MIXING, *REGULARIZERS]
+
+    def rows():
+        for name in names:
+            # A term on the tokens' gradients needs mixing, without which only the class token has a gradient.
+            base = [MIXING] if "tokens" in DiversityObjective({name: 1.0}).reads else []
+            with_term, without = only(args, [*base, name]), only(args, base)
+            objectives = [DiversityObjective(**objective_settings(flags)) for flags in (without, with_term)]
+            reads, patch_logits = objectives[1].reads, objectives[1].patch_logits
+            with TappedViT(model, reads, patch_logits, **tap_settings(with_term)).train() as tapped:
+                seconds = term_seconds(tapped, objectives, with_term, world, rounds)
+                reads = [*tapped.reads, *(["patch_logits"] if tapped.patch_logits and not base else [])]
+            seconds += sum(taps.get(tap, 0) for tap in reads)
+            peak = bytes_with(*base, name) - bytes_with(*base)
+            yield {"ms": 1000 * seconds, "share": seconds / plain_seconds, "peak_mib": peak / 2**20}
+
     columns = {
         "ms": ("ms", "{:.1f}".format),
         "of the step": ("share", "{:.1%}".format),
         "peak memory, MiB": ("peak_mib", "{:.1f}".format),
     }
-    print(rows_table("term", {f"`{name}`": result for name, result in results.items()}, columns))
-    return {"plain_ms": 1000 * plain_seconds, "plain_peak_mib": plain_bytes / 2**20, "terms": results}
+    terms = print_rows("term", [f"`{name}`" for name in names], rows(), columns)
+    return {"plain_ms": 1000 * plain_seconds, "plain_peak_mib": plain_bytes / 2**20, "terms": terms}
 
 
 def term_seconds(

@@ -22,19 +22,29 @@ def markdown_table(columns: dict[str, list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in zip(*texts, strict=True))
 
 
-def rows_table(heading: str, rows: dict[str, dict], columns: dict[str, tuple[str, Callable]]) -> str:
-    """A Markdown table of {name: {key: value}}, one row for each name.
+def print_rows(heading: str, names: list[str], rows: Iterable[dict], columns: dict[str, tuple[str, Callable]]) -> dict:
+    """Print a Markdown table row by row, each as soon as `rows` yields it; returns {name: row}.
 
     Args:
         heading: of the names.
-        rows: may lack keys; a missing value, like None, is an empty text.
-        columns: {heading: (key, function that formats its values)}; a column without values is left out.
+        rows: {key: value} for each name; a row with an "error" has only that.
+        columns: {heading: (key, function that formats its values)}; a missing value, like None, is an empty text.
     """
-    texts = {
-        head: ["" if row.get(key) is None else form(row[key]) for row in rows.values()]
-        for head, (key, form) in columns.items()
-    }
-    return markdown_table({heading: [*rows]} | {head: column for head, column in texts.items() if any(column)})
+    widths = [max(map(len, [heading, *names])), *map(len, columns)]
+
+    def print_line(texts: Iterable[str], fill: str = " "):
+        cells = (text.ljust(width, fill) for text, width in zip(texts, widths, strict=False))
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    print_line([heading, *columns])
+    print_line([""] * len(widths), "-")
+    printed = {}
+    for name, row in zip(names, rows, strict=True):
+        values = ((row.get(key), form) for key, form in columns.values())
+        texts = [row["error"]] if "error" in row else ["" if value is None else form(value) for value, form in values]
+        print_line([name, *texts])
+        printed[name] = row
+    return printed
 
 
 def latex(tables: list[dict[str, list[str]]], notes: list[str]) -> str:

@@ -168,11 +168,12 @@ def test_a_copy_from_the_gpu_does_not_follow_the_original():
 
 def test_a_deterministic_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(tmp_path):
     words = ["main.py", *TWENTY_STEPS, "--preset", "released", "--deterministic", "--epochs", "3"]
-    whole = run_process(*words, "--output-dir", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    words += ["--output-dir", str(tmp_path / "cut"), "--resume", "auto"]
-    stop_in_second_epoch(words)
-    resumed = run_process(*words)
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(run_process, *words, "--output-dir", tmp_path / "whole")
+        words += ["--output-dir", str(tmp_path / "cut"), "--resume", "auto"]
+        stop_in_second_epoch(words)
+        resumed = run_process(*words)
+        assert whole.result().returncode == 0, whole.result().stderr
     assert resumed.returncode == 0, resumed.stderr
     assert "from step" in resumed.stdout
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
