@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import os
+
 import forking
 import pytest
 
@@ -27,3 +29,9 @@ def fork():
         process.kill()
         process.join()
         pipe.close()
+
+
+@pytest.fixture
+def quick_flushes(monkeypatch):
+    """No file is flushed to the disk. A test can observe the order of the calls, but not whether a flush succeeded."""
+    monkeypatch.setattr(os, "fsync", os.fstat)

@@ -202,6 +202,6 @@ if __name__ == "__main__":
     recorder = InputRecorder(setattr, interrupt)
     try:
         with few_digits(DIGITS):
-            main.command_line(flags)
+            run_main(*flags)
     finally:
         Path(out, f"{own}.json").write_text(json.dumps(recorder.indices))

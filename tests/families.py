@@ -6,9 +6,12 @@ import timm
 import torch
 from golden_inputs import normals
 
-from diversity import LEVELS, REGULARIZERS, TAPS, WEIGHT_GROUPS, DiversityObjective
+from diversity import LEVELS, REGULARIZERS, TAPS, WEIGHT_GROUPS, DiversityObjective, TappedViT
 
 CLASSES = 5
+PATCHES = 16
+"""Of the models that are not Swin."""
+
 VIT = dict(img_size=32, patch_size=8, depth=3, embed_dim=24, num_heads=3)
 SWIN = dict(img_size=32, patch_size=4, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 4), drop_path_rate=0)
 
@@ -99,3 +102,8 @@ def objective_of(family, levels=LEVELS):
         {"mixing": 1.0}
         | {term.name: 0.01 for term in terms if family.comparable or "attention_first" not in term.reads}
     )
+
+
+def tapped_with(asked, model, **options):
+    """A TappedViT for one tap, or "patch_logits", or None for neither."""
+    return TappedViT(model, reads=[asked] if asked in TAPS else [], patch_logits=asked == "patch_logits", **options)

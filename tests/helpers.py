@@ -48,9 +48,10 @@ CONVNET = ("--model", "resnet10t", "--model-kwargs", "channels=[8,8,8,8]", "stem
 """Flags of a model that has no tokens."""
 
 
-def run_main(*words):
-    """`python main.py *words` in this process."""
-    main.command_line([str(word) for word in words])
+def run_main(*words, draw_curves=False):
+    """`python main.py *words` in this process, by default without curves.png, which takes longer than a tiny run."""
+    with contextlib.nullcontext() if draw_curves else mock.patch("reports.figures.curves"):
+        main.command_line([str(word) for word in words])
 
 
 def log_of(folder: Path) -> list[dict]:

@@ -1,6 +1,6 @@
 """Programs run as forked processes of a test, which share its imports: a start takes a tenth of a second, not seconds.
 
-A few tests start torchrun itself; the others start their ranks here.
+One test starts torchrun itself; the others start their ranks or torchrun here.
 """
 
 import multiprocessing
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed.run
 from helpers import REPOSITORY
 
 
@@ -63,6 +64,12 @@ def run_ranks(count: int, program: str | Path, *words, timeout: float = 240) -> 
         texts = ["".join(file.read_text() for file in sorted(folder.glob(f"*.{end}"))) for end in ("out", "err")]
     assert not late, f"ranks {late} had not ended after {timeout} s; standard error: {texts[1]}"
     return Finished([process.exitcode for process in processes], *texts)
+
+
+def run_torchrun(count: int, *words) -> Finished:
+    """Run `torchrun WORDS` in a forked process; it forks its `count` ranks."""
+    launch = ("--standalone", f"--nproc_per_node={count}", "--run-path", "--start-method=fork")
+    return run_ranks(1, torch.distributed.run.__file__, *launch, *words)
 
 
 def _run(program, words, environment: dict[str, str], out: Path, err: Path):

@@ -67,7 +67,7 @@ def test_a_run_with_a_launchers_flags(tmp_path, few_digits):
     words = launch(
         "run_deit_tiny_diverse.sh", "none", *TINY, "--output_dir", tmp_path / "run", tmp_path=tmp_path
     ).stdout
-    run_main(*words.splitlines()[5:])
+    run_main(*words.splitlines()[5:], draw_curves=True)
     assert_complete(tmp_path / "run")
 
 

@@ -8,7 +8,6 @@ from timm.layers import Attention
 
 from diversity import REGULARIZERS, DiversityObjective, MixedTarget, TappedViT, token_cross_entropy
 
-PATCHES = 16
 RELEASED = ["emb_cos_within", "emb_contrast_cross", "attn_cos_within", "weight_mha_cond_orth"]
 
 

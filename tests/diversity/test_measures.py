@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, build, identity_blocks, images
+from families import FAMILIES, PATCHES, build, identity_blocks, images
 from golden_inputs import normals
 from textbook_redundancy import assert_close, textbook_rank, variance_shares
 
@@ -14,7 +14,7 @@ from diversity import measures as registry
 from diversity.measures import effective_rank_of, measures_table, summary_measures
 from diversity.redundancy import _Covariance, _Meter, _weights
 
-PATCHES, WIDTH = 16, 24  # of the models of families.py that are not Swin
+WIDTH = 24  # of the models of families.py that are not Swin
 
 
 # --- closed forms: tokens

@@ -9,13 +9,10 @@ import pytest
 import textbook
 import timm
 import torch
-from families import attentions, build, images
 from golden_inputs import normals
-from torch import nn
-from unrolled import classified, unrolled
+from objective_inputs import BATCH, CLASSES, PATCHES, Distillation, outputs, targets, textbook_classification
 
 from diversity import (
-    PRESETS,
     REGULARIZERS,
     DiversityObjective,
     MixedTarget,
@@ -24,7 +21,6 @@ from diversity import (
     token_cross_entropy,
 )
 
-BATCH, PATCHES, CLASSES = 3, 6, 5
 COEFS = {
     "mixing": 0.7,
     "emb_cos_within": 0.5,
@@ -35,78 +31,7 @@ COEFS = {
 PROBES = {"weight_mha_cond_orth": normals(9, 2, 3, 4, 1).abs()}
 
 
-def outputs(dist_logits=False):
-    """Float64 tensors for every field of a TapOutput."""
-    return TapOutput(
-        logits=normals(0, BATCH, CLASSES),
-        dist_logits=normals(1, BATCH, CLASSES) if dist_logits else None,
-        patch_logits=normals(2, BATCH, PATCHES, CLASSES),
-        first=normals(3, BATCH, PATCHES, 4),
-        last=normals(4, BATCH, PATCHES, 4),
-        attention=normals(5, BATCH, 2, 7, 7).softmax(dim=-1),
-        weights=normals(6, 3, 4, 4),
-    )
-
-
-def targets():
-    labels = torch.tensor([0, 3, 4])
-    shares = torch.rand(BATCH, 1 + PATCHES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return MixedTarget(labels, labels.flip(0), shares[:, 0], shares[:, 1:])
-
-
-def textbook_classification(coef, smoothing):
-    output, target = outputs(), targets()
-    return textbook.mixing_loss(
-        output.logits, output.patch_logits, **target._asdict(), smoothing=smoothing, coef=coef
-    ).item()
-
-
-class Distillation(nn.Module):
-    """A distillation loss that keeps what it was called with."""
-
-    def __init__(self, alpha):
-        super().__init__()
-        self.alpha = alpha
-
-    def forward(self, samples, logits):
-        self.called_with = samples, logits
-        return logits.square().mean() + samples.mean()
-
-
 # --- the sum
-
-
-@pytest.mark.parametrize("coef", [0, 0.3, 1, 2])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mixing_coefficient_weighs_the_patch_tokens(coef, smoothing):
-    objective = DiversityObjective({"mixing": coef}, smoothing=smoothing)
-    assert objective.patch_logits == (coef > 0) and objective.reads == []
-    loss, terms = objective(outputs(), targets())
-    assert loss.item() == pytest.approx(textbook_classification(coef, smoothing), rel=1e-10)
-    assert terms["classification"].item() == loss.item()
-    assert terms["cls_ce"].item() == pytest.approx(textbook_classification(0, smoothing), rel=1e-10)
-    assert ("mixing" in terms) == (coef > 0)
-
-
-@pytest.mark.parametrize("coef", [0, 0.3, 1, 2])
-@pytest.mark.parametrize("alpha", [None, 0.3])
-def test_equal_balance_weighs_the_patches_as_one(coef, alpha):
-    distillation = None if alpha is None else Distillation(alpha)
-    objective = DiversityObjective({"mixing": coef}, 0.1, distillation, mixing_balance="equal")
-    output, target = outputs(), targets()
-    loss, terms = objective(output, target, torch.ones(BATCH, 3, 2, 2, dtype=torch.float64))
-    labels = target.labels, target.partner
-    cls_ce = textbook.token_cross_entropy(output.logits[:, None], *labels, target.lam[:, None], 0.1).mean()
-    patch_ce = textbook.token_cross_entropy(output.patch_logits, *labels, target.patch_lam, 0.1).mean()
-    mixed = (cls_ce + coef * patch_ce) / (1 + coef)
-    expected = mixed if alpha is None else (1 - alpha) * mixed + alpha * terms["distillation"]
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    assert terms["cls_ce"].item() == pytest.approx(cls_ce.item(), rel=1e-10)
-    assert sum(value for name, value in terms.items() if name.endswith("_share")).item() == pytest.approx(1)
-    if coef and not alpha:
-        share = coef * patch_ce / (1 + coef) / mixed
-        assert terms["mixing"].item() == pytest.approx(patch_ce.item(), rel=1e-10)
-        assert terms["mixing_share"].item() == pytest.approx(share.item(), rel=1e-10)
 
 
 def test_an_alias_is_the_term_it_names():
@@ -115,11 +40,6 @@ def test_an_alias_is_the_term_it_names():
     assert REGULARIZERS["attn_abscos_within"] is REGULARIZERS["attn_cos_within"]
     with pytest.raises(ValueError, match="attn_abscos_within is another name of attn_cos_within; give one of them"):
         DiversityObjective({"attn_abscos_within": 0.5, "attn_cos_within": 0.5})
-
-
-def test_unknown_balance_is_an_error():
-    with pytest.raises(ValueError, match="unknown mixing_balance 'even'; there are tokens, equal"):
-        DiversityObjective({"mixing": 1.0}, mixing_balance="even")
 
 
 def test_loss_is_classification_plus_coefficients_times_terms():
@@ -181,26 +101,6 @@ def test_loss_is_float32_under_autocast(dtype):
     plain, _ = DiversityObjective(COEFS)(output, target, probes=probes)
     assert loss.dtype == torch.float32 and torch.equal(loss, plain)
     assert {value.dtype for value in terms.values()} == {torch.float32}
-
-
-# --- distillation
-
-
-@pytest.mark.parametrize("coef", [0, 1.0])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("dist_logits", [False, True])
-def test_distillation_is_weighed_against_the_rest_of_the_classification(dist_logits, alpha, coef):
-    output, samples = outputs(dist_logits), normals(8, BATCH, 3, 2, 2)
-    distillation = Distillation(alpha)
-    objective = DiversityObjective({"mixing": coef, "attn_cos_within": 0.5}, distillation=distillation)
-    loss, terms = objective(output, targets(), samples)
-    student = output.dist_logits if dist_logits else output.logits
-    assert distillation.called_with[0] is samples and distillation.called_with[1] is student
-    distilled = (student.square().mean() + samples.mean()).item()
-    expected = (1 - alpha) * textbook_classification(coef, 0.0) + alpha * distilled
-    assert terms["distillation"].item() == pytest.approx(distilled)
-    assert terms["classification"].item() == pytest.approx(expected)
-    assert loss.item() == pytest.approx(expected + 0.5 * terms["attn_cos_within"].item())
 
 
 # --- which terms are active
@@ -312,144 +212,6 @@ def test_an_option_reaches_the_terms_that_have_it(option):
 def test_unknown_option_is_an_error():
     with pytest.raises(TypeError, match="no term has an option 'cond_orth_step'"):
         DiversityObjective({"weight_mha_cond_orth": 1.0}, cond_orth_step=3)
-
-
-# --- presets
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_build_an_objective(name):
-    preset = PRESETS[name]
-    objective = DiversityObjective(preset.coefs, **preset.settings)
-    assert objective.coefs == preset.coefs and preset.doc
-
-
-def test_released_is_the_paper():
-    assert PRESETS["released"].settings == {}
-    assert PRESETS["released"].coefs == {
-        "mixing": 1,
-        "emb_cos_within": 0.5,
-        "emb_contrast_cross": 0.5,
-        "attn_cos_within": 1e-4,
-        "weight_mha_cond_orth": 5e-4,
-    }
-
-
-def test_diversepatch_is_its_three_losses_with_weight_1():
-    assert PRESETS["diversepatch"].settings == {}
-    coefs = {"mixing": 1, "emb_offdiag_abscos_within": 1, "emb_dot_contrast_cross": 1}
-    assert PRESETS["diversepatch"].coefs == coefs
-
-
-def test_corrected_is_released_without_its_faults():
-    released, corrected = PRESETS["released"].coefs, PRESETS["corrected"].coefs
-    assert corrected == {
-        "mixing": released["mixing"],
-        "emb_offdiag_cos_within": released["emb_cos_within"],
-        "emb_contrast_cross": released["emb_contrast_cross"],
-        "attn_offdiag_cos_within": released["attn_cos_within"],
-        "weight_mha_cond_orth": released["weight_mha_cond_orth"],
-    }
-    settings = dict(PRESETS["corrected"].settings)
-    assert settings.pop("cond_orth_steps") > 1
-    assert settings == {"mixing_balance": "equal", "mhs_collapse_aware": True}
-
-
-# --- gradient diversity
-
-
-def token_gradient_case(name="deit", mixing=0.7, alpha=None):
-    """A model, its target, and a training step: a call that returns the loss and the terms."""
-    model, samples = build(name), images()
-    if name == "distilled":
-        model.set_distilled_training(True)
-    distillation = None if alpha is None else Distillation(alpha)
-    objective = DiversityObjective({"mixing": mixing, "emb_grad_diversity": 0.5}, 0.1, distillation)
-    tapped = TappedViT(model, objective.reads, objective.patch_logits)
-    labels, shares = torch.tensor([0, 3]), normals(5, 2, 1 + tapped.grid[0] * tapped.grid[1]).sigmoid()
-    target = MixedTarget(labels, labels.flip(0), shares[:, 0], shares[:, 1:])
-    return model, target, lambda: objective(tapped(samples), target, samples)
-
-
-@pytest.mark.parametrize("alpha", [None, 0.3])
-@pytest.mark.parametrize("mixing", [0, 0.7])
-@pytest.mark.parametrize("name", ["deit", "average", "distilled", "beit", "swin_windows"])
-def test_gradient_diversity_is_that_of_the_classification_loss_at_every_token(name, mixing, alpha):
-    model, target, step = token_gradient_case(name, mixing, alpha)
-    loss, terms = step()
-    tokens = unrolled(name, model, images())["tokens"].detach().requires_grad_()
-    logits, patch_logits = classified(name, model, tokens)
-    logits, student = logits if name == "distilled" else (logits, logits)
-    classification = textbook.mixing_loss(logits, patch_logits, **target._asdict(), smoothing=0.1, coef=mixing)
-    if alpha is not None:
-        classification = (1 - alpha) * classification + alpha * Distillation(alpha)(images(), student)
-    (gradient,) = torch.autograd.grad(classification, tokens)
-    expected = textbook.TEXTBOOK["emb_grad_diversity"](gradient.reshape(2, -1, tokens.shape[-1])).item()
-    assert terms["emb_grad_diversity"].item() == pytest.approx(expected, rel=1e-9)
-    assert terms["classification"].item() == pytest.approx(classification.item(), rel=1e-9)
-    assert loss.item() == pytest.approx(classification.item() + 0.5 * expected, rel=1e-9)
-
-
-@pytest.mark.parametrize("alpha", [None, 0.3])
-@pytest.mark.parametrize("mixing", [0, 0.7])
-@pytest.mark.parametrize("name", ["deit", "swin_windows"])
-def test_gradient_of_gradient_diversity_is_that_of_finite_differences(name, mixing, alpha):
-    model, _, step = token_gradient_case(name, mixing, alpha)
-    step()[0].backward()
-    everything = dict(model.named_parameters())
-    after = {name: p for name, p in everything.items() if name.startswith(("norm", "head"))}
-    before = {name: p for name, p in everything.items() if name not in after}
-    for parameters in (everything, before, after):
-        pairs = [(p, normals(seed, *p.shape)) for seed, p in enumerate(parameters.values())]
-        slope = sum((p.grad * direction).sum() for p, direction in pairs).item()
-        losses = []
-        for size in (1e-6, -2e-6, 1e-6):  # there, to the other side, and back
-            with torch.no_grad():
-                for p, direction in pairs:
-                    p.add_(direction, alpha=size)
-            losses.append(step()[0].item())
-        assert slope == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["deit", "swin_windows"])
-def test_gradient_diversity_differentiates_no_block_twice(name):
-    gradients = {}
-    for is_fused in (False, True):  # fused attention has no second derivative
-        model, _, step = token_gradient_case(name)
-        for attn in attentions(model):
-            attn.fused_attn = is_fused
-        seen = []
-
-        def watch(module, inputs, output, seen=seen):
-            output.register_hook(seen.append)
-
-        last_blocks = model.layers[-1].blocks if name == "swin_windows" else model.blocks
-        last_blocks[-2].register_forward_hook(watch)
-        loss, _ = step()
-        assert seen == []
-        loss.backward()
-        assert len(seen) == 1
-        gradients[is_fused] = {name: p.grad for name, p in model.named_parameters()}
-    torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-8, atol=1e-10)
-
-
-def test_gradient_diversity_of_tokens_that_need_no_gradient_is_an_error():
-    objective = DiversityObjective({"emb_grad_diversity": 1.0})
-    with pytest.raises(ValueError, match="is the backbone frozen"):
-        objective(outputs()._replace(tokens=normals(7, BATCH, 7, 4)), targets())
-
-
-def test_gradient_diversity_does_not_depend_on_the_size_of_the_loss():
-    _, _, step = token_gradient_case()
-    expected = step()[1]
-
-    def scaled(*arguments, **options):
-        return 1000 * token_cross_entropy(*arguments, **options)
-
-    with mock.patch("diversity.objective.token_cross_entropy", scaled):
-        terms = step()[1]
-    assert terms["classification"].item() == pytest.approx(1000 * expected["classification"].item())
-    assert terms["emb_grad_diversity"].item() == pytest.approx(expected["emb_grad_diversity"].item(), rel=1e-10)
 
 
 # --- all coefficients 0 are plain training

@@ -1,16 +1,13 @@
 """A run that was cut anywhere and continued ends as one that was not: weights, average, optimizer, pixels, log."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from cutting import DIGITS, EVERYTHING, content, cut_run, points, records
-from helpers import REPOSITORY, few_digits, run_main
-from ranks import run_ranks
+from helpers import few_digits, run_main
+from ranks import run_ranks, run_torchrun
 
 from training import checkpoint
 from training.stopping import RESUMABLE
@@ -69,23 +66,8 @@ def test_another_seed_feeds_other_pixels_in_another_order(whole, tmp_path, monke
 
 # --- two ranks
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SHORT = (*EVERYTHING, "--epochs", "2", "--drop", "0", "--opt", "sgd", "--lr", "0.05")
 CUTTING = "tests/cutting.py"
-
-
-def start_torchrun(*words) -> subprocess.CompletedProcess:
-    """Run torchrun in its own session, since a signal may go to all processes of it."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    options = {"cwd": REPOSITORY, "env": environment, "text": True, "start_new_session": True}
-    command = [str(word) for word in (*TORCHRUN, *words)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options) as process:
-        try:
-            _, errors = process.communicate(timeout=240)
-        finally:
-            if process.poll() is None:
-                process.terminate()  # torchrun ends its ranks, which have sessions of their own
-    return subprocess.CompletedProcess(command, process.returncode, stderr=errors)
 
 
 def ranks(count, folder, out, *flags, when="never", rank=0, target="self", name="TERM", torchrun=None):
@@ -96,7 +78,7 @@ def ranks(count, folder, out, *flags, when="never", rank=0, target="self", name=
     """
     out.mkdir(exist_ok=True)
     words = (CUTTING, out, when, rank, target, name, *SHORT, *flags, "--output-dir", folder, "--resume", "auto")
-    result = run_ranks(count, *words) if torchrun is None else start_torchrun(*torchrun, *words)
+    result = run_ranks(count, *words) if torchrun is None else run_torchrun(count, *torchrun, *words)
     if name == "KILL" and "--max-restarts" not in (torchrun or ()):
         assert result.returncode == 1 and "error: processes could not exchange data" in result.stderr, result.stderr
     elif (out / "sent").exists() and "--max-restarts" not in (torchrun or ()):
