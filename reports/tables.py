@@ -30,7 +30,7 @@ def print_rows(heading: str, names: list[str], rows: Iterable[dict], columns: di
         rows: {key: value} for each name; a row with an "error" has only that.
         columns: {heading: (key, function that formats its values)}; a missing value, like None, is an empty text.
     """
-    widths = [max(map(len, [heading, *names])), *map(len, columns)]
+    widths = [max(map(len, [heading, *names])), *(max(8, len(head)) for head in columns)]
 
     def print_line(texts: Iterable[str], fill: str = " "):
         cells = (text.ljust(width, fill) for text, width in zip(texts, widths, strict=False))
