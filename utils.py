@@ -58,6 +58,15 @@ def one_line_errors():
         ) from None
 
 
+@contextlib.contextmanager
+def errors_of(subject: str):
+    """Turn a `ValueError` into the line that a command ends with; `subject`, such as a flag, begins the sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"error: {subject} {error}") from None
+
+
 def run_command(command: Callable[[], None]):
     """Run a program; a `SystemExit` with a message becomes one line on standard error and exit code 1."""
     try:

@@ -18,7 +18,6 @@ def build_model(
     patch_size: int | None = None,
     drop: float = 0.0,
     drop_path: float = 0.0,
-    flag: str = "--model",
     **model_kwargs,
 ) -> nn.Module:
     """A timm model with initial weights.
@@ -29,15 +28,14 @@ def build_model(
         input_size: side of the square input in pixels; models without a fixed size take any.
         patch_size: side of a patch in pixels; None = the model's own.
         drop, drop_path: rates of dropout and stochastic depth; 0 = off.
-        flag: the flag that named the model, for messages.
         model_kwargs: further arguments of the timm model, such as depth or embed_dim.
 
     Raises:
-        SystemExit: an unknown name, arguments the model does not take, or a size its patches do not divide.
+        ValueError: an unknown name, arguments the model does not take, or a size its patches do not divide.
     """
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models(), "; timm.list_models() lists them")
-        raise SystemExit(f"error: {flag} {name} is unknown{hint}")
+        raise ValueError(f"{name} is unknown{hint}")
     optional = {"patch_size": patch_size, "drop_path_rate": drop_path or None}
     model_kwargs = {key: value for key, value in optional.items() if value is not None} | model_kwargs
     model_kwargs |= {"num_classes": num_classes, "drop_rate": drop}
@@ -51,11 +49,9 @@ def build_model(
     except Exception as error:  # what a model makes of arguments it did not expect
         refused = refusal(error)  # by a file that model_kwargs name
         reason = f"its file {refused}" if refused else " ".join(str(error).split()) or type(error).__name__
-        raise SystemExit(f"error: {flag} {name} cannot be built with {model_kwargs}: {reason}") from None
+        raise ValueError(f"{name} cannot be built with {model_kwargs}: {reason}") from None
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if input_size % patch[0] or input_size % patch[1]:
-        raise SystemExit(
-            f"error: --input-size {input_size} is not divisible by the patch size {patch[0]} of {flag} {name}; "
-            "change one of them (--patch-size)"
-        )
+        line = f"{name} has patches of {patch[0]} pixels, which do not divide --input-size {input_size}"
+        raise ValueError(f"{line}; change one of them (--patch-size)")
     return model

@@ -26,20 +26,20 @@ ALLOWED = [
 """Classes that a checkpoint may contain beyond those that torch allows; none of them runs code from the file."""
 
 
-def origin(path: str, flag: str) -> tuple[dict, int | None]:
+def origin(path: str) -> tuple[dict, int | None]:
     """The flags and the last epoch that a checkpoint of this program contains; {}, None for any other file.
 
     Raises:
-        SystemExit: the file is damaged.
+        ValueError: the file is damaged.
     """
     if path.endswith(".safetensors"):
         return {}, None
-    stored = read(path, flag)
+    stored = read(path)
     args = stored.get("args") if isinstance(stored, dict) else None
     return (args, stored.get("epoch")) if isinstance(args, dict) else ({}, None)
 
 
-def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, use_ema: bool = False) -> list[str]:
+def load_weights(model: nn.Module, path: str, new_head: bool = True, use_ema: bool = False) -> list[str]:
     """Load weights in any layout of timm and DeiT into a model.
 
     Position embeddings and patch embeddings of another size are resampled by timm.
@@ -47,7 +47,6 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, 
     Args:
         model: a timm model.
         path: .pth or .safetensors file, or an https URL.
-        flag: the flag that named the file, for messages.
         new_head: keep the model's initial classifier if the file has one of another size or none.
         use_ema: load the averaged weights.
 
@@ -55,17 +54,17 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, 
         One line for each tensor that was dropped, resampled or not found.
 
     Raises:
-        SystemExit: the file is missing or damaged, or its weights do not fit the model.
+        ValueError: the file is missing or damaged, or its weights do not fit the model.
     """
-    path = local_file(path, flag)
-    stored = read(path, flag)
+    path = local_file(path)
+    stored = read(path)
     layouts = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")  # timm's and DeiT's names
     weights = next((stored[name] for name in layouts if name in stored), None) if isinstance(stored, dict) else None
     if use_ema and weights is None:
-        raise SystemExit(f"error: {flag} {path} contains no averaged weights")
+        raise ValueError(f"{path} contains no averaged weights")
     weights = stored if weights is None else weights
     if not is_weights(weights):
-        raise SystemExit(f"error: {flag} {path} contains no model weights")
+        raise ValueError(f"{path} contains no model weights")
     weights = timm.models.clean_state_dict(weights)
     notes, own = [], model.state_dict()
     for name in _classifier_names(model):
@@ -82,18 +81,18 @@ def load_weights(model: nn.Module, path: str, flag: str, new_head: bool = True, 
     for name in resized:
         if not _differs(name, weights, own):
             notes.append(f"{name} resampled to {[*own[name].shape]}")
-    load_state_dict(model, weights, path, flag, may_miss=[note.split()[0] for note in notes])
+    load_state_dict(model, weights, path, may_miss=[note.split()[0] for note in notes])
     return notes
 
 
-def load_state_dict(model: nn.Module, weights: dict, path: str, flag: str, may_miss: list[str] = ()):
+def load_state_dict(model: nn.Module, weights: dict, path: str, may_miss: list[str] = ()):
     """Load weights into a model, with an error of one line that names the first tensor that does not fit.
 
     Args:
         may_miss: names of the model's tensors that `weights` need not contain.
 
     Raises:
-        SystemExit: a tensor is missing, unknown or of another shape.
+        ValueError: a tensor is missing, unknown or of another shape.
     """
     own = model.state_dict()
     misfits = [
@@ -106,7 +105,7 @@ def load_state_dict(model: nn.Module, weights: dict, path: str, flag: str, may_m
     if misfits:
         misfits.sort()
         more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
-        raise SystemExit(f"error: {flag} {path} does not fit {type(model).__name__}: {misfits[0]}{more}")
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {misfits[0]}{more}")
     model.load_state_dict(weights, strict=False)
 
 
@@ -131,11 +130,11 @@ def _differs(name: str, weights: dict, own: dict) -> bool:
     return name in weights and name in own and weights[name].shape != own[name].shape
 
 
-def local_file(path: str, flag: str) -> str:
+def local_file(path: str) -> str:
     """A file on this machine: `path`, or for an https URL its download in the cache folder of torch.hub."""
     if not path.startswith("https://"):
         if not Path(path).is_file():
-            raise SystemExit(f"error: {flag} {path}: there is no such file")
+            raise ValueError(f"{path}: there is no such file")
         return path
     local = Path(torch.hub.get_dir()) / "checkpoints" / path.rsplit("/", 1)[-1]
     if not local.is_file():
@@ -143,15 +142,15 @@ def local_file(path: str, flag: str) -> str:
         try:
             torch.hub.download_url_to_file(path, str(local), progress=False)
         except OSError as error:
-            raise SystemExit(f"error: {flag} {path} cannot be downloaded: {error}") from None
+            raise ValueError(f"{path} cannot be downloaded: {error}") from None
     return str(local)
 
 
-def read(path: str, flag: str):
+def read(path: str):
     """The content of a file of torch or safetensors, with its tensors on the CPU.
 
     Raises:
-        SystemExit: the file is damaged, or contains code.
+        ValueError: the file is damaged, or contains code.
     """
     try:
         if path.endswith(".safetensors") and not zipfile.is_zipfile(path):
@@ -167,7 +166,7 @@ def read(path: str, flag: str):
             reason = f"{refused}; ask for a file with the weights only, a state_dict or safetensors"
         else:
             reason = f"cannot be read, it is truncated or not a checkpoint ({_first_sentence(error)})"
-        raise SystemExit(f"error: {flag} {path} {reason}") from None
+        raise ValueError(f"{path} {reason}") from None
 
 
 def refusal(error: Exception, path: str = "") -> str:

@@ -25,7 +25,7 @@ from reports.subjects import (
     prefix_names,
 )
 from reports.tables import comparison
-from utils import World, write_json
+from utils import World, errors_of, write_json
 
 
 def draw_heads(
@@ -100,15 +100,12 @@ def report_of(subject: Subject, model: nn.Module, batches: Iterable[torch.Tensor
     Raises:
         SystemExit: there are no images, or the model's numbers are not finite.
     """
-    try:
+    with errors_of(f"{subject.run} cannot be measured:"):
         report = measure_redundancy(model, batches)
-    except ValueError as error:
-        raise SystemExit(f"error: {subject.run} cannot be measured: {error}") from None
-    args = subject.args
     measured_on = {
-        "data_set": args.data_set,
-        "split": args.val_split or "validation",
-        "input_size": args.input_size,
+        "data_set": subject.data.data_set,
+        "split": subject.data.val_split or "validation",
+        "input_size": subject.data.input_size,
         "images": report["images"],
         "weights": "EMA" if ema else "raw",
         "epoch": subject.epoch,

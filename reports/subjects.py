@@ -1,6 +1,6 @@
 """The models that analyze.py measures: found by the words of its command line, loaded, described, with their images."""
 
-from argparse import Namespace
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from datasets import DataOptions, build_data
 from diversity import measurable
 from diversity.backbones import Backbone
 from models import build_model, weights
-from pipeline.transforms import TransformOptions, build_transform
+from pipeline.transforms import build_transform
 from reports.run_folders import without_seed
 from training import arguments, checkpoint
 from training.build import options_of
-from utils import World
+from utils import World, errors_of
 
 
 class Subject(NamedTuple):
@@ -26,18 +26,20 @@ class Subject(NamedTuple):
 
     Attributes:
         run: the word on the command line that names it.
-        args: main.py's flags: model, data set, batch size.
         file: the checkpoint; None for published weights.
         folder: the run folder, where there is one; its report is written there too.
         epoch: the last one in which its weights were trained, from 0; None where that is not known.
+        model: the arguments of `build_model` without the number of classes.
+        data: of the validation images.
         transform: of its images.
     """
 
     run: str
-    args: Namespace
     file: Path | None
     folder: Path | None
     epoch: int | None
+    model: dict
+    data: DataOptions
     transform: Callable
 
 
@@ -49,28 +51,28 @@ def find_subject(run: str, flags: list[str]) -> Subject:
     """
     path = Path(run)
     folder = path if path.is_dir() else None
-    file = path / checkpoint.LAST if folder else path
+    file, epoch, published = path / checkpoint.LAST if folder else path, None, {}
     if file.is_file():
-        config, epoch = weights.origin(str(file), "RUN")
-        args = _flags(flags, config)
-        transform = build_transform(options_of(TransformOptions, args), is_training=False)
-        return Subject(run, args, file, folder, epoch, transform)
-    if folder:
+        with errors_of("RUN"):
+            config, epoch = weights.origin(str(file))
+    elif folder:
         raise SystemExit(f"error: {run} is not a run folder of this program: it has no {checkpoint.LAST}")
-    if not timm.is_model(run):
+    elif timm.is_model(run):
+        file, published = None, timm.get_pretrained_cfg(run)
+        published = published.to_dict() if published else {}
+        flags, config = [*flags, "--model", run], {"input_size": published.get("input_size", (224,))[-1]}
+    else:
         raise SystemExit(f"error: {run} is not a run folder, a checkpoint file or the name of a timm model")
-    published = timm.get_pretrained_cfg(run)
-    published = published.to_dict() if published else {}
-    args = _flags([*flags, "--model", run], {"input_size": published.get("input_size", (224,))[-1]})
-    args = Namespace(**vars(args) | {"model_kwargs": {"pretrained": True} | args.model_kwargs})
-    data_config = timm.data.resolve_data_config({"img_size": args.input_size}, published)
-    return Subject(run, args, None, None, None, timm.data.create_transform(**data_config))
-
-
-def _flags(flags: list[str], config: dict) -> Namespace:
-    """main.py's flags from a command line and a configuration, for an evaluation, which reads no training set."""
     config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
-    return Namespace(**vars(arguments.parse_args(flags, config)) | {"eval": True})
+    args = arguments.parse_args(flags, config)
+    data = dataclasses.replace(options_of(DataOptions, args), eval=True)  # it reads no training set
+    if file:
+        transform = build_transform(data, is_training=False)
+    else:
+        data_config = timm.data.resolve_data_config({"img_size": args.input_size}, published)
+        transform = timm.data.create_transform(**data_config)
+    model = {"name": args.model, "input_size": args.input_size, "patch_size": args.patch_size, **args.model_kwargs}
+    return Subject(run, file, folder, epoch, model, data, transform)
 
 
 def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> nn.Module:
@@ -82,21 +84,23 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
     """
     if ema and subject.file is None:
         raise SystemExit(f"error: --ema: {subject.run} has no averaged weights")
-    args = subject.args
-    shape = num_classes, args.input_size, args.patch_size
-    model = build_model(args.model, *shape, **args.model_kwargs | {"pretrained": False})
+    with errors_of("--model"):
+        model = build_model(num_classes=num_classes, **subject.model)
     measurable(model)  # before a download
     if subject.file is None:
-        model = build_model(args.model, *shape, **args.model_kwargs)
+        with errors_of("--model"):
+            model = build_model(num_classes=num_classes, pretrained=True, **subject.model)
     else:
-        for note in weights.load_weights(model, str(subject.file), "RUN", use_ema=ema):
+        with errors_of("RUN"):
+            notes = weights.load_weights(model, str(subject.file), use_ema=ema)
+        for note in notes:
             print(f"{subject.run}: {note}")
     return model.to(world.device).eval()
 
 
 def images(subject: Subject, world: World, num_images: int) -> tuple[Iterator[torch.Tensor], int]:
     """The first images of the validation set in batches, and the number of classes."""
-    data = build_data(options_of(DataOptions, subject.args), world, subject.transform)
+    data = build_data(subject.data, world, subject.transform)
 
     def stream():
         left = min(num_images or data.num_val, data.num_val)
@@ -124,8 +128,8 @@ def architecture(model: nn.Module) -> str:
 
 def measured_data(subject: Subject) -> str:
     """What two runs must have in common to be compared."""
-    args = subject.args
-    return f"measured on {args.data_set} {args.val_split or 'validation'} at {args.input_size} px"
+    data = subject.data
+    return f"measured on {data.data_set} {data.val_split or 'validation'} at {data.input_size} px"
 
 
 def prefix_names(model: nn.Module) -> list[str]:

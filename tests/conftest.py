@@ -35,3 +35,34 @@ def fork():
 def quick_flushes(monkeypatch):
     """No file is flushed to the disk. A test can observe the order of the calls, but not whether a flush succeeded."""
     monkeypatch.setattr(os, "fsync", os.fstat)
+
+
+@pytest.fixture
+def plant(tmp_path):
+    """plant(name) writes a file of `planted.PLANTED`; the test fails if its code runs."""
+    from planted import PLANTED, Code  # here, as it imports main.py
+
+    def write(name):
+        PLANTED[name][0](tmp_path / name, Code(tmp_path / "ran"))
+        return tmp_path / name
+
+    yield write
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """The folders of `analyzing.make_runs`."""
+    from analyzing import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """No figure of redundancy is drawn."""
+    from reports import figures, redundancy_figures
+
+    for name in ("redundancy_depth", "weight_depth", "weight_spectra", "variance", "attention_heads"):
+        monkeypatch.setattr(redundancy_figures, name, lambda *args: None)
+    monkeypatch.setattr(figures, "save", lambda figure, path: None)

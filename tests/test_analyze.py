@@ -1,6 +1,5 @@
-"""analyze.py on every kind of RUN, and main.py --redundancy-every: the numbers, the files, one line for a mistake."""
+"""analyze.py on every kind of RUN, and on several runs: the numbers, the files, the tables."""
 
-import argparse
 import json
 import math
 import shutil
@@ -9,22 +8,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import (
-    BRIEF,
-    CONVNET,
-    TINY,
-    data_options,
-    few_digits,
-    log_of,
-    make_image_folder,
-    one_line,
-    parse,
-    run_main,
-    world,
-)
+from analyzing import PLAIN_VIT, analyzed, loaded, measured, numbers, small_model
+from helpers import BRIEF, TINY, data_options, run_main, world
 from matplotlib import pyplot as plt
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import analyze
 from datasets import build_data
@@ -33,29 +20,13 @@ from diversity.measures import measures_of, summary_measures
 from models import build_model
 from pipeline.sources import Digits
 from pipeline.transforms import build_transform
-from reports import figures, redundancy, redundancy_figures, subjects
+from reports import figures, redundancy_figures, subjects
 from training import checkpoint
 
-PLAIN_VIT = (*BRIEF, "--patch-size", "8", "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3")
 SWIN = (
     *(*BRIEF, "--model", "swin_tiny_patch4_window7_224", "--batch-size", "256", "--model-kwargs"),
     *("window_size=4", "embed_dim=12", "depths=[2,2]", "num_heads=[2,4]"),
 )
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of finished runs: plain; watched, the same with --redundancy-every; other, with other weights."""
-    folder = tmp_path_factory.mktemp("runs")
-    flags = ("--batch-size", "64", "--epochs", "3")
-    with few_digits(512):
-        run_main(*TINY, *flags, "--output-dir", folder / "plain")
-        run_main(*TINY, *flags, "--tensorboard", "--redundancy-every", "2", "--output-dir", folder / "watched")
-    shutil.copytree(folder / "plain", folder / "other")
-    content = torch.load(folder / "other" / checkpoint.LAST, weights_only=True)
-    content["model"] = {key: value + 0.1 * value.roll(1, 0) for key, value in content["model"].items()}
-    torch.save(content, folder / "other" / checkpoint.LAST)
-    return folder
 
 
 @pytest.fixture
@@ -66,49 +37,11 @@ def unsaved(monkeypatch):
     return paths
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """No figure is drawn; tests/reports/test_figures.py is about figures."""
-    for name in ("redundancy_depth", "weight_depth", "weight_spectra", "variance", "attention_heads"):
-        monkeypatch.setattr(redundancy_figures, name, lambda *args: None)
-    monkeypatch.setattr(figures, "save", lambda figure, path: None)
-
-
-def analyzed(tmp_path, *words):
-    """`python analyze.py *words` in this process; returns the content of its redundancy.json."""
-    analyze.main([str(word) for word in (*words, "--device", "cpu", "--output-dir", tmp_path / "out")])
-    return json.loads((tmp_path / "out" / "redundancy.json").read_text())
-
-
-def numbers(report):
-    """A report without its origin."""
-    return {name: value for name, value in report.items() if name not in ("run", "measured_on")}
-
-
-def measured(model, num_images=256, flags=TINY):
-    """`measure_redundancy` of a model on the first validation images of the digits."""
-    data = build_data(data_options(*flags), world())
-    samples = torch.cat([batch for batch, _ in data.val])[:num_images]
-    return measure_redundancy(model, [samples])
-
-
-def small_model(name="deit_tiny_patch16_224", weights=None, depth=2):
-    """What `PLAIN_VIT` describes, with random weights or with `weights`."""
-    torch.manual_seed(7)
-    model = build_model(name, 10, 32, 8, depth=depth, embed_dim=24, num_heads=3)
-    model.load_state_dict(weights or model.state_dict())
-    return model
-
-
-def loaded(path, key="model"):
-    return torch.load(path, weights_only=True)[key]
-
-
 # --- every kind of RUN
 
 
 def test_a_run_folder(runs, tmp_path, capsys, unsaved):
-    shutil.copytree(runs / "plain", tmp_path / "run")
+    shutil.copytree(runs / "plain", tmp_path / "run", ignore=shutil.ignore_patterns("redundancy.*"))
     before = {path.name for path in (tmp_path / "run").iterdir()}
     analyze.main([str(tmp_path / "run"), "--num-images", "40", "--device", "cpu"])
     written = {path.name: path for path in (tmp_path / "run").iterdir() if path.name not in before}
@@ -198,40 +131,25 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
 def test_published_weights_see_the_images_they_were_trained_for(name, flags, size, crop, mean):
     subject = subjects.find_subject(name, ["--data-set", "FAKE", *flags])
     resize, centre, *_, normalise = subject.transform.transforms
-    assert subject.args.input_size == size and tuple(centre.size) == (size, size)
+    assert subject.model["input_size"] == subject.data.input_size == size and tuple(centre.size) == (size, size)
     assert resize.size == math.floor(size / crop)
     assert normalise.mean[0].item() == pytest.approx(mean, abs=1e-4)
-    assert subject.args.model_kwargs == {"pretrained": True}
-
-
-@pytest.mark.parametrize("name", ["resnet18", "cait_xxs24_224"])
-def test_a_model_that_cannot_be_measured_is_refused_before_its_weights_are_fetched(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(subjects, "build_model", no_download(subjects.build_model))
-    assert refused(name, "--data-set", "FAKE", "--output-dir", tmp_path, named=("ViT",))
-
-
-def no_download(build):
-    def build_without(*args, pretrained, **kwargs):
-        assert not pretrained
-        return build(*args, pretrained=False, **kwargs)
-
-    return build_without
 
 
 @pytest.mark.parametrize("flag", ["--data-set", "--batch-size", "--model"])
 def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
     value = {"--data-set": "FAKE", "--batch-size": "4", "--model": "vit_tiny_patch16_224"}[flag]
-    args = subjects.find_subject(str(runs / "plain"), [flag, value]).args
-    assert str(getattr(args, flag[2:].replace("-", "_"))) == value
-    assert args.input_size == 32 and args.model_kwargs == {"depth": 2, "embed_dim": 24, "num_heads": 3}
+    subject = subjects.find_subject(str(runs / "plain"), [flag, value])
+    assert value in (subject.data.data_set, str(subject.data.batch_size), subject.model["name"])
+    shape = {"input_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}
+    assert subject.model.items() >= shape.items() and subject.data.input_size == 32
 
 
 @pytest.mark.parametrize("num_images", [1, 16, 24, 40, 359, 360, 1000, 0])
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
 def test_exactly_so_many_images_are_streamed(num_images, batch_size):
-    words = ("--batch-size", batch_size, "--eval", "--resume", "none.pth")
-    options = data_options(*words)
-    subject = subjects.Subject("", parse(*words), None, None, None, build_transform(options, is_training=False))
+    options = data_options("--batch-size", batch_size, "--eval", "--resume", "none.pth")
+    subject = subjects.Subject("", None, None, None, {}, options, build_transform(options, is_training=False))
     stream, num_classes = subjects.images(subject, world(), num_images)
     every = torch.cat([samples for samples, _ in build_data(options, world()).val])
     assert torch.equal(torch.cat([*stream]), every[: num_images or 360]) and num_classes == 10
@@ -361,174 +279,3 @@ def test_the_heads_drawn_are_those_of_the_block_and_the_image(layer, runs, tmp_p
     assert drawn["title"] == f"plain, block {block} (blocks 0 to 1), validation image 5"
     scan = Digits(is_training=False)[5][0].convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
     assert abs(drawn["picture"] - np.asarray(scan) / 255).max() < 0.01
-
-
-# --- while training
-
-
-def test_redundancy_is_logged_in_the_right_epochs(runs):
-    records = log_of(runs / "watched")
-    logged = [{name for name in record if name.startswith("redundancy_")} for record in records]
-    every = {f"redundancy_{name}" for name in summary_measures()} - {"redundancy_attention_previous_cosine_first"}
-    every |= {"redundancy_images"}
-    assert logged == [set(), every, every]  # every second epoch, and the last
-    assert not any(name.startswith("redundancy_") for record in log_of(runs / "plain") for name in record)
-
-
-def test_measuring_while_training_changes_no_loss(runs):
-    plain, watched = (
-        [[record[name] for name in ("train_loss", "test_loss", "test_loss_ema")] for record in log_of(runs / run)]
-        for run in ("plain", "watched")
-    )
-    assert plain == watched
-    first, second = (loaded(runs / run / checkpoint.LAST) for run in ("plain", "watched"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_tensorboard_has_the_measures_and_the_figure(runs):
-    events = EventAccumulator(str(runs / "watched")).Reload()
-    records = log_of(runs / "watched")
-    steps = 409 // 256 * 256 // 64
-    last = [(epoch + 1) * steps - 1 for epoch in range(3)]
-    for name in (name for name in records[1] if name.startswith("redundancy_")):
-        points = [(event.step, event.value) for event in events.Scalars(f"epoch/{name}")]
-        assert points == [(last[epoch], pytest.approx(records[epoch][name], rel=1e-6)) for epoch in (1, 2)]
-    assert [event.step for event in events.Images("redundancy")] == [last[1], last[2]]
-    assert len(events.Images("redundancy")[0].encoded_image_string) > 5000
-
-
-@pytest.mark.parametrize("batch_size", [64, 8])
-def test_what_is_logged_last_is_what_analyze_finds_on_64_images(batch_size, tmp_path, undrawn):
-    flags = ("--batch-size", batch_size, "--redundancy-every", "1", "--data-set", "IMNET", "--no-repeated-aug")
-    data = make_image_folder(tmp_path / "images", n=40)
-    run_main(*TINY, *flags, "--data-path", data, "--output-dir", tmp_path / "run")
-    logged = {n.removeprefix("redundancy_"): v for n, v in log_of(tmp_path / "run")[-1].items() if "redundancy" in n}
-    report = analyzed(tmp_path, tmp_path / "run", "--num-images", "64")
-    assert report["images"] == 64
-    assert logged.pop("images") == 64
-    assert logged == pytest.approx(report["summary"], rel=1e-9)
-
-
-def test_figures_are_closed_without_tensorboard(tmp_path, few_digits):
-    before = plt.get_fignums()
-    run_main(*TINY, "--redundancy-every", "1", "--output-dir", tmp_path / "run")
-    assert plt.get_fignums() == before
-
-
-# --- bad input
-
-
-def refused(*words, named):
-    """Each of `named` is in the one line that analyze.py ends in."""
-    with pytest.raises(SystemExit) as caught:
-        analyze.main([str(word) for word in (*words, "--device", "cpu")])
-    assert caught.value.code != 0
-    return one_line(caught, *named)
-
-
-def test_a_folder_without_a_run_is_refused(runs, tmp_path):
-    shutil.copy(runs / "plain" / "args.yaml", tmp_path)
-    assert refused(tmp_path, named=(tmp_path, "checkpoint.pth"))
-
-
-def test_an_unknown_name_is_refused(tmp_path):
-    assert refused("deit_tinny", named=("deit_tinny", "timm"))
-    assert refused(tmp_path / "missing.pth", named=("missing.pth",))
-
-
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
-    (tmp_path / "notes.pth").write_text("no checkpoint")
-    assert refused(tmp_path / "notes.pth", *TINY, named=("notes.pth",))
-
-
-def test_a_checkpoint_of_another_model_is_refused(runs, tmp_path):
-    best = runs / "plain" / "checkpoint_best.pth"
-    named = (best, "does not fit VisionTransformer")
-    assert refused(
-        best, "--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3", "--output-dir", tmp_path, named=named
-    )
-
-
-def test_weights_without_an_average_are_refused(runs, tmp_path):
-    best = runs / "plain" / "checkpoint_best.pth"
-    assert refused(best, "--ema", "--output-dir", tmp_path, named=(best, "averaged"))
-
-
-def test_wrong_flags_are_refused(runs, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert refused(runs / "plain", "--output-dir", tmp_path / "file", named=("--output-dir", tmp_path / "file"))
-    assert refused(runs / "plain", "--image", "99", "--output-dir", tmp_path, named=("--image 99", "first 96 images"))
-    assert refused("deit_tiny_patch16_224", *BRIEF, "--ema", "--model-kwargs", "depth=1", named=("--ema",))
-
-
-def test_an_empty_data_set_is_refused(runs, tmp_path):
-    data = make_image_folder(tmp_path / "images", n=0)
-    words = ("--data-set", "IMNET", "--data-path", data, "--output-dir", tmp_path)
-    assert refused(runs / "plain", *words, named=(data,))
-
-
-def test_models_that_do_not_compare_are_refused(runs, tmp_path, undrawn):
-    deeper = tmp_path / "deeper.pth"
-    args = vars(parse("--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3"))
-    torch.save({"model": small_model(depth=3).state_dict(), "args": args}, deeper)
-    words = ("--num-images", "4", "--output-dir", tmp_path / "out")
-    assert refused(runs / "plain", deeper, *words, named=("plain", "deeper", "2 blocks", "3 blocks"))
-
-
-def test_runs_measured_on_different_images_are_refused(runs, tmp_path, undrawn):
-    args = vars(parse("--data-set", "FAKE", "--num-classes", "10", *PLAIN_VIT[-4:]))
-    torch.save({"model": small_model().state_dict(), "args": args}, tmp_path / "fake.pth")
-    words = (runs / "plain", tmp_path / "fake.pth", "--num-images", "4", "--output-dir", tmp_path / "out")
-    assert refused(*words, named=("fake.pth", "measured on DIGITS", "measured on FAKE"))
-    analyzed(tmp_path, *words[:4], "--data-set", "DIGITS")
-
-
-def test_a_run_named_twice_is_refused(runs, tmp_path):
-    assert refused(runs / "plain", runs / "other" / ".." / "plain", "--output-dir", tmp_path, named=("twice",))
-
-
-def test_several_processes_are_refused(runs, tmp_path, monkeypatch):
-    options = argparse.Namespace(runs=[str(runs / "plain")])
-    with pytest.raises(SystemExit, match="without torchrun"):
-        redundancy.analyze(options, [], world(0, 2))
-
-
-def test_another_family_is_refused(tmp_path):
-    kwargs = {"channels": [8, 8, 8, 8], "stem_width": 8}
-    torch.save(build_model("resnet10t", 10, 32, **kwargs).state_dict(), tmp_path / "conv.pth")
-    words = (*BRIEF, *CONVNET, "--output-dir", tmp_path)
-    assert refused(tmp_path / "conv.pth", *words, named=("ResNet", "ViT"))
-
-
-@pytest.mark.parametrize("layer", ["9", "-1", "middle", "0,1", "all"])
-def test_a_bad_layer_is_refused(layer, runs, tmp_path, undrawn, capsys):
-    words = [str(runs / "plain"), f"--layer={layer}", "--num-images", "4", "--output-dir", str(tmp_path)]
-    with pytest.raises(SystemExit) as caught:
-        analyze.main([*words, "--device", "cpu"])
-    line = caught.value.code if isinstance(caught.value.code, str) else capsys.readouterr().err
-    assert line.startswith("error: ") and layer in line and line.count("\n") <= 1
-
-
-@pytest.mark.parametrize("names", [["one"], ["a/b", "a_b"], ["one", "two", "three"]])
-def test_names_must_be_one_for_each_run(names, runs, tmp_path):
-    assert refused(
-        runs / "plain", runs / "other", "--output-dir", tmp_path, "--names", *names, named=("--names", "2", *names)
-    )
-
-
-@pytest.mark.parametrize(
-    "words", ["--num-images -1", "--num-images x", "--image x", "--no-such-flag", "--batch-size 0", "--device tpu"]
-)
-def test_bad_flags_are_refused(words, runs, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        analyze.main([str(runs / "plain"), "--device", "cpu", "--output-dir", str(tmp_path), *words.split()])
-    line = caught.value.code if isinstance(caught.value.code, str) else capsys.readouterr().err
-    assert line.startswith("error: ") and line.count("\n") <= 1
-    assert words.split()[0] in line and (tmp_path / "redundancy.json").exists() is False
-
-
-def test_watching_a_convolutional_net_is_refused(tmp_path):
-    words = (*BRIEF, *CONVNET, "--mixing_coef", "0", "--redundancy-every", "1", "--output-dir", tmp_path / "run")
-    with pytest.raises(SystemExit) as caught:
-        run_main(*words)
-    one_line(caught, "--redundancy-every", "--model resnet10t")

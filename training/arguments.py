@@ -25,7 +25,6 @@ HAVE_FLAGS = {
     "pretrained": "--finetune",
     "checkpoint_path": "--finetune",
     "name": "--model",
-    "flag": "--model",
 }
 """Keys that --model-kwargs may not contain, as they have flags."""
 

@@ -26,7 +26,7 @@ from models.weights import load_weights
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
 from training import arguments
 from training.parsing import flag_of
-from utils import World
+from utils import World, errors_of
 
 T = TypeVar("T")
 FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefined if the first step is skipped
@@ -41,20 +41,18 @@ def options_of(cls: type[T], args: Namespace) -> T:
 def build_initial(args: Namespace, num_classes: int) -> nn.Module:
     """The model with its initial weights, which are the same on every rank."""
     random_seed(args.seed)
-    model = build_model(
-        args.model, num_classes, args.input_size, args.patch_size, args.drop, args.drop_path, **args.model_kwargs
-    )
+    shape = num_classes, args.input_size, args.patch_size
+    with errors_of("--model"):
+        model = build_model(args.model, *shape, args.drop, args.drop_path, **args.model_kwargs)
     changes = [
         (args.patch_product, embed_patches_by_product, "--patch-product"),
         (args.residual_dtype == "bfloat16", keep_residual_in_bfloat16, "--residual-dtype bfloat16"),
         (args.grad_checkpointing, enable_grad_checkpointing, "--grad-checkpointing"),
     ]
     for is_on, change, flag in changes:
-        try:
+        with errors_of(f"--model {args.model} cannot be used with {flag}:"):
             if is_on:
                 change(model)
-        except ValueError as error:
-            raise SystemExit(f"error: --model {args.model} cannot be used with {flag}: {error}") from None
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
@@ -78,8 +76,10 @@ def build_diverse_loss(
     """
     distillation = None
     if args.distillation_type != "none":
-        teacher = build_model(args.teacher_model, num_classes, args.input_size, flag="--teacher-model")
-        load_weights(teacher, args.teacher_path, "--teacher-path", new_head=False)
+        with errors_of("--teacher-model"):
+            teacher = build_model(args.teacher_model, num_classes, args.input_size)
+        with errors_of("--teacher-path"):
+            load_weights(teacher, args.teacher_path, new_head=False)
         distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     settings = objective_settings(args) | tap_settings(args)
     try:

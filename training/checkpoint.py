@@ -16,7 +16,7 @@ from torch import nn
 from models.weights import is_weights, load_state_dict, load_weights, local_file, read
 from training import checkpoint_files
 from training.meters import EpochTotals
-from utils import World
+from utils import World, errors_of
 
 SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr", "fused"}  # of a group, by flags and device
 LAST = "checkpoint.pth"
@@ -117,10 +117,8 @@ class TrainState:
             raise SystemExit(f"error: --resume {path} was written with another optimizer, see --opt")
         for group, flags in zip(groups, self.optimizer.param_groups, strict=False):
             group.update({key: flags[key] for key in SETTINGS & flags.keys()})  # `fused` decides where state belongs
-        try:
+        with errors_of(f"--resume {path} was written with another optimizer:"):
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError as error:
-            raise SystemExit(f"error: --resume {path} was written with another optimizer: {error}") from None
         self.epoch, self.step = checkpoint["epoch"] + 1, step
         if isinstance(self.scheduler, PlateauLRScheduler):
             scheduler_state = dict(checkpoint["lr_scheduler"])
@@ -153,9 +151,10 @@ def load_model_and_ema(model: nn.Module, model_ema: ModelEmaV3 | None, checkpoin
     Raises:
         SystemExit: the weights do not fit the model.
     """
-    load_state_dict(model, checkpoint["model"], path, "--resume")
-    if model_ema is not None:
-        load_state_dict(model_ema.module, checkpoint.get("model_ema", checkpoint["model"]), path, "--resume")
+    with errors_of("--resume"):
+        load_state_dict(model, checkpoint["model"], path)
+        if model_ema is not None:
+            load_state_dict(model_ema.module, checkpoint.get("model_ema", checkpoint["model"]), path)
 
 
 class Start(NamedTuple):
@@ -195,7 +194,7 @@ def resume(
         path = world.from_main(str(newest or ""))
     is_training = state.optimizer is not None
     if path:
-        checkpoint = load(path, "--resume")
+        checkpoint = load(path)
         if is_training:
             state.restore(checkpoint, path, global_batch, world.device)
         else:
@@ -203,7 +202,8 @@ def resume(
                 state.model_ema = None
             load_model_and_ema(state.model, state.model_ema, checkpoint, path)
         return Start(path, bad_images=checkpoint.get("bad_images", []))
-    notes = load_weights(state.model, finetune, "--finetune") if finetune else []
+    with errors_of("--finetune"):
+        notes = load_weights(state.model, finetune) if finetune else []
     if not is_training:
         state.model_ema = None
     elif finetune and state.model_ema is not None:
@@ -224,14 +224,15 @@ def find_newest(folder: Path) -> Path | None:
     return None
 
 
-def load(path: str, flag: str) -> dict:
+def load(path: str) -> dict:
     """A checkpoint of this program or of DeiT for `--resume`, from a file or an https URL.
 
     Raises:
         SystemExit: the file is missing, damaged, or not one of this program's.
     """
-    path = local_file(path, flag)
-    checkpoint = read(path, flag)
-    if not isinstance(checkpoint, dict) or not is_weights(checkpoint.get("model")):
-        raise SystemExit(f"error: {flag} {path} has no weights under 'model'; it is not a checkpoint of this program")
+    with errors_of("--resume"):
+        path = local_file(path)
+        checkpoint = read(path)
+        if not isinstance(checkpoint, dict) or not is_weights(checkpoint.get("model")):
+            raise ValueError(f"{path} has no weights under 'model'; it is not a checkpoint of this program")
     return checkpoint

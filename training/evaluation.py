@@ -8,10 +8,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from datasets import Data
-from diversity import TapError, measurable, measure_redundancy
+from diversity import measurable, measure_redundancy
 from engine import evaluate
 from training.log import RunLog
-from utils import World
+from utils import World, errors_of
 
 REDUNDANCY_IMAGES = 64
 
@@ -53,10 +53,8 @@ class RedundancyMonitor:
     def __init__(self, every: int, model: nn.Module, name: str, data: Data, world: World, draw: Callable):
         self.every, self.model, self.draw, self.images = every, model, draw, None
         if every:
-            try:
+            with errors_of(f"--redundancy-every cannot measure --model {name}:"):
                 measurable(model)
-            except TapError as error:
-                raise SystemExit(f"error: --redundancy-every cannot measure --model {name}: {error}") from None
             if world.is_main:
                 self.images = data.first_val_images(REDUNDANCY_IMAGES).to(world.device)
 

@@ -220,7 +220,7 @@ def test_a_restored_state_is_the_saved_one(tmp_path, opt, sched, scaler):
     save(saved, tmp_path, {"acc1": 12.5, "acc1_ema": 25.0})
     path = str(tmp_path / checkpoint.LAST)
     restored = state_of(seed=1, opt=opt, sched=sched, scaler=scaler)
-    restored.restore(checkpoint.load(path, "--resume"), path)
+    restored.restore(checkpoint.load(path), path)
     assert_equal(contents(saved), contents(restored))
     assert (restored.epoch, restored.best) == (3, {"acc1": 12.5, "acc1_ema": 25.0})
     for state in (saved, restored):
@@ -236,14 +236,14 @@ def saved_run(tmp_path, **kwargs):
 def test_an_average_that_was_not_kept_starts_from_the_weights(tmp_path):
     path = saved_run(tmp_path, ema=False)
     state = state_of(seed=1)
-    state.restore(checkpoint.load(path, "--resume"), path)
+    state.restore(checkpoint.load(path), path)
     assert_equal(state.model_ema.module.state_dict(), state.model.state_dict())
 
 
 def test_loss_scaling_may_start_with_the_resumed_run(tmp_path):
     path = saved_run(tmp_path, scaler=False)
     state = state_of(seed=1, scaler=True)
-    state.restore(checkpoint.load(path, "--resume"), path)
+    state.restore(checkpoint.load(path), path)
     assert state.epoch == 1
 
 
@@ -251,7 +251,7 @@ def test_best_weights_alone_cannot_be_resumed(tmp_path):
     saved_run(tmp_path)
     path = str(tmp_path / checkpoint.BEST["acc1"])
     with pytest.raises(SystemExit) as caught:
-        state_of().restore(checkpoint.load(path, "--resume"), path)
+        state_of().restore(checkpoint.load(path), path)
     one_line(caught, path, "optimizer", "--finetune")
 
 
@@ -270,7 +270,7 @@ def test_a_run_of_another_shape_cannot_be_resumed(tmp_path, kwargs, named):
     path = saved_run(tmp_path)
     state = state_of(**kwargs)
     with pytest.raises(SystemExit) as caught:
-        state.restore(checkpoint.load(path, "--resume"), path)
+        state.restore(checkpoint.load(path), path)
     one_line(caught, "--resume", path, named)
 
 
