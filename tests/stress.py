@@ -1,6 +1,6 @@
 """Kill a training run again and again, and check that it ends like a run that was not killed.
 
-    python tests/stress.py --kills 200 --seed 0 [--keep DIR]
+    python tests/stress.py --kills 200 --seed 0
 
 A tiny ViT trains on digits with every source of random numbers in use. Each process of a run starts with
 `--resume auto` and is killed by SIGKILL: some at a random moment, the others before, within or after a call
@@ -8,7 +8,7 @@ that writes a file, most of them within a save. A run that is finished is compar
 next run starts in a new folder. Checked:
 
     after each kill  All checkpoints are complete. At most --save-every-steps of the steps that are not saved ended
-                     while no save was being written: a save starts when it is due and the one before is on disk.
+                     while no save was being written: a save starts at its step once the one before is on disk.
     after each run   Weights, averaged weights, optimizer, schedule, counters and best checkpoints are the same bit for
                      bit, as are log.txt, TensorBoard's points and summary.json, except for times.
 """
@@ -27,9 +27,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy and torch start threads, which a fork would lose
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -54,37 +54,36 @@ FLAGS = (
 CALLS = {"write": 300, "fsync": 12, "replace": 18, "link": 6, "unlink": 6}  # about those of five saves
 
 
-@dataclass
-class Death:
-    """How a process ends: after some seconds, or at a call, such as "before" its 3rd "link"; by default it does not."""
+class Death(NamedTuple):
+    """How a process ends: after a number of seconds, call "time", or at a call, such as "before" its 3rd "link"."""
 
-    seconds: float | None = None
-    call: str = ""
-    number: int = 0
+    call: str
+    number: float
     moment: str = ""
 
     def end_at_call(self):
         """Kill this process at the call."""
-        if self.call == "write":
-            killing_file = type("KillingFile", (io.FileIO,), {"write": self._killing(io.FileIO.write)})
-            utils.open = lambda *args: io.BufferedWriter(killing_file(*args))
-        elif self.call:
-            setattr(os, self.call, self._killing(getattr(os, self.call)))
-
-    def _killing(self, function):
         numbers = itertools.count(1)
+        function = io.FileIO.write if self.call == "write" else getattr(os, self.call, None)
 
         def killing(*args, **kwargs):
-            if next(numbers) != self.number:
-                return function(*args, **kwargs)
-            if self.moment == "within":
+            is_last = next(numbers) == self.number
+            if is_last and self.moment == "within":
                 file, data = args
-                function(file, data[: len(data) // 2])
-            elif self.moment == "after":
-                function(*args, **kwargs)
-            os.kill(os.getpid(), signal.SIGKILL)
+                args = file, data[: len(data) // 2]
+            result = None if is_last and self.moment == "before" else function(*args, **kwargs)
+            if is_last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
 
-        return killing
+        if self.call == "write":
+            killing_file = type("KillingFile", (io.FileIO,), {"write": killing})
+            utils.open = lambda *args: io.BufferedWriter(killing_file(*args))
+        elif self.call != "time":
+            setattr(os, self.call, killing)
+
+
+NEVER = Death("time", 300)  # a process that has not ended by then is stuck
 
 
 def deaths(draw: random.Random, seconds: float) -> Iterator[Death]:
@@ -92,37 +91,30 @@ def deaths(draw: random.Random, seconds: float) -> Iterator[Death]:
     while True:
         for call in draw.sample([*CALLS, "time", "time"], len(CALLS) + 2):
             if call == "time":
-                yield Death(seconds=draw.uniform(0, seconds))
+                yield Death("time", draw.uniform(0, seconds))
             else:
                 moments = ["before", "after", *["within"] * (call == "write")]
-                yield Death(call=call, number=draw.randint(1, CALLS[call]), moment=draw.choice(moments))
+                yield Death(call, draw.randint(1, CALLS[call]), draw.choice(moments))
 
 
 class Stress:
-    """Runs that are killed, and what was found.
-
-    Attributes:
-        kills: how many of each kind.
-        violations: one line each.
-        most_lost: optimizer steps that a kill has cost.
-    """
+    """Runs that are killed, and what was found."""
 
     def __init__(self, folder: Path, epochs: int):
         self.folder, self.epochs, self.num_runs, self.most_lost = folder, epochs, 0, 0
-        self.kills, self.violations = collections.Counter(), []
-        self.begun = time.monotonic()
+        self.kills, self.violations, self.begun = collections.Counter(), [], time.monotonic()
         self.done, self.is_idle, self.steps_per_epoch = RawValue("q"), RawArray("b", 10**5), 0  # of a run's steps
-        assert self.live(folder / "reference", Death()) == 0, f"see {folder / 'reference.txt'}"
+        assert self.start(folder / "reference", NEVER) == 0, f"see {folder / 'reference.txt'}"
         self.seconds = time.monotonic() - self.begun
         self.steps_per_epoch = self.done.value
         self.reference = outcome(folder / "reference")
 
-    def live(self, folder: Path, death: Death, workers: int = 0) -> int:
+    def start(self, folder: Path, death: Death, workers: int = 0) -> int:
         """One process of a run; returns its exit code."""
         assert threading.active_count() == torch.get_num_threads() == 1  # a fork has no other thread
         process = FORK.Process(target=self._train, args=(folder, death, workers))
         process.start()
-        process.join(death.seconds or 300)
+        process.join(death.number if death.call == "time" else 300)
         process.kill()
         process.join()
         return process.exitcode
@@ -140,27 +132,26 @@ class Stress:
 
         saving.Saver.after_step = watched
         death.end_at_call()
-        run_main(*FLAGS, "--epochs", self.epochs, "--num-workers", workers, "--output-dir", folder, draw_curves=True)
+        run_main(*FLAGS, "--epochs", self.epochs, "--num-workers", workers, "--output-dir", folder)
 
-    def run(self, deaths: Iterator[Death], num_kills: int, draw: random.Random):
+    def run(self, kills: Iterator[Death], num_kills: int, draw: random.Random):
         """One run from its start to its end, killed as long as there are fewer than `num_kills`."""
         self.num_runs += 1
         folder, code, self.done.value = self.folder / f"run{self.num_runs}", None, 0
         while code != 0:
-            death = next(deaths) if self.kills.total() < num_kills else Death()
-            code = self.live(folder, death, workers=draw.choice([0, 0, 0, 1]))
+            death = next(kills) if self.kills.total() < num_kills else NEVER
+            code = self.start(folder, death, workers=draw.choice([0, 0, 0, 1]))
             if code not in (0, -signal.SIGKILL):
                 raise SystemExit(f"error: a process ended with {code}, see {folder.with_suffix('.txt')}")
             if code:
-                self.kills[death.call or "time"] += 1
+                self.kills[death.call] += 1
             saved, done = self._saved_steps(folder), self.done.value
             self.most_lost = max(self.most_lost, done - saved)
             if (idle := sum(self.is_idle[saved + 1 : done + 1])) > SAVE_EVERY:
                 self.violations.append(f"{folder.name}, {death}: {idle} steps lost while no save was being written")
             self.done.value = saved  # where the next process starts
         found = outcome(folder)
-        wrong = [name for name in self.reference if found[name] != self.reference[name]]
-        self.violations += [f"{folder.name}: {', '.join(wrong)} differ"] if wrong else []
+        self.violations += [f"{folder.name}: {name} differs" for name in found if found[name] != self.reference[name]]
         print(f"{folder.name}: {self}", flush=True)
 
     def _saved_steps(self, folder: Path) -> int:
@@ -168,9 +159,7 @@ class Stress:
         candidates = checkpoint_files.candidates(folder / checkpoint.LAST)
         for path in [*candidates, *folder.glob("checkpoint_best*.pth")]:
             checkpoint_files.verify(path)
-        if not candidates:
-            return 0
-        newest = torch.load(candidates[0], weights_only=True)
+        newest = torch.load(candidates[0], weights_only=True) if candidates else {"epoch": -1, "step": 0}
         return (newest["epoch"] + 1) * self.steps_per_epoch + newest["step"]
 
     def __str__(self):
@@ -187,10 +176,8 @@ def stress():
     parser.add_argument("--kills", type=int, default=200, help="processes to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the deaths; their moments also depend on the machine")
     parser.add_argument("--epochs", type=int, default=6, help="of each run")
-    parser.add_argument("--keep", type=Path, default=None, metavar="DIR", help="a new folder for the runs; None = none")
     args = parser.parse_args()
-    folder = args.keep or Path(tempfile.mkdtemp(prefix="stress-"))
-    folder.mkdir(parents=True, exist_ok=args.keep is None)
+    folder = Path(tempfile.mkdtemp(prefix="stress-"))
     draw = random.Random(args.seed)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every process that has dropped points
     with few_digits(256):
@@ -201,8 +188,7 @@ def stress():
     print("\n".join([*test.violations, f"total: {test}"]))
     if test.violations:
         raise SystemExit(f"error: {len(test.violations)} violations; the runs are in {folder}")
-    if args.keep is None:
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
