@@ -11,6 +11,7 @@ from pathlib import Path
 
 import timm.data
 from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
 
 from diversity.spelling import did_you_mean
 from models.weights import refusal
@@ -169,8 +170,6 @@ def first_names(names: set[str]) -> str:
 @data_set("IMNET", "ImageNet or any image folder")
 def _image_folder(options: SourceOptions, is_training: bool) -> Dataset:
     """Files `train/CLASS/IMAGE` and `val/CLASS/IMAGE`; `--train-split` and `--val-split` name other folders."""
-    from torchvision.datasets import ImageFolder
-
     root, split = Path(options.data_path), options.split(is_training)
     if not (root / split).is_dir():
         found = ", ".join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or "no folder"
@@ -183,16 +182,12 @@ def _image_folder(options: SourceOptions, is_training: bool) -> Dataset:
 @data_set("CIFAR", "CIFAR-100", flags=("data_path",))
 def _cifar100(options: SourceOptions, is_training: bool) -> Dataset:
     """The unpacked folder `cifar-100-python`."""
-    from torchvision.datasets import CIFAR100
-
     return CIFAR100(options.data_path, train=is_training)
 
 
 @data_set("CIFAR10", "CIFAR-10", flags=("data_path",))
 def _cifar10(options: SourceOptions, is_training: bool) -> Dataset:
     """The unpacked folder `cifar-10-batches-py`."""
-    from torchvision.datasets import CIFAR10
-
     return CIFAR10(options.data_path, train=is_training)
 
 
@@ -217,8 +212,6 @@ def _digits(options: SourceOptions, is_training: bool) -> Dataset:
 @data_set("FAKE", "random images, to test a machine", flags=(), class_names=lambda d: [*map(str, range(d.num_classes))])
 def _fake(options: SourceOptions, is_training: bool) -> Dataset:
     """Not needed: 1,024 images to train on and 256 to evaluate, of `--num-classes` classes (1,000 by default)."""
-    from torchvision.datasets import FakeData
-
     shape = (3, options.input_size, options.input_size)
     size, first = (1024, 0) if is_training else (256, 1024)  # no image is in both
     return FakeData(size, shape, options.num_classes or 1000, random_offset=first)

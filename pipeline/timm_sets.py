@@ -1,8 +1,8 @@
 """What has to be checked and imported before timm opens a data set by its name."""
 
+import importlib.metadata
 import importlib.util
 import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 TRAIN_NAMES = ("train", "training")
@@ -32,13 +32,12 @@ def import_hugging_face():
 
     A module that imported datasets.py before keeps it.
     """
-    project = Path(__file__).parents[1].resolve()
-    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != project]
-    spec = PathFinder.find_spec("datasets", elsewhere)
-    if spec is None:
-        raise ModuleNotFoundError("Hugging Face's package is not installed; pip install datasets")
-    if getattr(sys.modules.get("datasets"), "__file__", None) == spec.origin:
+    try:
+        package = importlib.metadata.distribution("datasets").locate_file("datasets/__init__.py")
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError("Hugging Face's package is not installed; pip install datasets") from None
+    if getattr(sys.modules.get("datasets"), "__file__", None) == str(package):
         return
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["datasets"] = package
-    spec.loader.exec_module(package)
+    spec = importlib.util.spec_from_file_location("datasets", package)
+    sys.modules["datasets"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["datasets"])

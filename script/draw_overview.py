@@ -1,23 +1,21 @@
 """Draw Figs/overview.png: where the terms read a vision transformer, and what each of the paper's terms changes.
 
-    python script/draw_overview.py
+    python -m script.draw_overview
 
 The numbers in the figure are invented, not measured.
 """
 
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.colors import to_rgba
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from reports import figures  # sets the style
+from reports.figures import COLOURS, plt
 
-from reports import figures  # noqa: E402  (sets the style)
-from reports.figures import COLOURS, plt  # noqa: E402
+FOLDER = Path(__file__).parents[1] / "Figs"
 
 EMBEDDING, ATTENTION, WEIGHT = COLOURS[0], "#B34700", "#00734F"  # darker than the curves': they colour text, too
 
@@ -162,5 +160,5 @@ def overview():
 
 
 if __name__ == "__main__":
-    (ROOT / "Figs").mkdir(exist_ok=True)
-    figures.save(overview(), ROOT / "Figs" / "overview")
+    FOLDER.mkdir(exist_ok=True)
+    figures.save(overview(), FOLDER / "overview")
