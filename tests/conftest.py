@@ -66,3 +66,30 @@ def undrawn(monkeypatch):
     for name in ("redundancy_depth", "weight_depth", "weight_spectra", "variance", "attention_heads"):
         monkeypatch.setattr(redundancy_figures, name, lambda *args: None)
     monkeypatch.setattr(figures, "save", lambda figure, path: None)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(*words) runs `TINY`, or another `base`, with `words` on top and returns the one line it ends in."""
+    import helpers
+
+    def run(*words, base=helpers.TINY):
+        with pytest.raises(SystemExit) as caught:
+            helpers.run_main(*base, *words)
+        code = caught.value.code
+        out, err = capsys.readouterr()
+        line = err.removesuffix("\n") if isinstance(code, int) else code  # argparse prints its line
+        assert code != 0
+        assert line.startswith("error: ") and "\n" not in line
+        assert "Traceback" not in out + err
+        return line
+
+    return run
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder in which a test runs the ablation scripts."""
+    from ablation_checkout import make_checkout
+
+    return make_checkout(tmp_path)

@@ -47,6 +47,9 @@ TINY = (
 CONVNET = ("--model", "resnet10t", "--model-kwargs", "channels=[8,8,8,8]", "stem_width=8")
 """Flags of a model that has no tokens."""
 
+FOLDER = ("--data-set", "IMNET", "--batch-size", 2, "--no-repeated-aug", "--data-path")
+"""Flags of a run on an image folder, whose path follows."""
+
 
 def run_main(*words, draw_curves=False):
     """`python main.py *words` in this process, by default without curves.png, which takes longer than a tiny run."""

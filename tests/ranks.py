@@ -32,12 +32,12 @@ class Finished(NamedTuple):
 
     @property
     def returncode(self) -> int:
-        """0 where all ranks succeeded, otherwise 1."""
-        return int(any(self.returncodes))
+        """0 where all ranks succeeded, otherwise the code of the first that failed."""
+        return next(filter(None, self.returncodes), 0)
 
 
 def run_ranks(count: int, program: str | Path, *words, timeout: float = 240) -> Finished:
-    """Run `python PROGRAM WORDS` as `count` ranks of one group, with one thread each; for `count` 1 as a plain process.
+    """Run `python PROGRAM WORDS` as `count` ranks of one group, with one thread each.
 
     Each rank has its own session, as under torchrun. Those that still run after `timeout` seconds are killed.
     """
@@ -66,10 +66,15 @@ def run_ranks(count: int, program: str | Path, *words, timeout: float = 240) -> 
     return Finished([process.exitcode for process in processes], *texts)
 
 
+def run_forked(program: str | Path, *words, timeout: float = 240) -> Finished:
+    """Run `python PROGRAM WORDS` as a process without a group."""
+    return run_ranks(1, program, *words, timeout=timeout)
+
+
 def run_torchrun(count: int, *words) -> Finished:
     """Run `torchrun WORDS` in a forked process; it forks its `count` ranks."""
     launch = ("--standalone", f"--nproc_per_node={count}", "--run-path", "--start-method=fork")
-    return run_ranks(1, torch.distributed.run.__file__, *launch, *words)
+    return run_forked(torch.distributed.run.__file__, *launch, *words)
 
 
 def _run(program, words, environment: dict[str, str], out: Path, err: Path):

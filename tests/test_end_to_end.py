@@ -15,13 +15,15 @@ from engine import evaluate
 from models import build_model
 
 TERMS = ("--mixing_coef", "1", *(word for name in REGULARIZERS for word in (f"--{name}_coef", "0.01")))
+RUN = (*TINY, *TERMS, "--batch-size", "64")
+"""Flags of 20 steps an epoch on all digits."""
 
 
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     """Two epochs of a small diversified ViT in a real process inside a SLURM shell, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    command = ["main.py", *TINY, *TERMS, "--epochs", "2", "--tensorboard", "--output_dir", folder]
+    command = ["main.py", *RUN, "--epochs", "2", "--log-interval", "8", "--tensorboard", "--output_dir", folder]
     slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1"}
     result = run_process(*command, environment=slurm)
     assert result.returncode == 0, result.stderr
@@ -57,10 +59,10 @@ def test_a_run_prints_what_a_reader_needs_and_no_warnings(digits_run):
         assert word in header
     num = r"[-\d.e+]+"
     step = (
-        rf"epoch \d +\d+/80  loss {num}  grad {num}  lr {num}  \d+ images/s  data wait \d+ %  eta (unknown|\d+:\d+:\d+)"
+        rf"epoch \d +\d+/20  loss {num}  grad {num}  lr {num}  \d+ images/s  data wait \d+ %  eta (unknown|\d+:\d+:\d+)"
     )
     epoch = rf"epoch \d of 2: loss {num}, accuracy raw {num} %, EMA {num} %, \d+ images/s, data wait \d+ %"
-    patterns = [*[step] * 3, epoch] * 2  # steps 0, 50 and 79
+    patterns = [*[step] * 4, epoch] * 2  # steps 0, 8, 16 and 19
     for line, pattern in zip(lines[first:table], patterns, strict=True):
         assert re.fullmatch(pattern, line), line
     record = log_of(folder)[-1]
@@ -90,7 +92,7 @@ def test_resume_continues_log_and_schedule_and_eval_repeats_the_last_accuracy(di
     for name in ("log.txt", "checkpoint.pth"):
         (copy / name).write_bytes((folder / name).read_bytes())
     resume = ["--resume", copy / "checkpoint.pth"]
-    run_main(*TINY, *TERMS, "--epochs", 3, "--output_dir", copy, *resume)
+    run_main(*RUN, "--epochs", 3, "--output_dir", copy, *resume)
     records = log_of(copy)
     assert [record["epoch"] for record in records] == [0, 1, 2]
     assert records[:2] == log_of(folder)
@@ -105,19 +107,19 @@ def test_a_run_cut_off_before_its_summary_is_brought_to_its_end(digits_run, tmp_
     for name in ("log.txt", "checkpoint.pth"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     resume = ["--resume", tmp_path / "checkpoint.pth", "--output_dir", tmp_path]
-    run_main(*TINY, *TERMS, "--epochs", 2, *resume)
+    run_main(*RUN, "--epochs", 2, *resume)
     summary, expected = (json.loads((path / "summary.json").read_text()) for path in (tmp_path, folder))
     assert {**summary, "training_seconds": 0} == {**expected, "training_seconds": 0}
     assert log_of(tmp_path) == log_of(folder)
     with pytest.raises(SystemExit, match="has finished its 2 epochs"):
-        run_main(*TINY, *TERMS, "--epochs", 2, *resume)
+        run_main(*RUN, "--epochs", 2, *resume)
 
 
 def test_resume_takes_schedule_and_settings_from_the_flags(digits_run, tmp_path, capsys, few_digits):
     folder, _ = digits_run
     (tmp_path / "run").mkdir()
     words = ["--resume", folder / "checkpoint.pth", "--output_dir", tmp_path / "run", "--epochs", 4]
-    run_main(*TINY, *TERMS, *words, "--lr", 0.5, "--unscale-lr", "--warmup-epochs", 0, "--weight-decay", 0.3)
+    run_main(*RUN, *words, "--lr", 0.5, "--unscale-lr", "--warmup-epochs", 0, "--weight-decay", 0.3)
     assert [record["epoch"] for record in log_of(tmp_path / "run")] == [2, 3]
     assert log_of(tmp_path / "run")[0]["train_lr"] > 0.1
     groups = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]

@@ -41,7 +41,7 @@ def losses_of(training_loss, model, num_steps):
 
 
 def losses_of_both(coefs, smoothing=0.1, mixup=None, **settings):
-    """Twenty losses in eager mode and compiled by inductor, with dropout, drop-path and probes drawn alike."""
+    """Twenty losses in eager mode and compiled by inductor, with the same draws of dropout, drop-path and probes."""
     losses = []
     for flag in ("--no-compile", "--compile"):
         model = small_vit(depth=2, proj_drop_rate=0.1, drop_path_rate=0.1)

@@ -40,6 +40,14 @@ def launch(script, *flags, tmp_path, **environment):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "script").glob("*.s*")), ids=lambda path: path.name)
+def test_scripts_are_valid_shell(path):
+    text = path.read_text()
+    assert text.startswith("#!/usr/bin/env bash\n# ")
+    assert subprocess.run(["bash", "-n", path], capture_output=True).returncode == 0
+    assert path.suffix == ".sbatch" or os.access(path, os.X_OK)
+
+
 @pytest.mark.parametrize(("script", "model"), LAUNCHERS.items())
 def test_launchers_start_the_papers_recipe(script, model, tmp_path):
     words = launch(script, "/data", "--seed", "3", "--batch-size", "64", tmp_path=tmp_path).stdout.split("\n")[:-1]

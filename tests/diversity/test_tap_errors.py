@@ -105,9 +105,10 @@ def test_a_head_of_several_layers_cannot_classify_patches():
 
 def test_what_is_not_asked_for_may_be_lacking():
     model = build("eva", patch_drop_rate=0.5, depth=1)
-    TappedViT(model, ["first", "last", "tokens", "attention", "weights"])(images())
-    TappedViT(build("swin_windows"), ["attention"])(images())
-    TappedViT(build(patch_size=32, num_heads=1), ["tokens", "weights"], patch_logits=True)(images())
+    assert TappedViT(model, ["first", "last", "tokens", "attention", "weights"])(images()).attention_last is None
+    assert TappedViT(build("swin_windows"), ["attention"])(images()).attention_first is None
+    one_patch = TappedViT(build(patch_size=32, num_heads=1), ["tokens", "weights"], patch_logits=True)(images())
+    assert one_patch.patch_logits.shape == (2, 1, CLASSES) and one_patch.attention is None
 
 
 @pytest.mark.parametrize("tap", [*sorted({*TAPS} - {"weights"}), "patch_logits"])

@@ -142,7 +142,9 @@ def test_a_killed_rank_is_started_again_and_ends_with_the_same_weights(on_two, t
 
 
 def test_a_killed_rank_without_restarts_ends_the_others_with_one_line(tmp_path):
-    ranks(2, tmp_path / "run", tmp_path / "fed", "--batch-size", "16", when="step:0:3", rank=1, name="KILL")
+    kill = {"when": "step:0:3", "rank": 1, "name": "KILL"}
+    steps = ranks(2, tmp_path / "run", tmp_path / "fed", "--batch-size", "16", **kill)  # checks the line
+    assert [*steps] == ["0 1", "0 2", "0 3"]
 
 
 def test_two_ranks_then_one_then_two_see_the_same_global_batches(on_two, tmp_path):

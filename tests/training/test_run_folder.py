@@ -61,7 +61,7 @@ def test_a_killed_process_releases_its_lock(fork, tmp_path):
     process.join()
     assert (tmp_path / ".lock").exists()
     with lock(tmp_path):
-        pass
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on host ")
 
 
 def test_forked_children_do_not_keep_the_lock(fork, tmp_path):
@@ -72,7 +72,7 @@ def test_forked_children_do_not_keep_the_lock(fork, tmp_path):
         process.join()
         os.kill(child, 0)
         with lock(tmp_path):
-            pass
+            assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on host ")
     finally:
         os.kill(child, signal.SIGKILL)
 
