@@ -1,86 +1,30 @@
-"""script/resize_imagenet.sh: what is resized and what is copied, restarts, kills, and errors in one line."""
+"""script/resize_imagenet.sh: what is resized and what is copied, and errors in one line."""
 
-import functools
 import io
 import math
 import os
 import re
 import shutil
-import signal
 import subprocess
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import forking
 import numpy as np
 import pytest
-from helpers import REPOSITORY, one_line, parse, photo
+from helpers import REPOSITORY, one_line, parse
 from PIL import Image, JpegImagePlugin
+from resizing import SIDE, add, files_of, picture, resize
 
 from pipeline import resize as program
 from pipeline.images import read_rgb
 from utils import lock_folder
 
-SIDE = 64
 SUMMARY = "22 images resized, 4 files copied, 1 unreadable images copied, 0 files skipped\n"
-
-
-@pytest.fixture(autouse=True)
-def workers(monkeypatch):
-    """Two processes, forked, so that what a test replaces is replaced in them too."""
-    monkeypatch.setattr(program, "cpu_count", lambda: 2)
-    pool = functools.partial(ProcessPoolExecutor, mp_context=forking.FORK)
-    monkeypatch.setattr(program, "ProcessPoolExecutor", pool)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
-def resize(*words):
-    program.main([str(word) for word in words])
-
-
-def picture(width, height, seed=0) -> Image.Image:
-    return photo(seed).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def add(path: Path, content: Image.Image | bytes, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        content.save(path, **options)
-    return path
 
 
 def resized(path: Path) -> Image.Image | None:
     jpeg = program.smaller(path, SIDE)
     return jpeg and Image.open(io.BytesIO(jpeg))
 
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """All files of a folder and their content, without the script's own."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (program.MARK, ".lock"))
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    """Two classes, larger and smaller images, one that is cut off, and a val folder."""
-    root = tmp_path / "source"
-    half = add(root / "train/dog/large.png", picture(150, 100)).read_bytes()[:9000]
-    images = {f"train/cat/{number}.jpg": picture(96, 72 + number, number) for number in range(20)}
-    images |= {"train/dog/large.JPEG": picture(100, 100), "train/dog/small.JPEG": picture(300, 40)}
-    others = {"train/dog/half.png": half, "train/dog/list.txt": b"not an image", "val/cat/0.jpg": b"an image"}
-    others |= {"test/deep/er/notes.bin": bytes(range(256)), "beside.tar": b"left out"}
-    for name, content in (images | others).items():
-        add(root / name, content)
-    (root / "train" / "empty").mkdir()
-    return root
-
-
-# What is resized and what is copied
 
 SIZES = {(128, 96): (85, 64), (96, 128): (64, 85), (65, 65): (64, 64), (1000, 70): (914, 64)}
 
@@ -104,14 +48,17 @@ def test_pixels_are_averages_of_those_they_replace(tmp_path):
     assert np.abs(found[:, 35:] - (0, 0, 255)).max() <= 30
 
 
-ALPHA = Image.merge("RGBA", [*picture(130, 100).split(), picture(130, 100, 1).convert("L")])
-GREY_16 = Image.fromarray(np.asarray(picture(130, 100).convert("L")).astype(np.uint16) * 257)
+RGB, OTHER = picture(130, 100), picture(130, 100, 1).convert("L")
+ALPHA = Image.merge("RGBA", [*RGB.split(), OTHER])
+CMYK = Image.merge("CMYK", [*RGB.split(), OTHER])
+GREY_16 = Image.fromarray(np.asarray(RGB.convert("L")).astype(np.uint16) * 257)
 ROTATION = Image.Exif()
 ROTATION[0x0112] = 6  # "turn me by 90 degrees"
 METADATA = {"exif": ROTATION, "xmp": b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'}
 METADATA |= {"icc_profile": b"profile", "comment": b"comment", "quality": 95}
-FILES = {"alpha.webp": (ALPHA, {}), "16.png": (GREY_16, {}), "palette.png": (ALPHA.quantize(16), {"transparency": 3})}
-FILES |= {"rotated.jpg": (ALPHA.convert("RGB"), METADATA), "rotated.png": (ALPHA.convert("RGB"), METADATA)}
+FILES = {"alpha.webp": (ALPHA, {}), "16.png": (GREY_16, {}), "palette.png": (RGB.quantize(16), {"transparency": 3})}
+FILES |= {"alpha.png": (ALPHA, {}), "cmyk.jpg": (CMYK, {}), "grey.jpeg": (RGB.convert("L"), {})}
+FILES |= {"rgb.bmp": (RGB, {}), "rgb.tiff": (RGB, {}), "rotated.jpg": (RGB, METADATA), "rotated.png": (RGB, METADATA)}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -153,99 +100,6 @@ def test_folders_that_are_links_are_followed(source, tmp_path, name):
     resize(source, tmp_path / "copy", SIDE)
     assert files_of(tmp_path / "copy" / name) == files_of(tmp_path / "elsewhere") != {}
     assert not (tmp_path / "copy" / name).is_symlink()
-
-
-# Restarts
-
-
-def test_a_second_run_skips_what_exists(source, tmp_path, capsys):
-    copy = tmp_path / "copy"
-    resize(source, copy, SIDE)
-    first = files_of(copy)
-    (copy / "train" / "cat" / "3.jpg").unlink()
-    inodes = {name: (copy / name).stat().st_ino for name in files_of(copy)}
-    add(copy / "train" / "cat" / "3.jpg.tmp", b"by a killed run")
-    capsys.readouterr()
-    resize(source, copy, SIDE)
-    assert files_of(copy) == first
-    assert all((copy / name).stat().st_ino == inode for name, inode in inodes.items())
-    assert capsys.readouterr().out == "1 images resized, 0 files copied, 0 unreadable images copied, 26 files skipped\n"
-
-
-def at_call(number, do):
-    """Replaces os.replace, which the workers call for each file: `do()` before one call of them."""
-    calls, replace = forking.FORK.Value("i", 0), os.replace
-
-    def replacement(*names):
-        with calls.get_lock():
-            calls.value += 1
-            is_due = calls.value == number
-        if is_due:
-            do()
-        replace(*names)
-
-    return replacement
-
-
-@pytest.mark.parametrize("number", [1, 18])
-def test_a_kill_leaves_complete_files_and_no_process(source, tmp_path, monkeypatch, number):
-    reader, writer = os.pipe()  # ends when all processes have ended
-
-    def kill():
-        os.kill(os.getppid(), signal.SIGKILL)
-        time.sleep(60)  # until it notices
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", at_call(number, kill))
-        process = forking.FORK.Process(target=resize, args=(source, tmp_path / "copy", SIDE))
-        process.start()
-    os.close(writer)
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    assert os.read(reader, 1) == b""
-    os.close(reader)
-    left = files_of(tmp_path / "copy")
-    finished = {name for name in left if not name.endswith(".tmp")}
-    resize(source, tmp_path / "copy", SIDE)
-    resize(source, tmp_path / "reference", SIDE)
-    expected = files_of(tmp_path / "reference")
-    assert finished < left.keys() and finished < expected.keys()  # else it was killed at another moment
-    assert all(left[name] == expected[name] for name in finished)
-    assert files_of(tmp_path / "copy") == expected
-
-
-def resize_and_report(pipe, *words):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the suite runs in the background
-    try:
-        resize(*words)
-    except SystemExit as stop:
-        pipe.send(stop.code)
-
-
-def full_disk():
-    raise OSError(28, "No space left on device")
-
-
-FAILURES = {
-    "Ctrl-C": (lambda: os.kill(os.getppid(), signal.SIGINT), "interrupted"),
-    "SIGTERM": (lambda: os.kill(os.getppid(), signal.SIGTERM), "interrupted"),
-    "full disk": (full_disk, r"\S+/train/cat/\d+\.jpg cannot be copied to \S+/copy: .*No space left on device"),
-    "killed worker": (lambda: os.kill(os.getpid(), signal.SIGKILL), ".*worker was killed.* memory .*"),
-}
-
-
-@pytest.mark.parametrize(("do", "reason"), FAILURES.values(), ids=FAILURES)
-def test_a_run_that_fails_ends_in_one_line_and_continues(source, tmp_path, monkeypatch, do, reason):
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", at_call(4, do))
-        process, pipe = forking.start(resize_and_report, source, tmp_path / "copy", SIDE)
-    assert re.fullmatch(f"error: {reason}; the same command continues from here", forking.receive(pipe))
-    assert forking.exit_code(process) == 0
-    resize(source, tmp_path / "copy", SIDE)
-    assert len(files_of(tmp_path / "copy")) == 27
-
-
-# Errors
 
 
 def refusal(*words) -> str:
@@ -304,7 +158,7 @@ def test_the_shell_script(source, tmp_path):
     assert re.fullmatch(r"unreadable image source/train/dog/half\.png: .*; copied as it is\n", result.stderr)
 
 
-def test_the_default_side_and_the_numbers_of_the_docstring(tmp_path):
+def test_the_default_side_and_the_numbers_of_the_docstring(tmp_path, two_workers):
     text = " ".join(program.__doc__.split())
     original = (500, 375)
     add(tmp_path / "source" / "train" / "cat" / "1.jpg", picture(*original))
