@@ -116,8 +116,6 @@ def images(subject: Subject, world: World, num_images: int) -> tuple[Iterator[to
 def architecture(model: nn.Module) -> str:
     """What two models must have in common to be drawn over the same layers."""
     backbone = Backbone.of(model)
-    if backbone is None:
-        return f"a {type(model).__name__}"
     width = getattr(model, "embed_dim", None)
     heads = getattr(getattr(backbone.blocks[0], "attn", None), "num_heads", None)
     return (

@@ -37,17 +37,18 @@ def draw_model(axis):
     """The transformer as a row of boxes, with the taps below it."""
     axis.set(xlim=(-0.1, 12.1), ylim=(-0.08, 0.85))
     axis.axis("off")
-    parts = [
-        (0.0, 1.3, "image,\nmixed"),
-        (1.75, 1.7, "patch + position\nembedding"),
+    parts = [(0.0, 1.3, "image,\nmixed"), (1.75, 1.7, "patch + position\nembedding")]
+    parts += [
         (3.9, 2.0, "block 0\nattention, MLP"),
+        (6.35, 1.0, "..."),
+        (7.8, 1.4, "block L-1"),
+        (9.65, 0.9, "norm"),
+        (11.0, 0.95, "head"),
     ]
-    parts += [(6.35, 1.0, "..."), (7.8, 1.4, "block L-1"), (9.65, 0.9, "norm"), (11.0, 0.95, "head")]
     centres = [box(axis, *part) for part in parts]
     for (left, width, _), (right, _, _) in itertools.pairwise(parts):
-        axis.add_patch(
-            FancyArrowPatch((left + width, 0.55), (right, 0.55), arrowstyle="-|>", mutation_scale=10, color="#444444")
-        )
+        ends = (left + width, 0.55), (right, 0.55)
+        axis.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=10, color="#444444"))
     tap(axis, 3.68, EMBEDDING, "first", top=0.55)
     tap(axis, centres[2], ATTENTION, "attention")
     tap(axis, centres[3], WEIGHT, "weights (q, k, v of all blocks)")
@@ -55,40 +56,42 @@ def draw_model(axis):
     tap(axis, centres[6], EMBEDDING, "patch logits")
 
 
-def draw_tokens(axis, angles, title):
+def draw_tokens(axis, angles):
     """Unit tokens as arrows from one point."""
     for angle in angles:
         axis.annotate("", (np.cos(angle), np.sin(angle)), (0, 0), arrowprops={"arrowstyle": "-|>", "color": EMBEDDING})
     axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="#bbbbbb", linewidth=0.8))
-    axis.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xticks=[], yticks=[])
+    axis.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal")
     axis.axis("off")
-    axis.set_title(title, fontsize=9)
 
 
-def draw_maps(axis, similar, title):
-    """Three heads' attention maps side by side."""
+def draw_maps(axis, heads):
+    """The attention maps of heads, numbers of patterns, side by side."""
     index = np.arange(8)
     patterns = [
         np.exp(-np.abs(index[:, None] - index)),
         np.tile(np.eye(8)[2] + 0.05, (8, 1)),
         np.exp(-np.abs(index[:, None] - 7 + index)),
     ]
-    maps = [patterns[0] if similar else pattern for pattern in patterns]
-    wall = np.full((8, 1), np.nan)
-    axis.imshow(np.concatenate([maps[0], wall, maps[1], wall, maps[2]], axis=1), cmap="Oranges")
+    maps = np.pad([patterns[head] for head in heads], ((0, 0), (0, 0), (0, 1)), constant_values=np.nan)
+    axis.imshow(np.concatenate(maps, axis=1)[:, :-1], cmap="Oranges")
     axis.axis("off")
-    axis.set_title(f"{title}: three heads", fontsize=9)
 
 
-def draw_spectrum(axis, values, title):
+def draw_spectrum(axis, values):
     """Singular values as bars."""
     axis.bar(range(len(values)), values, color=WEIGHT)
-    axis.set(xticks=[], yticks=[], ylim=(0, 1.05))
+    axis.set(xticks=[], yticks=[], ylim=(0, 1.05), facecolor="none")
     axis.set_box_aspect(0.48)
-    axis.set_facecolor("none")
     axis.set_xlabel("singular values of one matrix", fontsize=8)
     axis.grid(False)
-    axis.set_title(title, fontsize=9)
+
+
+def draw_both(panel, draw, redundant, diverse, what=""):
+    """A redundant example, and a diverse one below it."""
+    for axis, example, title in zip(panel.subplots(2, 1), (redundant, diverse), ("redundant", "diverse"), strict=True):
+        draw(axis, example)
+        axis.set_title(title + what, fontsize=9)
 
 
 LEVELS = {
@@ -117,32 +120,6 @@ def draw_mixed_image(axis):
     axis.set_title("a label for each patch", fontsize=9)
 
 
-def draw_embeddings(panel):
-    """Redundant and diverse tokens, and beside them the labels of patch mixing."""
-    tokens, labels = panel.subfigures(1, 2, width_ratios=(1.05, 1))
-    redundant, diverse = tokens.subplots(2, 1)
-    generator = np.random.RandomState(1)
-    draw_tokens(redundant, 0.9 + 0.25 * generator.standard_normal(7), "redundant")
-    draw_tokens(diverse, 0.3 + 2 * np.pi * np.arange(7) / 7, "diverse")
-    tokens.supxlabel(TOKENS, fontsize=8.5)
-    draw_mixed_image(labels.subplots())
-    labels.supxlabel(MIXING, fontsize=8.5)
-
-
-def draw_attention(panel):
-    """Similar heads, and different heads."""
-    redundant, diverse = panel.subplots(2, 1)
-    draw_maps(redundant, True, "redundant")
-    draw_maps(diverse, False, "diverse")
-
-
-def draw_weights(panel):
-    """A wide spectrum, and a narrow one."""
-    redundant, diverse = panel.subplots(2, 1)
-    draw_spectrum(redundant, np.exp(-0.55 * np.arange(10)), "redundant")
-    draw_spectrum(diverse, 0.9 - 0.03 * np.arange(10), "diverse")
-
-
 def overview():
     """The complete figure: the model, and below it a panel for each of the three levels."""
     figure = plt.figure(figsize=(13, 7.4), layout="constrained")
@@ -150,12 +127,18 @@ def overview():
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2.6))
     draw_model(top.subplots())
     panels = bottom.subfigures(1, 3, width_ratios=(2.1, 1.1, 1.1), wspace=0.03)
-    draws = (draw_embeddings, draw_attention, draw_weights)
-    for panel, (level, (colour, text)), draw in zip(panels, LEVELS.items(), draws, strict=True):
-        draw(panel)
+    for panel, (level, (colour, text)) in zip(panels, LEVELS.items(), strict=True):
         panel.set_facecolor(to_rgba(colour, 0.04))
         panel.suptitle(level, color=colour, fontsize=12, fontweight="bold")
         panel.supxlabel(text, fontsize=8.5)
+    tokens, labels = panels[0].subfigures(1, 2, width_ratios=(1.05, 1))
+    close, apart = 0.25 * np.random.RandomState(1).standard_normal(7), 2 * np.pi * np.arange(7) / 7
+    draw_both(tokens, draw_tokens, 0.9 + close, 0.3 + apart)
+    tokens.supxlabel(TOKENS, fontsize=8.5)
+    draw_mixed_image(labels.subplots())
+    labels.supxlabel(MIXING, fontsize=8.5)
+    draw_both(panels[1], draw_maps, (0, 0, 0), (0, 1, 2), ": three heads")
+    draw_both(panels[2], draw_spectrum, np.exp(-0.55 * np.arange(10)), 0.9 - 0.03 * np.arange(10))
     return figure
 
 
