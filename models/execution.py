@@ -56,12 +56,8 @@ def embed_patches_by_product(model: nn.Module):
         ValueError: the model has no convolution of patches that do not overlap.
     """
     proj = getattr(getattr(model, "patch_embed", None), "proj", None)
-    plain = {"padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    if (
-        type(proj) is not nn.Conv2d
-        or proj.kernel_size != proj.stride
-        or any(getattr(proj, setting) != value for setting, value in plain.items())
-    ):
+    is_plain = type(proj) is nn.Conv2d and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
+    if not is_plain or proj.kernel_size != proj.stride:
         raise ValueError(f"{type(model).__name__} has no convolution of patches that do not overlap")
     proj.__class__ = PatchProduct
 

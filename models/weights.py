@@ -178,7 +178,7 @@ def refusal(error: Exception, path: str = "") -> str:
     """
     refused = re.search(r"GLOBAL ([\w.]+) w", f"{error} {error.__cause__}")
     code = refused[1] if refused else _code_in(path)
-    if not code:
+    if not re.fullmatch(r"[\w.]+", code):
         return ""
     code = code if "." in code else f"builtins.{code}"
     return f"contains pickled code ({code}), which this program does not run"
@@ -186,18 +186,16 @@ def refusal(error: Exception, path: str = "") -> str:
 
 def _code_in(path: str) -> str:
     """The first function or class that a pickle names, found without running it; empty for other files."""
-    code, words = "", []
+    words = []
     with contextlib.suppress(Exception), open(path, "rb") as file:
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name in ("GLOBAL", "INST"):
-                code = argument.replace(" ", ".")
-            elif opcode.name == "STACK_GLOBAL":
-                code = ".".join(words[-2:])
-            elif isinstance(argument, str):
+                return argument.replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(words[-2:])
+            if isinstance(argument, str):
                 words.append(argument)
-            if code:
-                break
-    return code if re.fullmatch(r"[\w.]+", code) else ""
+    return ""
 
 
 def _first_sentence(error: Exception) -> str:

@@ -37,8 +37,9 @@ def draw_model(axis):
     """The transformer as a row of boxes, with the taps below it."""
     axis.set(xlim=(-0.1, 12.1), ylim=(-0.08, 0.85))
     axis.axis("off")
-    parts = [(0.0, 1.3, "image,\nmixed"), (1.75, 1.7, "patch + position\nembedding")]
-    parts += [
+    parts = [
+        (0.0, 1.3, "image,\nmixed"),
+        (1.75, 1.7, "patch + position\nembedding"),
         (3.9, 2.0, "block 0\nattention, MLP"),
         (6.35, 1.0, "..."),
         (7.8, 1.4, "block L-1"),
