@@ -132,7 +132,7 @@ class Stress:
 
         saving.Saver.after_step = watched
         death.end_at_call()
-        run_main(*FLAGS, "--epochs", self.epochs, "--num-workers", workers, "--output-dir", folder)
+        run_main(*FLAGS, "--epochs", self.epochs, "--num-workers", workers, "--output-dir", folder, draw_curves=True)
 
     def run(self, kills: Iterator[Death], num_kills: int, draw: random.Random):
         """One run from its start to its end, killed as long as there are fewer than `num_kills`."""
