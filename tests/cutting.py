@@ -167,7 +167,7 @@ def cut_run(monkeypatch, folder, *cuts, flags=EVERYTHING, then=()):
     Args:
         then: further flags of the runs that continue.
     """
-    fed = {}
+    digests = {}
     for i, cut in enumerate((*cuts, None)):
         with monkeypatch.context() as patch:
             recorder = InputRecorder(patch.setattr, partial(_stop_at, ("step", *(cut or ()))))
@@ -178,9 +178,9 @@ def cut_run(monkeypatch, folder, *cuts, flags=EVERYTHING, then=()):
                 code = stopped.code
             assert code == (RESUMABLE if cut else None)
             assert not cut or recorder.last == cut
-            assert not fed.keys() & recorder.digests.keys()
-            fed |= recorder.digests
-    return fed
+            assert not digests.keys() & recorder.digests.keys()
+            digests |= recorder.digests
+    return digests
 
 
 def _stop_at(moment, *now):

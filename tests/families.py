@@ -50,7 +50,7 @@ FAMILIES = {
 
 
 def build(name="deit", **options):
-    """A small timm model in float64 with lively weights, in training mode."""
+    """A small timm model in float64 and training mode, with weights larger than timm's initial ones."""
     family = FAMILIES[name]
     size = SWIN if "swin" in name else VIT
     torch.manual_seed(0)
@@ -85,7 +85,7 @@ def fused(model):
 
 
 def identity_blocks(name, **options):
-    """A model whose blocks hand on their input."""
+    """A model whose blocks return their input."""
     model = build(name, **options)
     stages = model.layers if "swin" in name else [model]
     with torch.no_grad():

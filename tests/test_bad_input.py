@@ -112,8 +112,8 @@ TEACHER = ("--distillation-type", "hard", "--teacher-model", "vit_tiny_patch16_2
     "flags", [("--resume",), ("--finetune",), ("--eval", "--resume"), TEACHER], ids=lambda f: f[-1]
 )
 def test_files_that_are_missing_or_damaged(refused, tmp_path, flags):
-    whole = weights(tmp_path / "whole.pth")
-    (tmp_path / "truncated.pth").write_bytes(whole.read_bytes()[:-20_000])
+    complete = weights(tmp_path / "complete.pth")
+    (tmp_path / "truncated.pth").write_bytes(complete.read_bytes()[:-20_000])
     (tmp_path / "empty.pth").touch()
     (tmp_path / "text.pth").write_text("no checkpoint")
     for name in ("missing", "truncated", "empty", "text"):

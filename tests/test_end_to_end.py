@@ -102,7 +102,7 @@ def test_resume_continues_log_and_schedule_and_eval_repeats_the_last_accuracy(di
     assert accuracy in capsys.readouterr().out
 
 
-def test_a_run_cut_off_before_its_summary_is_brought_to_its_end(digits_run, tmp_path):
+def test_a_run_that_was_stopped_before_its_summary_writes_it_after_resuming(digits_run, tmp_path):
     folder, _ = digits_run
     for name in ("log.txt", "checkpoint.pth"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -138,7 +138,7 @@ def test_a_run_is_repeated_and_continued_from_its_args_yaml(tmp_path, few_digits
     assert second["epoch"] == 1
 
 
-def test_an_epoch_without_a_step_is_said(tmp_path, capsys, few_digits):
+def test_an_epoch_without_a_step_is_reported(tmp_path, capsys, few_digits):
     flags = ("--lr", 1e30, "--unscale-lr", "--warmup-epochs", 0, "--opt", "sgd", "--max-nonfinite-steps", 999)
     run_main(*TINY, *TERMS, *flags, "--epochs", 2)
     assert "epoch 1 of 2: no step taken" in capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_every_option_trains_with_all_terms(flags, tmp_path, four_steps):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_trains_and_says_what_it_is(preset, tmp_path, capsys, few_digits):
+def test_a_preset_trains_and_is_named_in_the_output(preset, tmp_path, capsys, few_digits):
     run_main(*TINY, "--preset", preset, "--mixing_coef", 0.5, "--output_dir", tmp_path / "run")
     (record,) = log_of(tmp_path / "run")
     table = (tmp_path / "run" / "objective.txt").read_text()

@@ -34,10 +34,10 @@ def test_all_coefficients_zero_is_plain_training_bit_for_bit():
 
 def test_accumulated_batches_make_the_step_of_one_large_batch():
     samples, labels = images(8)
-    whole, parts = small_vit(), small_vit()
-    train(whole, [(samples, labels)])
-    train(parts, list(zip(samples.split(2), labels.split(2), strict=True)), accum_steps=4)
-    torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-5, atol=1e-6)
+    large, accumulated = small_vit(), small_vit()
+    train(large, [(samples, labels)])
+    train(accumulated, list(zip(samples.split(2), labels.split(2), strict=True)), accum_steps=4)
+    torch.testing.assert_close(weights(accumulated), weights(large), rtol=1e-5, atol=1e-6)
 
 
 def test_clipping_bounds_the_step_and_reports_the_norm_before_it():
@@ -126,7 +126,7 @@ def test_a_skipped_step_poisons_neither_buffers_nor_average(opt):
             assert torch.equal(value, before[name]), name
 
 
-def test_a_skipped_step_is_told_with_its_images(capsys):
+def test_a_skipped_step_is_reported_with_its_images(capsys):
     bad = images(4)
     bad[0].fill_(math.nan)
     train(small_vit(), [bad], budget=1, images=lambda step: f"images of step {step}")

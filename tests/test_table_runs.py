@@ -93,7 +93,7 @@ def test_a_partly_written_line_is_skipped_with_a_notice_on_stderr(tmp_path, caps
     assert "log.txt:3: not a complete JSON line" in err and "log.txt" not in out
 
 
-def test_a_resumed_run_goes_on_from_where_it_was_saved(tmp_path):
+def test_a_resumed_run_continues_from_its_checkpoint(tmp_path):
     folder = make_run(tmp_path / "plain", epochs=4, finished=False)
     again = {"epoch": 2, "train_loss": 1.0, "test_acc1": 70.0}
     with open(folder / "log.txt", "a") as log:

@@ -61,7 +61,7 @@ def test_meters_average_over_steps():
     assert cpu_count() >= 1
 
 
-def test_meters_go_on_with_other_terms():
+def test_meters_continue_with_other_terms():
     """As when a run is continued within an epoch with a term on or off: then the means are of what follows."""
     meters = Meters()
     meters.add(["loss", "old"], torch.tensor([1.0, 5.0]))

@@ -35,7 +35,7 @@ def assert_near(actual, expected, **tolerance):
     torch.testing.assert_close(actual, expected, **{"rtol": 1e-9, "atol": 1e-12} | tolerance)
 
 
-def test_a_bare_loop_takes_the_steps_of_tapped_model_and_objective():
+def test_a_plain_loop_takes_the_steps_of_tapped_model_and_objective():
     models = small_vit(), small_vit()
     loss_fn = DiverseLoss(models[0], COEFS | PROBED, mixup=PatchMixup(), smoothing=0.1, cond_orth_steps=2)
     objective = DiversityObjective(COEFS | PROBED, smoothing=0.1, cond_orth_steps=2)

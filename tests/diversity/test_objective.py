@@ -141,7 +141,7 @@ def test_a_term_at_0_is_not_computed():
             DiversityObjective({"attn_cos_within": 1})(outputs(), targets())
 
 
-def test_a_tap_that_was_not_handed_out_is_named():
+def test_a_missing_tap_is_named():
     with pytest.raises(TypeError, match=r"missing: last$"):
         DiversityObjective({"emb_cos_within": 1})(TapOutput(outputs().logits), targets())
 

@@ -12,7 +12,7 @@ from diversity import REGULARIZERS, TAPS, DiversityObjective, MixedTarget, TapOu
 from diversity.backbones import parse_layers, parse_weight_groups
 
 
-def given(output):
+def returned(output):
     return {name for name, value in output._asdict().items() if value is not None}
 
 
@@ -55,14 +55,14 @@ def test_patch_logits_pass_the_dropout_of_the_head():
     assert (output(images()).patch_logits == 0).double().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
-# --- what is handed out, and what is hooked for it
+# --- what is returned, and what is hooked for it
 
 
 @pytest.mark.parametrize("asked", [*TAPS, "patch_logits", None])
-def test_only_what_is_asked_for_is_handed_out_and_hooked(asked):
+def test_only_what_is_asked_for_is_returned_and_hooked(asked):
     model = build()
     tapped = tapped_with(asked, model)
-    assert given(tapped(images())) == {"logits", asked} - {None}
+    assert returned(tapped(images())) == {"logits", asked} - {None}
     of_maps = 2 if asked and "attention" in asked else 1  # maps of eager and of compiled blocks
     assert len(hooks(model)) == (0 if asked in (None, "weights") else of_maps)
     unfused = {"attention": 0, "attention_first": 0, "attention_last": 2}.get(asked)
@@ -98,7 +98,7 @@ def test_close_removes_hooks_and_restores_fused_attention(by):
         with tapped as entered:
             assert entered is tapped
     assert hooks(model) == [] and fused(model) == [True, True, True]
-    assert given(tapped(images())) == {"logits"}
+    assert returned(tapped(images())) == {"logits"}
 
 
 def test_close_leaves_attention_unfused_where_it_was():

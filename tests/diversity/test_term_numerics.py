@@ -81,7 +81,7 @@ def test_random_start_vectors_are_drawn_when_not_given(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_single_item_is_an_error_where_the_docstring_says_so(name):
+def test_a_single_item_is_an_error_where_the_docstring_lists_one(name):
     taps, probes = inputs_of(name, items=1)
     if "Raises:" in REGULARIZERS[name].doc:
         with pytest.raises(ValueError, match="at least two items are needed to compare; got 1"):

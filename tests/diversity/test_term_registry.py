@@ -11,7 +11,7 @@ from diversity import ALIASES, REGULARIZERS
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_docstring_says_returns_source_differs(name):
+def test_docstrings_have_returns_source_and_differs(name):
     for heading in ("Returns:", "Source:", "Differs:"):
         assert heading in REGULARIZERS[name].doc
 

@@ -33,7 +33,7 @@ def test_options_against_the_textbook(name, options, size):
     assert_same(value, TEXTBOOK[name](**taps, **probes, **values_of(options)), taps)
 
 
-def test_textbook_holds_no_stranger():
+def test_textbook_has_only_registered_terms():
     assert set(TEXTBOOK) <= set(NAMES)
 
 

@@ -121,11 +121,13 @@ def test_a_gpu_prefetches_by_default(device, flag, prefetches, monkeypatch):
     assert made == [(device == "cuda", torch.device(device))] * 2 * prefetches
 
 
-def test_a_run_that_was_cut_ends_as_one_that_was_not(tmp_path, monkeypatch):
+def test_a_stopped_run_ends_as_one_that_was_not_stopped(tmp_path, monkeypatch):
     flags = (*EVERYTHING, "--epochs", "2", "--prefetcher")
     with few_digits(400):  # 4 steps an epoch
-        fed = cut_run(monkeypatch, tmp_path / "whole", flags=flags)
-        assert cut_run(monkeypatch, tmp_path / "cut", (0, 2), (1, 1), flags=flags, then=("--num-workers", "2")) == fed
+        expected = cut_run(monkeypatch, tmp_path / "whole", flags=flags)
+        assert (
+            cut_run(monkeypatch, tmp_path / "cut", (0, 2), (1, 1), flags=flags, then=("--num-workers", "2")) == expected
+        )
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 

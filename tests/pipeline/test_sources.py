@@ -1,4 +1,4 @@
-"""Every data set of `--data-set`: its images, labels, classes and splits, and the registry's promises."""
+"""Every data set of `--data-set`: its images, labels, classes and splits, and the registry of data sets."""
 
 import faulthandler
 import sys

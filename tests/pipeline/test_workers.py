@@ -1,4 +1,4 @@
-"""Loaders that fail end in one line, which says what to do."""
+"""A loader that fails ends the run with one line, which says what to do."""
 
 import errno
 import gc

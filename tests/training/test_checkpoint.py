@@ -123,7 +123,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_save_that_fails_is_said_and_the_next_one_tries_again(tmp_path, monkeypatch, capsys):
+def test_a_failed_save_is_reported_and_the_next_one_tries_again(tmp_path, monkeypatch, capsys):
     state = state_of(steps=1)
     saver = saver_of(state, tmp_path, steps=1)
     with monkeypatch.context() as patch:
@@ -188,7 +188,7 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
     assert_equal(torch.load(tmp_path / checkpoint.LAST)["model"], expected)
 
 
-def test_the_newest_whole_checkpoint_is_found(tmp_path, capsys):
+def test_the_newest_complete_checkpoint_is_found(tmp_path, capsys):
     assert checkpoint.find_newest(tmp_path) is None
     state = state_of()
     for _ in range(3):
@@ -275,7 +275,7 @@ def test_a_run_of_another_shape_cannot_be_resumed(tmp_path, kwargs, named):
 
 
 @pytest.mark.parametrize(("written", "own"), [(False, True), (True, False)])
-def test_a_run_goes_on_with_a_fused_optimizer_or_without(written, own):
+def test_a_run_resumes_with_a_fused_optimizer_or_without(written, own):
     """The flag of this run counts, and it is there before the state is, whose place depends on it."""
     first, then = state_of(steps=2, fused=written), state_of(fused=own)
     seen, load = [], then.optimizer.load_state_dict

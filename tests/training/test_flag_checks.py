@@ -97,7 +97,7 @@ IDLE = {
 
 
 @pytest.mark.parametrize(("words", "named"), IDLE.items(), ids=IDLE)
-def test_flags_without_effect_are_said(words, named):
+def test_flags_without_effect_are_reported(words, named):
     lines = without_effect(parse_args(words.split()))
     assert [line.split()[0] for line in lines] == [f"--{name}" for name in named.split()]
     assert all(" has no effect: " in line for line in lines)
@@ -122,5 +122,5 @@ def test_flags_without_effect_are_said(words, named):
         "--resume auto --output-dir out --start-epoch 2",
     ],
 )
-def test_flags_with_effect_are_not(words):
+def test_flags_with_effect_are_not_reported(words):
     assert without_effect(parse_args(words.split())) == []

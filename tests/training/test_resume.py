@@ -1,4 +1,4 @@
-"""A run that was cut anywhere and continued ends as one that was not: weights, average, optimizer, pixels, log."""
+"""A stopped and resumed run ends as one that was not stopped: weights, average, optimizer, pixels, log."""
 
 import json
 import time
@@ -23,12 +23,12 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that was not cut: its folder and what it was fed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(tmp_path_factory):
+    """A run that was not stopped: its folder and the digests of its batches."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        fed = cut_run(patch, folder)
-    return folder, fed
+        digests = cut_run(patch, folder)
+    return folder, digests
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def whole(tmp_path_factory):
         [(1, STEPS - 1), (1, STEPS), (2, STEPS)],
     ],
 )
-def test_a_run_that_was_cut_is_the_run_that_was_not(cuts, whole, tmp_path, monkeypatch):
-    folder, fed = whole
-    assert cut_run(monkeypatch, tmp_path / "run", *cuts) == fed
-    assert len(fed) == 3 * STEPS * 2
+def test_a_stopped_run_ends_as_one_that_was_not_stopped(cuts, uninterrupted, tmp_path, monkeypatch):
+    folder, digests = uninterrupted
+    assert cut_run(monkeypatch, tmp_path / "run", *cuts) == digests
+    assert len(digests) == 3 * STEPS * 2
     assert content(tmp_path / "run") == content(folder)
     assert records(tmp_path / "run") == records(folder)
     assert points(tmp_path / "run") == points(folder)
@@ -51,17 +51,17 @@ def test_a_run_that_was_cut_is_the_run_that_was_not(cuts, whole, tmp_path, monke
     assert [s.pop("training_seconds") >= 0 for s in summaries] and summaries[0] == summaries[1]
 
 
-def test_the_number_of_workers_changes_nothing(whole, tmp_path, monkeypatch):
-    folder, fed = whole
-    assert cut_run(monkeypatch, tmp_path / "run", (1, 5), then=("--num-workers", "2")) == fed
+def test_the_number_of_workers_changes_nothing(uninterrupted, tmp_path, monkeypatch):
+    folder, digests = uninterrupted
+    assert cut_run(monkeypatch, tmp_path / "run", (1, 5), then=("--num-workers", "2")) == digests
     assert content(tmp_path / "run") == content(folder)
     assert records(tmp_path / "run") == records(folder)
 
 
-def test_another_seed_feeds_other_pixels_in_another_order(whole, tmp_path, monkeypatch):
-    _, fed = whole
+def test_another_seed_feeds_other_pixels_in_another_order(uninterrupted, tmp_path, monkeypatch):
+    _, digests = uninterrupted
     other = cut_run(monkeypatch, tmp_path / "run", flags=(*EVERYTHING, "--seed", "1", "--epochs", "1"))
-    assert all(fed[key] != value for key, value in other.items())
+    assert all(digests[key] != value for key, value in other.items())
 
 
 # --- two ranks
@@ -99,7 +99,7 @@ def ranks(count, folder, out, *flags, when="never", rank=0, target="self", name=
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return folder / "run", ranks(2, folder / "run", folder / "fed", "--batch-size", "16")
+    return folder / "run", ranks(2, folder / "run", folder / "steps", "--batch-size", "16")
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,20 @@ def on_two(tmp_path_factory):
     ],
     ids=lambda cut: " ".join(map(str, cut.values())),
 )
-def test_two_ranks_stopped_by_a_signal_go_on_as_if_they_were_not(cut, on_two, tmp_path):
-    folder, fed = on_two
+def test_two_ranks_stopped_by_a_signal_end_as_if_they_were_not(cut, on_two, tmp_path):
+    folder, steps = on_two
     flags = ("--batch-size", "16", "--save-every-steps", "6", "--num-workers", "1")
     torchrun = () if cut.get("target") == "parent" else None
     first = ranks(2, tmp_path / "run", tmp_path / "first", *flags, **cut, torchrun=torchrun)
     rest = ranks(2, tmp_path / "run", tmp_path / "rest", *flags)
-    assert first | rest == fed and not first.keys() & rest.keys()
+    assert first | rest == steps and not first.keys() & rest.keys()
     assert content(tmp_path / "run") == content(folder)
     assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
 
 
 @pytest.mark.parametrize(("when", "name", "at"), [("step:1:3", "INT", (0, 3)), ("validation:1", "USR1", (0, STEPS))])
 def test_one_process_stopped_by_a_signal_has_saved(when, name, at, tmp_path):
-    ranks(1, tmp_path / "run", tmp_path / "fed", "--batch-size", "32", when=when, name=name)
+    ranks(1, tmp_path / "run", tmp_path / "steps", "--batch-size", "32", when=when, name=name)
     saved = torch.load(tmp_path / "run" / checkpoint.LAST, weights_only=True)
     assert (saved["epoch"], saved["step"]) == at
 
@@ -135,27 +135,27 @@ def test_a_killed_rank_is_started_again_and_ends_with_the_same_weights(on_two, t
     folder, _ = on_two
     flags = ("--batch-size", "16", "--save-every-steps", "5")
     restarts = ("--max-restarts", "1")
-    ranks(2, tmp_path / "run", tmp_path / "fed", *flags, when="step:1:8", rank=1, name="KILL", torchrun=restarts)
-    assert (tmp_path / "fed" / "sent").exists()
+    ranks(2, tmp_path / "run", tmp_path / "steps", *flags, when="step:1:8", rank=1, name="KILL", torchrun=restarts)
+    assert (tmp_path / "steps" / "sent").exists()
     assert content(tmp_path / "run") == content(folder)
     assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
 
 
 def test_a_killed_rank_without_restarts_ends_the_others_with_one_line(tmp_path):
     kill = {"when": "step:0:3", "rank": 1, "name": "KILL"}
-    steps = ranks(2, tmp_path / "run", tmp_path / "fed", "--batch-size", "16", **kill)  # checks the line
+    steps = ranks(2, tmp_path / "run", tmp_path / "steps", "--batch-size", "16", **kill)  # checks the line
     assert [*steps] == ["0 1", "0 2", "0 3"]
 
 
 def test_two_ranks_then_one_then_two_see_the_same_global_batches(on_two, tmp_path):
-    folder, fed = on_two
+    folder, steps = on_two
     parts = [
         ranks(2, tmp_path / "run", tmp_path / "a", "--batch-size", "16", when="step:0:4"),
         ranks(1, tmp_path / "run", tmp_path / "b", "--batch-size", "32", when="step:1:3"),
         ranks(2, tmp_path / "run", tmp_path / "c", "--batch-size", "8", "--accum-steps", "4"),
     ]
-    assert parts[0] | parts[1] | parts[2] == fed
-    assert sum(map(len, parts)) == len(fed) == 2 * STEPS
+    assert parts[0] | parts[1] | parts[2] == steps
+    assert sum(map(len, parts)) == len(steps) == 2 * STEPS
     ours, theirs = (torch.load(run / checkpoint.LAST, weights_only=True) for run in (tmp_path / "run", folder))
     assert (ours["lr_scheduler"], ours["epoch"], ours["step"]) == (theirs["lr_scheduler"], 1, 0)
     assert [r["train_lr"] for r in records(tmp_path / "run")] == [r["train_lr"] for r in records(folder)]
