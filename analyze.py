@@ -44,10 +44,11 @@ def main(argv: list[str] | None = None):
     add("--image", type=nonneg_int, default=0, help="whose attention is drawn, of the first batch (default: 0)")
     add("--device", type=device_name, default="auto", help="auto, cuda or cpu")
     options, flags = parser.parse_known_args([with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
+    settings = vars(options)
     quiet_warnings()
-    with one_line_errors(), loader_errors("start again"), joined_world(options.device, "env://") as world:
+    with one_line_errors(), loader_errors("start again"), joined_world(settings.pop("device"), "env://") as world:
         try:
-            analyze(options, flags, world)
+            analyze(**settings, flags=flags, world=world)
         except TapError as error:
             raise SystemExit(f"error: {error}") from None
 

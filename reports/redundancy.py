@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from reports.subjects import (
     find_subject,
     images,
     load_model,
-    measured_data,
     prefix_names,
 )
 from reports.tables import comparison
@@ -58,40 +56,39 @@ def draw_heads(
     figures.save(redundancy_figures.attention_heads(maps, picture, prefix_names(model), grid, title), path)
 
 
-def analyze(options: Namespace, flags: list[str], world: World):
-    """Measure every RUN and write reports, tables and figures; `flags` are those of main.py on the command line."""
+def analyze(
+    runs: list[str], names: list[str] | None, num_images: int, output_dir: str | None, ema: bool, layer: str, image: int,
+    flags: list[str], world: World,
+):  # fmt: skip
+    """Measure every RUN and write reports, tables and figures; see the flags of analyze.py. `flags` are main.py's."""
     if world.size > 1:
         raise SystemExit("error: analyze.py is one process; start it without torchrun")
-    runs = options.runs
     if len({Path(run).resolve() for run in runs}) < len(runs):
         raise SystemExit(f"error: a RUN is named twice among {' '.join(runs)}")
-    names = options.names or configuration_names(runs)
+    names = names or configuration_names(runs)
     files = {name: name.replace("/", "_") for name in names}
     if len(names) != len(runs) or len({*files.values()}) < len(files):
         raise SystemExit(f"error: --names needs a name for each of the {len(runs)} runs; got {' '.join(names)}")
     subjects = [find_subject(run, flags) for run in runs]
-    sources = [images(subject, world, options.num_images) for subject in subjects]
-    models = [
-        load_model(subject, num_classes, options.ema, world)
-        for subject, (_, num_classes) in zip(subjects, sources, strict=True)
-    ]
-    for what, descriptions in (("models", map(architecture, models)), ("images", map(measured_data, subjects))):
-        first, *others = descriptions
+    sources = [images(subject, world, num_images) for subject in subjects]
+    models = [load_model(subject, count, ema, world) for subject, (_, count) in zip(subjects, sources, strict=True)]
+    data = ["measured on {data_set} {split} at {input_size} px".format_map(each.measured_on) for each in subjects]
+    for what, (first, *others) in (("models", [*map(architecture, models)]), ("images", data)):
         for run, other in zip(runs[1:], others, strict=True):
             if other != first:
                 raise SystemExit(f"error: {runs[0]} is {first}, {run} {other}; compare runs of the same {what}")
-    output_dir = Path(options.output_dir or (subjects[0].folder if len(runs) == 1 else None) or "analysis")
+    folder = Path(output_dir or (subjects[0].folder if len(runs) == 1 else None) or "analysis")
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SystemExit(f"error: --output-dir {output_dir} cannot be written: {error.strerror}") from None
+        raise SystemExit(f"error: --output-dir {folder} cannot be written: {error.strerror}") from None
     configurations = {name: [] for name in names}
     for name, subject, model, (batches, _) in zip(names, subjects, models, sources, strict=True):
         first = next(batches, torch.empty(0))
         if not configurations[name]:
-            draw_heads(name, subject, model, first, options.image, options.layer, output_dir / f"heads_{files[name]}")
-        configurations[name].append(report_of(subject, model, itertools.chain([first], batches), options.ema))
-    write_all(configurations, output_dir)
+            draw_heads(name, subject, model, first, image, layer, folder / f"heads_{files[name]}")
+        configurations[name].append(report_of(subject, model, itertools.chain([first], batches), ema))
+    write_all(configurations, folder)
 
 
 def report_of(subject: Subject, model: nn.Module, batches: Iterable[torch.Tensor], ema: bool) -> dict:
@@ -102,14 +99,8 @@ def report_of(subject: Subject, model: nn.Module, batches: Iterable[torch.Tensor
     """
     with errors_of(f"{subject.run} cannot be measured:"):
         report = measure_redundancy(model, batches)
-    measured_on = {
-        "data_set": subject.data.data_set,
-        "split": subject.data.val_split or "validation",
-        "input_size": subject.data.input_size,
-        "images": report["images"],
-        "weights": "EMA" if ema else "raw",
-        "epoch": subject.epoch,
-    }
+    weights = "EMA" if ema else "raw"
+    measured_on = subject.measured_on | {"images": report["images"], "weights": weights, "epoch": subject.epoch}
     report = {"run": subject.run, "measured_on": measured_on} | report
     if subject.folder:
         write_json(report, subject.folder / REPORT)

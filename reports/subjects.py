@@ -42,6 +42,12 @@ class Subject(NamedTuple):
     data: DataOptions
     transform: Callable
 
+    @property
+    def measured_on(self) -> dict:
+        """What two runs must have in common to be compared."""
+        split = self.data.val_split or "validation"
+        return {"data_set": self.data.data_set, "split": split, "input_size": self.data.input_size}
+
 
 def find_subject(run: str, flags: list[str]) -> Subject:
     """The model that RUN names; the flags of the command line override those that it brings.
@@ -122,12 +128,6 @@ def architecture(model: nn.Module) -> str:
         f"a {type(model).__name__} of {len(backbone.all_blocks)} blocks, {width} wide, {heads} heads, "
         f"{backbone.grid[0]} x {backbone.grid[1]} patches and {backbone.num_prefix_tokens} prefix tokens"
     )
-
-
-def measured_data(subject: Subject) -> str:
-    """What two runs must have in common to be compared."""
-    data = subject.data
-    return f"measured on {data.data_set} {data.val_split or 'validation'} at {data.input_size} px"
 
 
 def prefix_names(model: nn.Module) -> list[str]:

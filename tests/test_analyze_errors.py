@@ -1,6 +1,5 @@
 """analyze.py ends in one line for a mistake."""
 
-import argparse
 import shutil
 
 import pytest
@@ -25,37 +24,38 @@ def refused(tmp_path, capsys):
         assert line.startswith("error: ") and "\n" not in line
         assert all(str(word) in line for word in named), line
         assert not (tmp_path / "out" / "redundancy.json").exists()
+        return line
 
     return check
 
 
 def test_a_run_that_is_no_run(runs, tmp_path, refused):
     shutil.copy(runs / "plain" / "args.yaml", tmp_path)
-    refused(tmp_path, named=(tmp_path, "checkpoint.pth"))
-    refused("deit_tinny", named=("deit_tinny", "timm"))
-    refused(tmp_path / "missing.pth", named=("missing.pth",))
+    assert refused(tmp_path, named=(tmp_path, "checkpoint.pth"))
+    assert refused("deit_tinny", named=("deit_tinny", "timm"))
+    assert refused(tmp_path / "missing.pth", named=("missing.pth",))
     (tmp_path / "notes.pth").write_text("no checkpoint")
-    refused(tmp_path / "notes.pth", *TINY, named=("RUN", "notes.pth"))
+    assert refused(tmp_path / "notes.pth", *TINY, named=("RUN", "notes.pth"))
 
 
 def test_weights_that_do_not_fit(runs, refused):
     best = runs / "plain" / "checkpoint_best.pth"
     named = ("RUN", best, "does not fit VisionTransformer")
-    refused(best, "--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3", named=named)
-    refused(best, "--ema", named=(best, "averaged"))
-    refused("deit_tiny_patch16_224", *BRIEF, "--ema", "--model-kwargs", "depth=1", named=("--ema",))
+    assert refused(best, "--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3", named=named)
+    assert refused(best, "--ema", named=(best, "averaged"))
+    assert refused("deit_tiny_patch16_224", *BRIEF, "--ema", "--model-kwargs", "depth=1", named=("--ema",))
 
 
 def test_wrong_flags(runs, tmp_path, refused):
     (tmp_path / "file").write_text("")
-    refused(runs / "plain", "--output-dir", tmp_path / "file", named=("--output-dir", tmp_path / "file"))
-    refused(runs / "plain", "--image", "99", named=("--image 99", "first 96 images"))
-    refused(runs / "plain", runs / "other" / ".." / "plain", named=("twice",))
+    assert refused(runs / "plain", "--output-dir", tmp_path / "file", named=("--output-dir", tmp_path / "file"))
+    assert refused(runs / "plain", "--image", "99", named=("--image 99", "first 96 images"))
+    assert refused(runs / "plain", runs / "other" / ".." / "plain", named=("twice",))
 
 
 def test_an_empty_data_set(runs, tmp_path, refused):
     data = make_image_folder(tmp_path / "images", n=0)
-    refused(runs / "plain", "--data-set", "IMNET", "--data-path", data, named=(data,))
+    assert refused(runs / "plain", "--data-set", "IMNET", "--data-path", data, named=(data,))
 
 
 def saved(path, model, *words):
@@ -67,23 +67,22 @@ def saved(path, model, *words):
 def test_runs_that_cannot_be_compared(runs, tmp_path, undrawn, refused):
     depth3 = ("--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3")
     deeper = saved(tmp_path / "deeper.pth", small_model(depth=3), *depth3)
-    refused(runs / "plain", deeper, "--num-images", "4", named=("plain", "deeper", "2 blocks", "3 blocks"))
+    assert refused(runs / "plain", deeper, "--num-images", "4", named=("plain", "deeper", "2 blocks", "3 blocks"))
     fake = saved(tmp_path / "fake.pth", small_model(), "--data-set", "FAKE", "--num-classes", "10", *PLAIN_VIT[-4:])
     words = (runs / "plain", fake, "--num-images", "4")
-    refused(*words, named=("fake.pth", "measured on DIGITS", "measured on FAKE"))
+    assert refused(*words, named=("fake.pth", "measured on DIGITS", "measured on FAKE"))
     analyzed(tmp_path, *words, "--data-set", "DIGITS")
 
 
 def test_several_processes(runs):
-    options = argparse.Namespace(runs=[str(runs / "plain")])
     with pytest.raises(SystemExit, match="without torchrun"):
-        redundancy.analyze(options, [], world(0, 2))
+        redundancy.analyze([str(runs / "plain")], None, 4, None, False, "last", 0, flags=[], world=world(0, 2))
 
 
 def test_another_family(tmp_path, refused):
     kwargs = {"channels": [8, 8, 8, 8], "stem_width": 8}
     torch.save(build_model("resnet10t", 10, 32, **kwargs).state_dict(), tmp_path / "conv.pth")
-    refused(tmp_path / "conv.pth", *BRIEF, *CONVNET, named=("ResNet", "ViT"))
+    assert refused(tmp_path / "conv.pth", *BRIEF, *CONVNET, named=("ResNet", "ViT"))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "cait_xxs24_224"])
@@ -95,21 +94,21 @@ def test_a_model_that_cannot_be_measured_is_refused_before_its_weights_are_downl
         return build(**kwargs)
 
     monkeypatch.setattr(subjects, "build_model", build_without_download)
-    refused(name, "--data-set", "FAKE", named=("ViT",))
+    assert refused(name, "--data-set", "FAKE", named=("ViT",))
 
 
 @pytest.mark.parametrize("layer", ["9", "-1", "middle", "0,1", "all"])
 def test_a_bad_layer(layer, runs, undrawn, refused):
-    refused(runs / "plain", f"--layer={layer}", "--num-images", "4", named=(layer,))
+    assert refused(runs / "plain", f"--layer={layer}", "--num-images", "4", named=(layer,))
 
 
 @pytest.mark.parametrize("names", [["one"], ["a/b", "a_b"], ["one", "two", "three"]])
 def test_names_must_be_one_for_each_run(names, runs, refused):
-    refused(runs / "plain", runs / "other", "--names", *names, named=("--names", "2", *names))
+    assert refused(runs / "plain", runs / "other", "--names", *names, named=("--names", "2", *names))
 
 
 @pytest.mark.parametrize(
     "words", ["--num-images -1", "--num-images x", "--image x", "--no-such-flag", "--batch-size 0", "--device tpu"]
 )
 def test_bad_flags(words, runs, refused):
-    refused(runs / "plain", *words.split(), named=(words.split()[0],))
+    assert refused(runs / "plain", *words.split(), named=(words.split()[0],))
