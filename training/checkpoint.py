@@ -19,6 +19,7 @@ from training.meters import EpochTotals
 from utils import World, errors_of
 
 SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr", "fused"}  # of a group, by flags and device
+OPTIMIZER = "optimizer_name"  # the entry of a checkpoint that names the class
 LAST = "checkpoint.pth"
 BEST = {"acc1": "checkpoint_best.pth", "acc1_ema": "checkpoint_best_ema.pth"}
 
@@ -73,6 +74,7 @@ class TrainState:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            OPTIMIZER: type(self.optimizer).__name__,
             "lr_scheduler": _scheduler_state(self.scheduler),
             "scaler": self.loss_scaler.state_dict(),
             "epoch": self.epoch - 1,  # the finished one, as DeiT writes it
@@ -112,11 +114,14 @@ class TrainState:
                 f"{global_batch}; keep processes x --batch-size x --accum-steps"
             )
         load_model_and_ema(self.model, self.model_ema, checkpoint, path)
-        groups = checkpoint["optimizer"]["param_groups"]
-        if groups[0].keys() != self.optimizer.state_dict()["param_groups"][0].keys():
-            raise SystemExit(f"error: --resume {path} was written with another optimizer, see --opt")
-        for group, flags in zip(groups, self.optimizer.param_groups, strict=False):
-            group.update({key: flags[key] for key in SETTINGS & flags.keys()})  # `fused` decides where state belongs
+        own = type(self.optimizer).__name__
+        if (stored := checkpoint.get(OPTIMIZER, own)) != own:
+            line = f"was written with another optimizer, {stored}, not {own}; see --opt"
+            raise SystemExit(f"error: --resume {path} {line}")
+        for group, flags in zip(checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
+            # An optimizer may add keys while it runs, and another version of it may have more: those of the flags count
+            # only where the file has none. `fused` decides where state belongs.
+            group.update({key: value for key, value in flags.items() if key in SETTINGS or key not in group})
         with errors_of(f"--resume {path} was written with another optimizer:"):
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.epoch, self.step = checkpoint["epoch"] + 1, step
