@@ -57,8 +57,8 @@ def draw_heads(
 
 
 def analyze(
-    runs: list[str], names: list[str] | None, num_images: int, output_dir: str | None, ema: bool, layer: str, image: int,
-    flags: list[str], world: World,
+    runs: list[str], names: list[str] | None, num_images: int, output_dir: str | None, ema: bool, layer: str,
+    image: int, flags: list[str], world: World,
 ):  # fmt: skip
     """Measure every RUN and write reports, tables and figures; see the flags of analyze.py. `flags` are main.py's."""
     if world.size > 1:
