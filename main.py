@@ -15,7 +15,7 @@ from training import arguments, build
 from training.checkpoint import TrainState, resume
 from training.evaluation import RedundancyMonitor, evaluate_both
 from training.guard import FiniteGuard, GuardedUpdate
-from training.log import RunLog, accuracy_line, environment_lines, epoch_line, terms_table
+from training.log import RunLog, accuracy_line, environment_lines, epoch_line, final_records, terms_table
 from training.progress import Progress
 from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
 from training.saving import Saver
@@ -80,7 +80,7 @@ def train(args: Namespace, world: World, folder: Path | None):
     write_description(folder, arguments.repeatable(args), tables, world)
     # After the last step of an epoch was saved, its line and its points are written again.
     first_step = state.epoch * data.num_steps + min(state.step, data.num_steps - 1)
-    log = RunLog(folder, world, args.tensorboard, state.epoch, first_step)
+    log = RunLog(folder, world, args.tensorboard, state.epoch, first_step, start.unwritten_log)
     num_parameters = sum(p.numel() for p in model.parameters())
     from_step = f" from step {state.step} of {data.num_steps} on" if state.step else ""
     log.print("\n".join([
@@ -133,10 +133,11 @@ def train(args: Namespace, world: World, folder: Path | None):
         if folder:
             from reports import figures  # here, as matplotlib takes a second to import
 
-            figures.curves(folder, list(diverse_loss.objective.coefs))
-            write_summary(folder, num_epochs, seconds, test_stats)
+            with final_records(folder):
+                log.close()
+                figures.curves(folder, list(diverse_loss.objective.coefs))
+                write_summary(folder, num_epochs, seconds, test_stats)
             log.print(f"run folder: {folder}")
-        log.close()
 
 
 def redundancy_figure(epoch: int, report: dict):

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from reports.run_folders import read_log
 from training.records import LOG
+from utils import atomic_write
 
 # Okabe and Ito, colour-blind safe
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -79,8 +80,11 @@ def curves(output_dir: Path, terms: list[str]) -> Path | None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=8)
     path = output_dir / "curves.png"
-    figure.savefig(path)
-    plt.close(figure)
+    try:
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png")
+    finally:
+        plt.close(figure)
     return path
 
 

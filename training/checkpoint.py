@@ -88,7 +88,7 @@ class TrainState:
             state["model_ema"] = self.model_ema.module.state_dict()
         return state
 
-    def restore(self, checkpoint: dict, path: str, global_batch: int = 0, device: torch.device | None = None):
+    def restore(self, checkpoint: dict, path: str, global_batch: int = 0, world: World | None = None):
         """Continue from a loaded checkpoint.pth, weights included.
 
         The schedule and the settings of the optimizer are those of the flags; timm's schedules except plateau's depend
@@ -96,7 +96,7 @@ class TrainState:
 
         Args:
             global_batch: images per optimizer step; within an epoch it must be the stored one.
-            device: of the means so far.
+            world: this process, whose means so far are restored.
 
         Raises:
             SystemExit: it belongs to another model, optimizer or global batch, or contains only weights.
@@ -136,7 +136,7 @@ class TrainState:
         if checkpoint["scaler"]:  # empty when the run so far did not scale its loss
             self.loss_scaler.load_state_dict(checkpoint["scaler"])
         if "totals" in checkpoint:
-            self.totals.load_state_dict(checkpoint["totals"], device)
+            self.totals.load_state_dict(checkpoint["totals"], world)
         self.skipped = checkpoint.get("skipped", 0)
         self.best = checkpoint.get("best", {})
         self.earlier_seconds = checkpoint.get("seconds", 0.0)
@@ -169,11 +169,13 @@ class Start(NamedTuple):
         path: the checkpoint that was restored; empty for initial or fine-tuned weights.
         notes: one line for each weight that was not loaded unchanged.
         bad_images: unreadable training images that the run has met.
+        unwritten_log: lines of log.txt that could not be written.
     """
 
     path: str = ""
     notes: Sequence[str] = ()
     bad_images: Sequence[int] = ()
+    unwritten_log: str = ""
 
 
 def resume(
@@ -201,12 +203,12 @@ def resume(
     if path:
         checkpoint = load(path)
         if is_training:
-            state.restore(checkpoint, path, global_batch, world.device)
+            state.restore(checkpoint, path, global_batch, world)
         else:
             if "model_ema" not in checkpoint:
                 state.model_ema = None
             load_model_and_ema(state.model, state.model_ema, checkpoint, path)
-        return Start(path, bad_images=checkpoint.get("bad_images", []))
+        return Start(path, (), checkpoint.get("bad_images", []), checkpoint.get("unwritten_log", ""))
     with errors_of("--finetune"):
         notes = load_weights(state.model, finetune) if finetune else []
     if not is_training:

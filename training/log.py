@@ -1,12 +1,11 @@
 """What a run writes while it trains: log.txt, TensorBoard events, and the lines on the console."""
 
+import contextlib
 import json
-import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import timm
@@ -14,43 +13,48 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from training.records import LOG, read_records
+from training.records import LOG, GrowingFile, parse_records
 from utils import World, atomic_write
 
 
 class RunLog:
     """What a run reports: console lines, `log.txt` (one JSON object per epoch, DeiT's keys) and TensorBoard events.
 
-    Only the main process writes.
+    Only the main process writes. What a disk does not take is reported, kept, and written later.
 
     Args:
         output_dir: the run folder, or None to write to the console alone.
         world: this process.
         tensorboard: also write events.
         epoch, step: where the run starts; what an earlier process logged after that is removed.
+        unwritten: of the log of the earlier process.
     """
 
-    def __init__(self, output_dir: Path | None, world: World, tensorboard: bool, epoch: int = 0, step: int = 0):
+    def __init__(
+        self,
+        output_dir: Path | None,
+        world: World,
+        tensorboard: bool,
+        epoch: int = 0,
+        step: int = 0,
+        unwritten: str = "",
+    ):
         self.is_main = world.is_main
-        self.path = output_dir / LOG if output_dir and self.is_main else None
-        self.unwritten = ""
-        if self.path and self.path.exists():
-            self._drop_from(epoch)
-        if self.path and [*output_dir.glob(f"events.out.tfevents.{int(time.time())}.*")]:
-            time.sleep(1)  # TensorBoard reads event files in the order of their names, which contain the second
-        self.writer = None
-        if self.path and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # here, as the import takes a second
+        self.lines = self.events = None
+        if output_dir is None or not self.is_main:
+            return
+        self.lines = GrowingFile(output_dir / LOG)
+        with final_records(output_dir):
+            _restore(self.lines.path, epoch, unwritten)
+        if tensorboard:
+            from training.events import Events  # here, as the import takes a second
 
-            self.writer = SummaryWriter(output_dir, purge_step=step)
+            self.events = Events(output_dir, step)
 
-    def _drop_from(self, epoch: int):
-        """Remove the lines of this and later epochs, and incomplete ones, from log.txt."""
-        earlier = [record for record in read_records(self.path) if record is not None and record["epoch"] < epoch]
-        text = "".join(f"{json.dumps(record)}\n" for record in earlier)
-        if text != self.path.read_text():
-            with atomic_write(self.path) as file:
-                file.write(text.encode())
+    @property
+    def unwritten(self) -> str:
+        """The lines of log.txt that could not be written yet."""
+        return self.lines.unwritten.decode() if self.lines else ""
 
     def print(self, text: str):
         if self.is_main:
@@ -59,52 +63,56 @@ class RunLog:
 
     def scalars(self, values: dict[str, float], step: int):
         """TensorBoard points at an optimizer step."""
-        if self.writer:
+        if self.events:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                self.events.add_scalar(name, value, step)
 
     def figure(self, name: str, draw: Callable, step: int):
         """The matplotlib figure that `draw()` returns, in TensorBoard; it is closed. Without events it is not drawn."""
-        if self.writer:
-            self.writer.add_figure(name, draw(), step)
+        if self.events:
+            self.events.add_figure(name, draw(), step)
 
     def epoch(self, record: dict, step: int):
-        """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/` at its last step.
-
-        A line that cannot be written is reported, and written with the next one.
-        """
+        """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/` at its last step."""
         numbers = {f"epoch/{name}": value for name, value in record.items() if isinstance(value, int | float)}
         self.scalars(numbers, step)
+        if self.lines:
+            self.lines.add(f"{json.dumps(record)}\n".encode())
         self.flush()
-        if not self.path:
-            return
-        self.unwritten += json.dumps(record) + "\n"
-        try:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            with open(self.path, "a") as file:
-                try:
-                    file.write(self.unwritten)
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    os.truncate(self.path, size)  # no incomplete line stays
-                    raise
-            self.unwritten = ""
-        except OSError as error:
-            print(f"error: {self.path} cannot be written: {error.strerror}; training continues", file=sys.stderr)
 
     def flush(self):
-        """Write TensorBoard's events so far."""
-        if self.writer:
-            try:
-                self.writer.flush()
-            except OSError as error:
-                print(f"error: TensorBoard's events cannot be written: {error}; they end here", file=sys.stderr)
-                self.writer = None
+        """Write what is not written yet; an error is reported, and the next call tries again."""
+        for file in filter(None, (self.lines, self.events)):
+            file.flush()
 
     def close(self):
-        if self.writer:
-            self.writer.close()
+        """Write what is not written yet.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        for file in filter(None, (self.lines, self.events)):
+            file.close()
+
+
+def _restore(path: Path, epoch: int, unwritten: str):
+    """Remove the lines of this and later epochs, and incomplete ones, from log.txt; add those that were `unwritten`."""
+    text = path.read_text() if path.exists() else ""
+    records = [record for record in parse_records(text + unwritten) if record is not None and record["epoch"] < epoch]
+    wanted = "".join(f"{json.dumps(record)}\n" for record in {record["epoch"]: record for record in records}.values())
+    if wanted != text:
+        with atomic_write(path) as file:
+            file.write(wanted.encode())
+
+
+@contextlib.contextmanager
+def final_records(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk into the line that a command ends with; the next one with --resume auto continues."""
+    try:
+        yield
+    except OSError as error:
+        line = f"{error.filename or folder} cannot be written: {error.strerror}"
+        raise SystemExit(f"error: {line}; the run is saved, start again with --resume auto") from None
 
 
 def epoch_line(record: dict[str, float], num_epochs: int) -> str:

@@ -33,18 +33,28 @@ class Meters:
         """Means over all steps and processes; every process must call it."""
         if not self.of_names:
             return {}
-        return {name: value / int(self.of_names) for name, value in self.state_dict(world)["sums"].items()}
+        means = self._of_all(world).double().mean(dim=0) / int(self.of_names)
+        return dict(zip(self.names, means.tolist(), strict=True))
 
     def state_dict(self, world: World) -> dict:
-        """The sums as means over the processes, and the counts; every process must call it."""
-        means = [] if self.sums is None else (world.sum(self.sums.clone()) / world.size).tolist()
-        counts = {"count": int(self.count), "of_names": int(self.of_names)}
-        return {"sums": dict(zip(self.names, means, strict=True))} | counts
+        """The sums of each process, so that each continues with its own, and the counts; every process must call it."""
+        sums = {} if self.sums is None else dict(zip(self.names, self._of_all(world).t().tolist(), strict=True))
+        return {"sums": sums, "count": int(self.count), "of_names": int(self.of_names)}
 
-    def load_state_dict(self, state: dict, device: torch.device):
+    def load_state_dict(self, state: dict, world: World):
+        """Continue with the sums of this process, or with the mean over the processes if there were more or fewer."""
         self.names = [*state["sums"]]
-        self.sums = torch.tensor([*state["sums"].values()], device=device) if state["sums"] else None
+        if state["sums"]:
+            of_all = torch.tensor([*state["sums"].values()]).reshape(len(self.names), -1)
+            own = of_all[:, world.rank] if of_all.shape[1] == world.size else of_all.mean(dim=1)
+            self.sums = own.to(world.device)
         self.count, self.of_names = state["count"], state.get("of_names", state["count"])
+
+    def _of_all(self, world: World) -> torch.Tensor:
+        """The sums of all processes, [size, n], on the CPU."""
+        sums = self.sums.new_zeros(world.size, len(self.sums))
+        sums[world.rank] = self.sums
+        return world.sum(sums).cpu()
 
 
 @dataclass
@@ -78,14 +88,14 @@ class EpochTotals:
         return steps - int(self.epoch.count) - int(self.overflows)
 
     def state_dict(self, world: World) -> dict:
-        """Numbers only, the same on all processes, each of which must call it."""
+        """Lists and numbers only, the same on all processes, each of which must call it."""
         numbers = {"images": self.images, "seconds": self.seconds, "waited": self.waited}
         numbers["overflows"] = int(self.overflows)
         return numbers | {"epoch": self.epoch.state_dict(world), "window": self.window.state_dict(world)}
 
-    def load_state_dict(self, state: dict, device: torch.device):
+    def load_state_dict(self, state: dict, world: World):
         for name, value in state.items():
             if isinstance(value, dict):
-                getattr(self, name).load_state_dict(value, device)
+                getattr(self, name).load_state_dict(value, world)
             else:
                 setattr(self, name, value)

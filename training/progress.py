@@ -70,9 +70,10 @@ class Progress:
         step = self.state.step - 1
         if self.log_interval > 0 and step % self.log_interval == 0 and step < self.num_steps - 1:
             self._report(step)
+            self.state.totals.window, self.window = Meters(), [0, 0.0, 0.0]
 
     def end_epoch(self):
-        """Report the last step. Its line waits until here: a run that resumes after it prints the line again."""
+        """Report the last step; a run that is stopped after it, or in the evaluation, reports it again."""
         if self.log_interval:
             self._report(self.num_steps - 1)
         self.bar.close()
@@ -104,4 +105,3 @@ class Progress:
         if self.world.device.type == "cuda":
             values["train/max_memory_mib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**20
         self.log.scalars(values, epoch * self.num_steps + step)
-        totals.window, self.window = Meters(), [0, 0.0, 0.0]

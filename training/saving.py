@@ -19,7 +19,8 @@ class Saver:
     """Saves a run while it trains: after some steps or minutes, at the end of an epoch, and when it is stopped.
 
     A thread writes one file at a time while training continues. A save that fails is reported, and the next one tries
-    again; weights that are not finite are not saved. Every process calls each method; the main one writes.
+    again, best checkpoints included; weights that are not finite are not saved. Every process calls each method; the
+    main one writes, and what it does about an error involves no other process.
 
     Args:
         state: of the run.
@@ -49,8 +50,10 @@ class Saver:
         self.signals, self.steps, self.minutes, self.keep = signals, steps, minutes, keep
         self.agreement = Agreement(world)
         self.writer = BackgroundWriter(self._failed)
-        self.error: BaseException | None = None
+        self.error = ""  # of the last save that failed
         self.buffers: dict[tuple, torch.Tensor] = {}
+        self.unwritten_best: dict[str, dict] = {}  # by the keys of `BEST`
+        self.unwritten: Callable[[], None] | None = None  # writes the last state, until it has done so
         self._begin_interval()
 
     def after_step(self):
@@ -88,27 +91,27 @@ class Saver:
         self._submit(improved)
 
     def close(self):
-        """Wait for the last save, and try once more if it failed.
+        """Wait for the last save, and try once more if it failed. No process returns before the file exists.
 
         Raises:
-            SystemExit: it cannot be written.
+            SystemExit: on all processes, if it cannot be written.
         """
         self.agreement.finish()
         self.writer.wait()
-        if self.error is not None:
-            self._submit([])
+        if self.unwritten:
+            self.writer.submit(self.unwritten)
             self.writer.wait()
-        if self.error is not None:
-            raise SystemExit(f"error: the last checkpoint could not be written: {self.error}")
+        (is_lost,) = self.agreement.vote(self.unwritten is not None)
+        if is_lost:
+            reason = f"error: the last checkpoint could not be written: {self.error}"
+            raise SystemExit(reason if self.unwritten else 1)
 
     def _stop(self):
         self._submit([])
         self.close()
-        self.agreement.vote(False)  # no process exits before the file exists: torchrun would end the others
         self.log.print(
             f"stopped in epoch {self.state.epoch} after step {self.state.step}, saved; start again to continue"
         )
-        self.log.close()
         raise SystemExit(RESUMABLE)
 
     def _submit(self, improved: list[str]):
@@ -118,26 +121,32 @@ class Saver:
         if self.output_dir is None:
             return
         self.writer.wait()  # which reads the buffers
-        state, path = copy_to_cpu(state, self.buffers), self.output_dir / LAST
+        self.unwritten = None  # this state replaces the one that could not be written
+        self.unwritten_best = copy_to_cpu(self.unwritten_best)  # out of the buffers, which are written next
+        state = copy_to_cpu(state | {"unwritten_log": self.log.unwritten}, self.buffers)
         weights = {"acc1": state["model"], "acc1_ema": state.get("model_ema")}
 
         def write():
             bad = first_non_finite({key: state.get(key, {}) for key in ("model", "model_ema")})
             if bad:
                 raise ValueError(f"{bad} is not finite")
-            for name in improved:  # first: a run that resumes from an earlier state writes them again
+            for name in improved:
                 best = {"model": weights[name], "acc1": state["best"][name], "epoch": state["epoch"]}
-                checkpoint_files.write(best | {"args": state["args"]}, self.output_dir / BEST[name], keep=1)
-            checkpoint_files.write(state, path, keep=self.keep)
-            self.error = None
+                self.unwritten_best[name] = best | {"args": state["args"]}
+            for name, best in list(self.unwritten_best.items()):  # first: the state says that they are written
+                checkpoint_files.write(best, self.output_dir / BEST[name], keep=1)
+                del self.unwritten_best[name]
+            checkpoint_files.write(state, self.output_dir / LAST, keep=self.keep)
+            self.unwritten = None
 
+        self.unwritten = write
         self.writer.submit(write)
 
     def _begin_interval(self):
         self.saved_at, self.steps_since, self.asked = time.monotonic(), 0, False
 
     def _failed(self, error: BaseException):
-        self.error = error
+        self.error = str(error)
         line = (
             f"error: no checkpoint saved in {self.output_dir}: {error}; training continues, the next save tries again"
         )

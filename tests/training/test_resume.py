@@ -121,7 +121,8 @@ def test_two_ranks_stopped_by_a_signal_end_as_if_they_were_not(cut, on_two, tmp_
     rest = ranks(2, tmp_path / "run", tmp_path / "rest", *flags)
     assert first | rest == steps and not first.keys() & rest.keys()
     assert content(tmp_path / "run") == content(folder)
-    assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
+    assert records(tmp_path / "run") == records(folder)
+    assert points(tmp_path / "run") == points(folder)
 
 
 @pytest.mark.parametrize(("when", "name", "at"), [("step:1:3", "INT", (0, 3)), ("validation:1", "USR1", (0, STEPS))])
@@ -138,7 +139,8 @@ def test_a_killed_rank_is_started_again_and_ends_with_the_same_weights(on_two, t
     ranks(2, tmp_path / "run", tmp_path / "steps", *flags, when="step:1:8", rank=1, name="KILL", torchrun=restarts)
     assert (tmp_path / "steps" / "sent").exists()
     assert content(tmp_path / "run") == content(folder)
-    assert [record["epoch"] for record in records(tmp_path / "run")] == [0, 1]
+    assert records(tmp_path / "run") == records(folder)
+    assert points(tmp_path / "run") == points(folder)
 
 
 def test_a_killed_rank_without_restarts_ends_the_others_with_one_line(tmp_path):
