@@ -154,7 +154,7 @@ class InputRecorder:
 
 
 def send(target: str, number: int):
-    """A signal to this process, its group, which under torchrun is its own, or its parent."""
+    """Send a signal to this process, its process group, or its parent."""
     if target == "group":
         os.killpg(os.getpgrp(), number)
     else:
