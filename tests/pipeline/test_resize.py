@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, one_line, parse
+from helpers import REPOSITORY, data_options, one_line, parse
 from PIL import Image, JpegImagePlugin
 from resizing import SIDE, add, files_of, picture, resize
 
 from pipeline import resize as program
-from pipeline.images import read_rgb
+from pipeline.images import ReadableImages, read_rgb
+from pipeline.sources import build_source
 from utils import lock_folder
 
 SUMMARY = "22 images resized, 4 files copied, 1 unreadable images copied, 0 files skipped\n"
@@ -91,6 +92,22 @@ def test_all_else_is_copied_byte_for_byte(source, tmp_path, capsys):
     reported = captured.err.splitlines()
     for line, name in zip(sorted(reported), ("half", "long"), strict=True):
         assert re.fullmatch(rf"unreadable image {source}/train/dog/{name}\.png: .+; copied as it is", line)
+
+
+def test_a_copy_is_a_training_source(source, tmp_path):
+    (source / "train" / "empty").rmdir()
+    resize(source, tmp_path / "copy", SIDE)
+    read = []
+    for root in (source, tmp_path / "copy"):
+        folder = build_source(data_options("--data-set", "IMNET", "--data-path", root), is_training=True)
+        images = ReadableImages(folder, lambda image: image, max_bad=1)
+        read.append([images[index] for index in range(len(images))])
+        assert [folder.samples[bad][0] for bad in images.is_bad.nonzero()] == [str(root / "train/dog/half.png")]
+    assert len(read[0]) == 24
+    for (original, label), (image, copied_label) in zip(*read, strict=True):
+        assert copied_label == label
+        assert min(image.size) == min(SIDE, *original.size)
+        assert image.width / image.height == pytest.approx(original.width / original.height, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["val", "val/cat"])
