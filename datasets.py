@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pipeline.batch_augmentation import Normalize
 from pipeline.images import ReadableImages
 from pipeline.prefetch import Prefetcher
 from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
-from pipeline.sources import SourceOptions, build_source, count_classes, find_source
+from pipeline.sources import SourceOptions, build_source, find_classes, find_source, labels_by_name
 from pipeline.transforms import TransformOptions, build_transform
 from pipeline.workers import StoppableLoader
 from utils import BadImageError, World, cpu_count, reseed
@@ -48,6 +48,8 @@ class Data:
     Attributes:
         train: the training loader; its batches are read through `batches`. None when a run only evaluates.
         val: batches of normalised images; from a `Prefetcher` they are on the device.
+        classes: their names in the order of the model's outputs; empty where the data does not know them.
+        num_train: training images, each counted once.
         num_val: validation images of all processes together.
         num_steps: optimizer steps of an epoch.
         accum_steps: batches of a step.
@@ -59,10 +61,17 @@ class Data:
     val: DataLoader | Prefetcher
     num_classes: int
     num_val: int
+    classes: list[str] = field(default_factory=list)
+    num_train: int = 0
     num_steps: int = 0
     accum_steps: int = 1
     seed: int = 0
     prefetcher: Prefetcher | None = None
+
+    def description(self) -> dict[str, object]:
+        """What a checkpoint contains about its data."""
+        sizes = {"train_images": self.num_train, "val_images": self.num_val, "steps": self.num_steps}
+        return {"classes": self.classes, "num_classes": self.num_classes} | sizes
 
     def batches(self, epoch: int, step: int) -> Iterable:
         """The training batches of an epoch from an optimizer step on.
@@ -127,40 +136,54 @@ class Data:
         return isinstance(self.val.dataset, Subset)
 
 
-def build_data(options: DataOptions, world: World, val_transform: Callable | None = None) -> Data:
+def build_data(
+    options: DataOptions, world: World, val_transform: Callable | None = None, classes: Sequence[str] = ()
+) -> Data:
     """The data sets that `options` name, with DeiT's augmentation, and their loaders.
 
     Args:
+        classes: names of the classes in the order of a model's outputs, to which labels are mapped by name; empty = in
+            the order of the data.
         val_transform: PIL image -> normalised tensor, in place of `build_transform`'s.
 
     Raises:
-        SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ.
+        SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ, classes
+            that the model does not have.
     """
     train = None if options.eval else build_source(options, is_training=True)
     val = build_source(options, is_training=False)
-    num_classes = count_classes(options, train, val)
+    num_classes, names = find_classes(options, train, val)
+    labels = []
+    if classes and names and [*classes] != names:
+        labels = labels_by_name(names, [*classes], is_training=train is not None)
+    if classes:
+        num_classes, names = options.num_classes or len(classes), [*classes]
     prefetches = world.device.type == "cuda" if options.prefetcher is None else options.prefetcher
     for source in (train, val):
         if isinstance(source, IterableDataset):
-            source.target_transform = partial(_known_label, num_classes=num_classes)
+            source.target_transform = partial(_known_label, num_classes=num_classes, labels=labels)
     transform = val_transform or build_transform(options, is_training=False, as_bytes=prefetches)
-    val_loader = _val_loader(options, world, val, transform)
+    val_loader = _val_loader(options, world, val, transform, labels)
     if prefetches and val_transform is None:
         val_loader = Prefetcher(val_loader, world.device, Normalize().to(world.device))
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
-    data = Data(None, val_loader, num_classes, num_val, accum_steps=options.accum_steps, seed=options.seed)
+    data = Data(None, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps, seed=options.seed)
     if train is not None:
         transform = build_transform(options, is_training=True, as_bytes=prefetches)
-        data.train = _train_loader(options, world, train, transform)
+        data.train = _train_loader(options, world, train, transform, labels)
+        data.num_train = train.reader.num_samples if isinstance(train, IterableDataset) else len(train)
         data.num_steps = len(data.train) // options.accum_steps
         data.prefetcher = Prefetcher(data.train, world.device) if prefetches else None
     return data
 
 
-def _train_loader(options: DataOptions, world: World, source: Dataset, transform: Callable) -> DataLoader:
+def _train_loader(
+    options: DataOptions, world: World, source: Dataset, transform: Callable, labels: Sequence[int]
+) -> DataLoader:
     if isinstance(source, IterableDataset):
         return _stream_loader(options, world, source, transform, is_training=True)
-    images = ReadableImages(source, transform, options.max_bad_images, options.seed, decode_once=options.decode_once)
+    settings = {"decode_once": options.decode_once, "labels": labels}
+    images = ReadableImages(source, transform, options.max_bad_images, options.seed, **settings)
     of_all_ranks = {"num_replicas": 1, "rank": 0, "shuffle": True, "seed": options.seed}
     repeats = options.aug_repeats if options.repeated_aug else 1
     if options.repeated_aug:
@@ -179,11 +202,13 @@ def _train_loader(options: DataOptions, world: World, source: Dataset, transform
     return StoppableLoader(images, batch_sampler=batches, **_loader_settings(options, world, is_training=True))
 
 
-def _val_loader(options: DataOptions, world: World, source: Dataset, transform: Callable) -> DataLoader:
+def _val_loader(
+    options: DataOptions, world: World, source: Dataset, transform: Callable, labels: Sequence[int]
+) -> DataLoader:
     """The share of each rank without padding: images rank, rank + size, rank + 2 size, ..."""
     if isinstance(source, IterableDataset):
         return _stream_loader(options, world, source, transform, is_training=False)
-    images = ReadableImages(source, transform, max_bad=0)
+    images = ReadableImages(source, transform, max_bad=0, labels=labels)
     if options.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
     batch_size = int(1.5 * options.batch_size)
@@ -221,7 +246,8 @@ def _stream_loader(
     return loader
 
 
-def _known_label(label: int, num_classes: int) -> int:
+def _known_label(label: int, num_classes: int, labels: Sequence[int]) -> int:
+    label = labels[label] if 0 <= label < len(labels) else label
     if not 0 <= label < num_classes:
         raise BadImageError(f"an image is labelled {label}, but --num-classes is {num_classes}")
     return label

@@ -12,11 +12,21 @@ from engine import autocast_dtype, train_one_epoch
 from models.execution import set_backends
 from pipeline.workers import loader_errors
 from training import arguments, build
-from training.checkpoint import TrainState, resume
+from training.changes import find_changes
+from training.checkpoint import TrainState
 from training.evaluation import RedundancyMonitor, evaluate_both
 from training.guard import FiniteGuard, GuardedUpdate
-from training.log import RunLog, accuracy_line, environment_lines, epoch_line, final_records, terms_table
+from training.log import (
+    RunLog,
+    accuracy_line,
+    environment_lines,
+    epoch_line,
+    evaluation_table,
+    final_records,
+    terms_table,
+)
 from training.progress import Progress
+from training.resuming import Checkpoint, find_checkpoint, find_evaluated, load, resume
 from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
 from training.saving import Saver
 from training.stopping import StopSignals
@@ -36,18 +46,29 @@ def main(args: Namespace, world: World):
 
 def evaluate_only(args: Namespace, world: World):
     """Print the accuracies of `--resume` or `--finetune`."""
-    data = build_data(build.options_of(DataOptions, args), world)
+    file, origin = find_evaluated(args.resume, args.output_dir, args.finetune)
+    checkpoint = Checkpoint(file, load(file)) if args.resume else Checkpoint()
+    data = build_data(build.options_of(DataOptions, args), world, classes=origin.classes)
     model = build.build_initial(args, data.num_classes).to(world.device)
     state = TrainState(model, build.build_ema(args, model))
-    start = resume(state, args.resume, args.output_dir, world, finetune=args.finetune)
+    start = resume(state, checkpoint, world, finetune=args.finetune)
     stats = evaluate_both(state.model, state.model_ema, data, world, autocast_dtype(args.amp, world.device))
     if world.is_main:
-        print("\n".join([*environment_lines(world, args.seed), *start.notes, accuracy_line(stats)]))
+        epoch = "" if origin.epoch is None else f", trained until epoch {origin.epoch}"
+        names = "" if origin.classes else ", whose order is taken from the data"
+        what = f"{file}{epoch}: {stats['images']} images, {data.num_classes} classes{names}"
+        lines = [*environment_lines(world, args.seed), *start.notes, what, evaluation_table(stats)]
+        print("\n".join([*lines, accuracy_line(stats)]))
 
 
 def train(args: Namespace, world: World, folder: Path | None):
     """Train from initial weights, `--finetune` or `--resume`, and evaluate each epoch; `folder` gets the results."""
-    data = build_data(build.options_of(DataOptions, args), world)
+    checkpoint = find_checkpoint(args.resume, args.output_dir, world)
+    data = build_data(build.options_of(DataOptions, args), world, classes=checkpoint.classes)
+    global_batch = args.batch_size * world.size * args.accum_steps
+    changes = find_changes(
+        checkpoint, vars(args), arguments.defaults(), data.description(), global_batch, args.resume_with_changes
+    )
     mixup = build.build_augmentation(args, of_bytes=data.prefetcher is not None)
 
     model = build.build_initial(args, data.num_classes).to(world.device)
@@ -56,7 +77,6 @@ def train(args: Namespace, world: World, folder: Path | None):
     loss_fn = build.compile_and_wrap(args, world, diverse_loss)
 
     amp_dtype = autocast_dtype(args.amp, world.device)
-    global_batch = args.batch_size * world.size * args.accum_steps
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
     optimizer = build.build_optimizer(args, model, lr)
     scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
@@ -65,19 +85,24 @@ def train(args: Namespace, world: World, folder: Path | None):
     state = TrainState(model, model_ema, optimizer, scheduler, loss_scaler, epoch=args.start_epoch)
     if args.start_epoch:
         scheduler.step(args.start_epoch - 1)
-    start = resume(state, args.resume, args.output_dir, world, finetune=args.finetune, global_batch=global_batch)
+    start = resume(state, checkpoint, world, finetune=args.finetune, classes=data.classes, global_batch=global_batch)
     data.mark_bad_images(start.bad_images)
-    if start.path and state.epoch >= num_epochs and not needs_summary(args.output_dir, start.path):
+    if checkpoint.path and state.epoch >= num_epochs and not needs_summary(args.output_dir, checkpoint.path):
         if args.resume != "auto":
-            line = f"--resume {start.path} has finished its {num_epochs} epochs; raise --epochs or use --eval"
-            raise SystemExit(f"error: {line}")
+            raise SystemExit(
+                f"error: --resume {checkpoint.path} has finished its {num_epochs} epochs; raise --epochs with "
+                "--resume-with-changes, or use --eval"
+            )
         if world.is_main:
             print(f"{args.output_dir} has finished its {num_epochs} epochs")
         return
 
     tables = [args.preset and f"preset {args.preset}", diverse_loss.objective.table(), diverse_loss.tapped.table()]
     tables = "\n".join(filter(None, tables))
-    write_description(folder, arguments.repeatable(args), tables, world)
+    since = {"epoch": state.epoch, "step": state.step}
+    write_description(
+        folder, arguments.repeatable(args), tables, world, [since | change._asdict() for change in changes]
+    )
     # After the last step of an epoch was saved, its line and its points are written again.
     first_step = state.epoch * data.num_steps + min(state.step, data.num_steps - 1)
     log = RunLog(folder, world, args.tensorboard, state.epoch, first_step, start.unwritten_log)
@@ -90,6 +115,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         f"{global_batch} images per optimizer step, learning rate {lr:g}, "
         f"epochs {state.epoch}{from_step} to {num_epochs - 1}",
         *start.notes,
+        *(f"changed since the checkpoint: {change}" for change in changes),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss.objective, data)) or 'off'}",
         *(f"warning: {line}" for line in arguments.without_effect(args, amp_dtype)),
         tables,
@@ -104,7 +130,10 @@ def train(args: Namespace, world: World, folder: Path | None):
     progress = Progress(state, data.num_steps, log, world, args.log_interval)
     with StopSignals() as signals:
         saver = Saver(
-            state, lambda: {"args": vars(args), "global_batch": global_batch, "bad_images": data.bad_images(world)},
+            state, lambda: {
+                "args": vars(args), "data": data.description(), "global_batch": global_batch,
+                "bad_images": data.bad_images(world),
+            },
             folder, log, world, signals,
             steps=args.save_every_steps, minutes=args.save_every_minutes, keep=args.keep_checkpoints,
         )  # fmt: skip
@@ -149,6 +178,9 @@ def redundancy_figure(epoch: int, report: dict):
 def command_line(argv: list[str] | None = None):
     """`main` with the flags of a command line; a user's mistake ends in one line and a non-zero exit code."""
     args = arguments.parse_args(argv)
+    if args.eval:
+        _, origin = find_evaluated(args.resume, args.output_dir, args.finetune)
+        args = arguments.parse_evaluation(argv, origin.flags)
     with one_line_errors(), joined_world(args.device, args.dist_url) as world:
         main(args, world)
 

@@ -7,7 +7,9 @@ import re
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -26,20 +28,42 @@ ALLOWED = [
 """Classes that a checkpoint may contain beyond those that torch allows; none of them runs code from the file."""
 
 
-def origin(path: str) -> tuple[dict, int | None]:
-    """The flags and the last epoch that a checkpoint of this program contains; {}, None for any other file.
+class Origin(NamedTuple):
+    """What a checkpoint of this program contains about its training; empty for any other file.
+
+    Attributes:
+        flags: of main.py.
+        epoch: the last one in which its weights were trained, from 0.
+        classes: their names in the order of the model's outputs.
+    """
+
+    flags: dict
+    epoch: int | None
+    classes: list[str]
+
+
+def origin(path: str) -> Origin:
+    """What a checkpoint file contains about its training.
 
     Raises:
         ValueError: the file is damaged.
     """
     if path.endswith(".safetensors"):
-        return {}, None
+        return Origin({}, None, [])
     stored = read(path)
-    args = stored.get("args") if isinstance(stored, dict) else None
-    return (args, stored.get("epoch")) if isinstance(args, dict) else ({}, None)
+    if not isinstance(stored, dict) or not isinstance(stored.get("args"), dict):
+        return Origin({}, None, [])
+    return Origin(stored["args"], stored.get("epoch"), _classes(stored))
 
 
-def load_weights(model: nn.Module, path: str, new_head: bool = True, use_ema: bool = False) -> list[str]:
+def _classes(stored) -> list[str]:
+    data = stored.get("data") if isinstance(stored, dict) else None
+    return data.get("classes", []) if isinstance(data, dict) else []
+
+
+def load_weights(
+    model: nn.Module, path: str, new_head: bool = True, use_ema: bool = False, classes: Sequence[str] = ()
+) -> list[str]:
     """Load weights in any layout of timm and DeiT into a model.
 
     Position embeddings and patch embeddings of another size are resampled by timm.
@@ -49,6 +73,8 @@ def load_weights(model: nn.Module, path: str, new_head: bool = True, use_ema: bo
         path: .pth or .safetensors file, or an https URL.
         new_head: keep the model's initial classifier if the file has one of another size or none.
         use_ema: load the averaged weights.
+        classes: names of the model's classes. If the file knows those of its classifier, it is loaded by their names,
+            and dropped if they are others and `new_head` is true.
 
     Returns:
         One line for each tensor that was dropped, resampled or not found.
@@ -67,8 +93,16 @@ def load_weights(model: nn.Module, path: str, new_head: bool = True, use_ema: bo
         raise ValueError(f"{path} contains no model weights")
     weights = timm.models.clean_state_dict(weights)
     notes, own = [], model.state_dict()
+    of_file = _classes(stored)
+    has_other_classes = new_head and bool(classes and of_file) and {*classes} != {*of_file}
     for name in _classifier_names(model):
-        if new_head and _differs(name, weights, own):
+        if classes and of_file and [*classes] != of_file and {*classes} == {*of_file} and name in weights:
+            weights[name] = weights[name][[of_file.index(label) for label in classes]]
+            notes.append(f"{name} is in another order in the file and was loaded by the names of the classes")
+        elif has_other_classes and name in weights:
+            notes.append(f"{name} dropped: the file's classes are others, such as {of_file[0]!r}")
+            del weights[name]
+        elif new_head and _differs(name, weights, own):
             notes.append(f"{name} of shape {[*weights[name].shape]} dropped: the model needs {[*own[name].shape]}")
             del weights[name]
         elif new_head and name not in weights:

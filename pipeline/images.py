@@ -4,7 +4,7 @@ import errno
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -45,14 +45,25 @@ class ReadableImages(Dataset):
         max_bad: distinct unreadable images that may be replaced; the next one raises `BadImageError`.
         seed: of the run.
         decode_once: False = decode an image for each of its augmentations.
+        labels: what the items have in place of the source's labels 0, 1, ...; empty = the source's.
     """
 
-    def __init__(self, source: Dataset, transform: Callable, max_bad: int, seed: int = 0, *, decode_once: bool = True):
+    def __init__(
+        self,
+        source: Dataset,
+        transform: Callable,
+        max_bad: int,
+        seed: int = 0,
+        *,
+        decode_once: bool = True,
+        labels: Sequence[int] = (),
+    ):
         self.source = source
         self.transform = transform
         self.max_bad = max_bad
         self.seed = seed
         self.decode_once = decode_once
+        self.labels = labels
         self.is_bad = torch.zeros(len(source), dtype=torch.uint8).share_memory_()  # one for all loader workers
         self.lock = multiprocessing.Lock()
 
@@ -84,6 +95,7 @@ class ReadableImages(Dataset):
     def _augmented(self, index: int, samples: Iterable[int | Sample]) -> list[tuple[torch.Tensor, int]]:
         """The items of samples that all show the image at `index`."""
         image, label = self._read_from(index)
+        label = self.labels[label] if self.labels else label
         items = []
         for sample in samples:
             if isinstance(sample, Sample):

@@ -123,11 +123,11 @@ def build_source(options: SourceOptions, is_training: bool) -> Dataset:
         raise SystemExit(f"error: --data-set {name} cannot be read{place}: {reason}") from None
 
 
-def count_classes(options: SourceOptions, train: Dataset | None, val: Dataset) -> int:
-    """Classes counted from the data, compared between train and val and with --num-classes.
+def find_classes(options: SourceOptions, train: Dataset | None, val: Dataset) -> tuple[int, list[str]]:
+    """The number of classes and their names in the order of the labels, empty where the data does not know them.
 
     Raises:
-        SystemExit: the two have different classes, more than --num-classes, or do not know them.
+        SystemExit: train and val have different classes, more than --num-classes, or do not know them.
     """
     class_names = find_source(options.data_set).class_names
     names = class_names(val)
@@ -140,7 +140,27 @@ def count_classes(options: SourceOptions, train: Dataset | None, val: Dataset) -
         raise SystemExit(f"error: --data-set {options.data_set} does not say its classes; give --num-classes")
     if options.num_classes is not None and options.num_classes < len(names):
         raise SystemExit(f"error: --num-classes {options.num_classes}, but the data has {len(names)} classes")
-    return options.num_classes or len(names)
+    return options.num_classes or len(names), names
+
+
+def labels_by_name(names: list[str], outputs: list[str], is_training: bool) -> list[int]:
+    """For each class of the data the output of a model that has its name.
+
+    Args:
+        names: of the data's classes, in the order of its labels.
+        outputs: names of the model's classes, in the order of its outputs.
+        is_training: whether the data must have all of them; an evaluation may use some.
+
+    Raises:
+        SystemExit: the data has a class that the model does not have, or lacks one in training.
+    """
+    unknown, missing = {*names} - {*outputs}, {*outputs} - {*names} if is_training else set()
+    if unknown or missing:
+        raise SystemExit(
+            f"error: the checkpoint was trained on other classes: only in the data: {first_names(unknown)}; "
+            f"only in the checkpoint: {first_names({*outputs} - {*names})}"
+        )
+    return [outputs.index(name) for name in names]
 
 
 def sources_help() -> str:

@@ -31,6 +31,7 @@ class Subject(NamedTuple):
         epoch: the last one in which its weights were trained, from 0; None where that is not known.
         model: the arguments of `build_model` without the number of classes.
         data: of the validation images.
+        classes: names in the order of the model's outputs; empty where they are not known.
         transform: of its images.
     """
 
@@ -40,6 +41,7 @@ class Subject(NamedTuple):
     epoch: int | None
     model: dict
     data: DataOptions
+    classes: list[str]
     transform: Callable
 
     @property
@@ -60,13 +62,14 @@ def find_subject(run: str, flags: list[str]) -> Subject:
     file, epoch, published = path / checkpoint.LAST if folder else path, None, {}
     if file.is_file():
         with errors_of("RUN"):
-            config, epoch = weights.origin(str(file))
+            config, epoch, classes = weights.origin(str(file))
     elif folder:
         raise SystemExit(f"error: {run} is not a run folder of this program: it has no {checkpoint.LAST}")
     elif timm.is_model(run):
         file, published = None, timm.get_pretrained_cfg(run)
         published = published.to_dict() if published else {}
-        flags, config = [*flags, "--model", run], {"input_size": published.get("input_size", (224,))[-1]}
+        classes, flags = [], [*flags, "--model", run]
+        config = {"input_size": published.get("input_size", (224,))[-1]}
     else:
         raise SystemExit(f"error: {run} is not a run folder, a checkpoint file or the name of a timm model")
     config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
@@ -78,7 +81,7 @@ def find_subject(run: str, flags: list[str]) -> Subject:
         data_config = timm.data.resolve_data_config({"img_size": args.input_size}, published)
         transform = timm.data.create_transform(**data_config)
     model = {"name": args.model, "input_size": args.input_size, "patch_size": args.patch_size, **args.model_kwargs}
-    return Subject(run, file, folder, epoch, model, data, transform)
+    return Subject(run, file, folder, epoch, model, data, classes, transform)
 
 
 def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> nn.Module:
@@ -106,7 +109,7 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
 
 def images(subject: Subject, world: World, num_images: int) -> tuple[Iterator[torch.Tensor], int]:
     """The first images of the validation set in batches, and the number of classes."""
-    data = build_data(subject.data, world, subject.transform)
+    data = build_data(subject.data, world, subject.transform, subject.classes)
 
     def stream():
         left = min(num_images or data.num_val, data.num_val)

@@ -122,7 +122,7 @@ def test_files_that_are_missing_or_damaged(refused, tmp_path, flags):
 
 
 @pytest.mark.parametrize(
-    ("flags", "width", "others"), [("--finetune", 24, 29), ("--eval --resume", 24, 30), ("--eval --finetune", 24, 29),
+    ("flags", "width", "others"), [("--finetune", 24, 29), ("--eval --resume", 24, 30), ("--eval --finetune", 24, 30),
                                    (" ".join(TEACHER), 192, 150)],
 )  # fmt: skip
 def test_files_of_another_shape(refused, tmp_path, flags, width, others):
@@ -162,7 +162,8 @@ def test_unknown_teacher(refused, tmp_path):
 
 
 def test_resuming_a_run_of_another_kind(refused, run_folder):
-    words = (*FOLDER, run_folder.parent / "images", "--epochs", 2, "--resume", run_folder / "checkpoint.pth")
+    words = (*FOLDER, run_folder.parent / "images", "--epochs", 2, "--resume-with-changes")
+    words += ("--resume", run_folder / "checkpoint.pth")
     for change in (("--model-kwargs", "depth=3", "embed_dim=24", "num_heads=3"), ("--opt", "sgd")):
         assert refused(*words, *change).startswith(f"error: --resume {run_folder / 'checkpoint.pth'}")
     assert "--finetune" in refused(*words[:-1], run_folder / "checkpoint_best.pth")
@@ -174,7 +175,8 @@ def test_resuming_a_finished_run(refused, run_folder, capsys):
     words, path = (*FOLDER, run_folder.parent / "images"), run_folder / "checkpoint.pth"
     for folder in ((), ("--output-dir", run_folder)):
         line = refused(*words, *folder, "--resume", path)
-        assert line == f"error: --resume {path} has finished its 1 epochs; raise --epochs or use --eval"
+        advice = "raise --epochs with --resume-with-changes, or use --eval"
+        assert line == f"error: --resume {path} has finished its 1 epochs; {advice}"
     run_main(*TINY, *words, "--output-dir", run_folder, "--resume", "auto")
     assert capsys.readouterr().out == f"{run_folder} has finished its 1 epochs\n"
 

@@ -92,7 +92,7 @@ def test_resume_continues_log_and_schedule_and_eval_repeats_the_last_accuracy(di
     for name in ("log.txt", "checkpoint.pth"):
         (copy / name).write_bytes((folder / name).read_bytes())
     resume = ["--resume", copy / "checkpoint.pth"]
-    run_main(*RUN, "--epochs", 3, "--output_dir", copy, *resume)
+    run_main(*RUN, "--epochs", 3, "--output_dir", copy, *resume, "--resume-with-changes")
     records = log_of(copy)
     assert [record["epoch"] for record in records] == [0, 1, 2]
     assert records[:2] == log_of(folder)
@@ -119,6 +119,7 @@ def test_resume_takes_schedule_and_settings_from_the_flags(digits_run, tmp_path,
     folder, _ = digits_run
     (tmp_path / "run").mkdir()
     words = ["--resume", folder / "checkpoint.pth", "--output_dir", tmp_path / "run", "--epochs", 4]
+    words += ["--resume-with-changes"]
     run_main(*RUN, *words, "--lr", 0.5, "--unscale-lr", "--warmup-epochs", 0, "--weight-decay", 0.3)
     assert [record["epoch"] for record in log_of(tmp_path / "run")] == [2, 3]
     assert log_of(tmp_path / "run")[0]["train_lr"] > 0.1
@@ -131,7 +132,7 @@ def test_a_run_is_repeated_and_continued_from_its_args_yaml(tmp_path, few_digits
     run_main(*TINY, *TERMS, "--seed", 3, "--output_dir", tmp_path / "run")
     record = ["--config", tmp_path / "run" / "args.yaml"]
     run_main(*record, "--output_dir", tmp_path / "again")
-    run_main(*record, "--resume", tmp_path / "run" / "checkpoint.pth", "--epochs", 2)
+    run_main(*record, "--resume", tmp_path / "run" / "checkpoint.pth", "--epochs", 2, "--resume-with-changes")
     first, second = log_of(tmp_path / "run")
     (again,) = log_of(tmp_path / "again")
     assert again["train_loss"] == first["train_loss"]

@@ -10,6 +10,7 @@ from diversity import ALIASES, REGULARIZERS, resolve_aliases
 from diversity.objective import MIXING
 from diversity.spelling import did_you_mean
 from pipeline.sources import SOURCE_FLAGS, find_source
+from training.changes import MODEL
 from training.flags import build_parser
 from training.parsing import flag_of
 
@@ -28,8 +29,12 @@ HAVE_FLAGS = {
 }
 """Keys that --model-kwargs may not contain, as they have flags."""
 
-NOT_REPEATED = ("config", "resume", "start_epoch", "local_rank")
+NOT_REPEATED = ("config", "resume", "resume_with_changes", "start_epoch", "local_rank")
 """Flags that args.yaml leaves out, since it describes how to start the run anew."""
+
+
+NOT_OF_AN_EVALUATION = ("eval", "output_dir", "finetune", "device", "num_workers")
+"""Further flags that an evaluation does not take from a checkpoint."""
 
 
 def parse_args(argv: list[str] | None = None, config: dict | None = None) -> argparse.Namespace:
@@ -41,6 +46,28 @@ def parse_args(argv: list[str] | None = None, config: dict | None = None) -> arg
     parser = build_parser()
     args = parser.parse(sys.argv[1:] if argv is None else argv, config)
     _check(parser, args)
+    return args
+
+
+def defaults() -> dict[str, object]:
+    """{flag: default}."""
+    return vars(build_parser().parse([]))
+
+
+def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace:
+    """The flags of an evaluation: those that the checkpoint was trained with, under those of the command line.
+
+    Raises:
+        SystemExit: the command line asks for another model than the checkpoint's.
+    """
+    config = {name: value for name, value in stored.items() if name not in (*NOT_REPEATED, *NOT_OF_AN_EVALUATION)}
+    args = parse_args(argv, config)
+    for name in MODEL:
+        if name in stored and getattr(args, name) != stored[name]:
+            raise SystemExit(
+                f"error: {flag_of(name)} is {getattr(args, name)}, but the checkpoint's model has {stored[name]}; "
+                "leave the flag out"
+            )
     return args
 
 

@@ -1,11 +1,7 @@
-"""The state of a run, and how `--resume` finds, loads and restores it."""
+"""The state of a run, and how it is restored from a checkpoint."""
 
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from timm.scheduler import PlateauLRScheduler
@@ -13,8 +9,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from models.weights import is_weights, load_state_dict, load_weights, local_file, read
-from training import checkpoint_files
+from models.weights import load_state_dict
 from training.meters import EpochTotals
 from utils import World, errors_of
 
@@ -101,12 +96,6 @@ class TrainState:
         Raises:
             SystemExit: it belongs to another model, optimizer or global batch, or contains only weights.
         """
-        missing = {"optimizer", "lr_scheduler", "scaler", "epoch"} - checkpoint.keys()
-        if missing:
-            raise SystemExit(
-                f"error: --resume {path} has no {', '.join(sorted(missing))}; "
-                f"training continues from {LAST}, other weights start a new run with --finetune"
-            )
         step, stored_batch = checkpoint.get("step", 0), checkpoint.get("global_batch", global_batch)
         if step and stored_batch != global_batch:
             raise SystemExit(
@@ -160,86 +149,3 @@ def load_model_and_ema(model: nn.Module, model_ema: ModelEmaV3 | None, checkpoin
         load_state_dict(model, checkpoint["model"], path)
         if model_ema is not None:
             load_state_dict(model_ema.module, checkpoint.get("model_ema", checkpoint["model"]), path)
-
-
-class Start(NamedTuple):
-    """What a run starts from.
-
-    Attributes:
-        path: the checkpoint that was restored; empty for initial or fine-tuned weights.
-        notes: one line for each weight that was not loaded unchanged.
-        bad_images: unreadable training images that the run has met.
-        unwritten_log: lines of log.txt that could not be written.
-    """
-
-    path: str = ""
-    notes: Sequence[str] = ()
-    bad_images: Sequence[int] = ()
-    unwritten_log: str = ""
-
-
-def resume(
-    state: TrainState, path: str, folder: str, world: World, *, finetune: str = "", global_batch: int = 0
-) -> Start:
-    """Find, load and restore what a run continues from; without anything to continue, load weights to start from.
-
-    Without an optimizer in `state`, as in an evaluation, only the weights are restored, and an average that the file
-    lacks is dropped; in training it starts from the weights.
-
-    Args:
-        path: a checkpoint.pth, an https URL, "auto" for the newest undamaged checkpoint of `folder` if there is one, or
-            empty.
-        folder: the run folder.
-        finetune: weights in any of timm's and DeiT's layouts; empty = keep the initial weights.
-        global_batch: images per optimizer step.
-
-    Raises:
-        SystemExit: a file is missing, damaged or does not fit.
-    """
-    if path == "auto":
-        newest = find_newest(Path(folder)) if world.is_main else None
-        path = world.from_main(str(newest or ""))
-    is_training = state.optimizer is not None
-    if path:
-        checkpoint = load(path)
-        if is_training:
-            state.restore(checkpoint, path, global_batch, world)
-        else:
-            if "model_ema" not in checkpoint:
-                state.model_ema = None
-            load_model_and_ema(state.model, state.model_ema, checkpoint, path)
-        return Start(path, (), checkpoint.get("bad_images", []), checkpoint.get("unwritten_log", ""))
-    with errors_of("--finetune"):
-        notes = load_weights(state.model, finetune) if finetune else []
-    if not is_training:
-        state.model_ema = None
-    elif finetune and state.model_ema is not None:
-        state.model_ema.set(state.model)
-    return Start(notes=notes)
-
-
-def find_newest(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint of a run folder, or None; damaged ones are reported and renamed."""
-    for path in checkpoint_files.candidates(folder / LAST):
-        try:
-            checkpoint_files.verify(path)
-        except checkpoint_files.DamagedFile as error:
-            aside = checkpoint_files.set_aside(path)
-            print(f"damaged checkpoint: {error}; it is now {aside.name}", file=sys.stderr, flush=True)
-        else:
-            return path
-    return None
-
-
-def load(path: str) -> dict:
-    """A checkpoint of this program or of DeiT for `--resume`, from a file or an https URL.
-
-    Raises:
-        SystemExit: the file is missing, damaged, or not one of this program's.
-    """
-    with errors_of("--resume"):
-        path = local_file(path)
-        checkpoint = read(path)
-        if not isinstance(checkpoint, dict) or not is_weights(checkpoint.get("model")):
-            raise ValueError(f"{path} has no weights under 'model'; it is not a checkpoint of this program")
-    return checkpoint

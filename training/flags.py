@@ -61,6 +61,8 @@ def _run(parser):
     add("--resume", default="", metavar="FILE",
         help="continue from a checkpoint.pth (or evaluate it, with --eval); "
         "auto = the newest undamaged one of --output-dir, or start if there is none")  # fmt: skip
+    add("--resume-with-changes", action=Switch, default=False,
+        help="continue although flags or images differ that change the training; changes.jsonl keeps them")  # fmt: skip
     add("--save-every-steps", type=nonneg_int, default=0, metavar="STEPS",
         help="optimizer steps between saves within an epoch; 0 = none")  # fmt: skip
     add("--save-every-minutes", type=nonneg_float, default=10.0, metavar="MINUTES",

@@ -123,6 +123,16 @@ def epoch_line(record: dict[str, float], num_epochs: int) -> str:
     return f"epoch {record['epoch']} of {num_epochs}: {loss}, accuracy {accuracies}, {speed}"
 
 
+def evaluation_table(stats: dict[str, float]) -> str:
+    """Loss in nats and accuracies in percent of `evaluate_both`, one line for each kind of weights."""
+    kinds = {"raw": "", "EMA": "_ema"} if "acc1_ema" in stats else {"raw": ""}
+    rows = [
+        f"{kind:<10}{stats[f'loss{end}']:>10.4g}{stats[f'acc1{end}']:>10.2f} %{stats[f'acc5{end}']:>10.2f} %"
+        for kind, end in kinds.items()
+    ]
+    return "\n".join([f"{'weights':<10}{'loss':>10}{'top-1':>12}{'top-5':>12}", *rows])
+
+
 def accuracy_line(stats: dict[str, float]) -> str:
     """The accuracies of `evaluate_both` on one line."""
     return f"test accuracy: {_accuracies(stats)}"

@@ -13,6 +13,9 @@ from timm.utils import ParseKwargs
 from diversity.backbones import parse_layers, parse_weight_groups
 from diversity.spelling import did_you_mean
 
+ARGS = "args.yaml"
+"""The flags of a run, in its folder."""
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reads `--config FILE` and `--preset NAME` first, as defaults of the other flags.
@@ -30,6 +33,7 @@ class Parser(argparse.ArgumentParser):
         self.first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         self.first.add_argument("--config")
         self.first.add_argument("--preset")
+        self.first.add_argument("--resume")
 
     def parse(self, argv: list[str], config: dict | None = None) -> argparse.Namespace:
         """Flags from `argv`, over those of `--config` (or `config`), over those of `--preset`, over the defaults.
@@ -44,6 +48,8 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
         self.plain = {name: self.get_default(name) for preset in self.presets.values() for name in preset}
         config = self._read(first.config) if first.config else config or {}
+        if first.resume == "auto" and Path(first.config or "").name == ARGS:  # of a run, which may have been moved
+            config["output_dir"] = str(Path(first.config).parent)
         self._use_preset(config.get("preset"))
         words = self._words_of(config)
         if first.preset is not None:  # replaces the preset of the file, whose other flags stay

@@ -10,6 +10,7 @@ from pathlib import Path
 
 LOG = "log.txt"
 SUMMARY = "summary.json"
+CHANGES = "changes.jsonl"
 
 
 def read_records(path: Path) -> list[dict | None]:

@@ -1,12 +1,14 @@
 """The run folder: made and locked before anything else, and the files that describe the run and its end."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
-from training.records import LOG, SUMMARY
+from training.parsing import ARGS
+from training.records import CHANGES, LOG, SUMMARY
 from utils import TEMPORARY, World, atomic_write, lock_folder, write_json
 
 
@@ -42,21 +44,40 @@ def lock_run_folder(folder: str, world: World, resume: str = "") -> Iterator[Pat
         yield path
 
 
-def write_description(folder: Path | None, flags: dict, objective: str, world: World):
+def write_description(folder: Path | None, flags: dict, objective: str, world: World, changes: Sequence[dict] = ()):
     """Write the flags to args.yaml and the table of terms to objective.txt, and remove summary.json of an earlier end.
 
     Every process calls it, with the `folder` that `lock_run_folder` gave it.
+
+    Args:
+        changes: what differs from the run so far, one line each of changes.jsonl; the table of terms is then added to
+            those before it.
 
     Raises:
         SystemExit: on all processes, if the folder cannot be written.
     """
     with _same_error_everywhere(str(folder), world):
         if folder is not None:
-            with atomic_write(folder / "args.yaml") as file:
+            _add_changes(folder / CHANGES, changes)
+            path = folder / "objective.txt"
+            if changes and path.exists() and not path.read_text().endswith(f"{objective}\n"):
+                place = f"from epoch {changes[0]['epoch']} step {changes[0]['step']} on:"
+                objective = f"{path.read_text()}\n{place}\n{objective}"
+            if changes or not path.exists():
+                with atomic_write(path) as file:
+                    file.write(f"{objective}\n".encode())
+            with atomic_write(folder / ARGS) as file:
                 file.write(yaml.safe_dump(flags, sort_keys=False).encode())
-            with atomic_write(folder / "objective.txt") as file:
-                file.write(f"{objective}\n".encode())
             (folder / SUMMARY).unlink(missing_ok=True)
+
+
+def _add_changes(path: Path, changes: Sequence[dict]):
+    """Add lines to changes.jsonl, without those that a process which was stopped before its first save has written."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    new = [line for line in map(json.dumps, changes) if line not in lines]
+    if new:
+        with atomic_write(path) as file:
+            file.write("".join(f"{line}\n" for line in [*lines, *new]).encode())
 
 
 def write_summary(folder: Path, epochs: int, seconds: int, test_stats: dict[str, float]):

@@ -13,7 +13,7 @@ from planted import CONTAINS_CODE, NAMED, PLANTED, Code, change_pickle
 
 import analyze
 from models import weights
-from training import checkpoint, checkpoint_files
+from training import checkpoint, checkpoint_files, resuming
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -42,7 +42,7 @@ def test_code_in_a_checkpoint(plant, name, recwarn):
     with pytest.raises(ValueError) as loaded:
         weights.load_weights(model_of(), path)
     line = str(read.value)
-    assert str(loaded.value) == line and refusal(checkpoint.load, path) == f"error: --resume {line}"
+    assert str(loaded.value) == line and refusal(resuming.load, path) == f"error: --resume {line}"
     assert line.startswith(f"{path} ")
     assert "weights_only" not in line.replace("Cannot use ``weights_only=True``", "")
     if name in NAMED:

@@ -19,7 +19,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
 import analyze
 from models import build_model, weights
 from reports import figures
-from training import checkpoint
+from training import checkpoint, resuming
 
 # Damaged and foreign files
 
@@ -56,7 +56,7 @@ def test_damaged_files(tmp_path, kind, suffix):
     with pytest.raises(ValueError) as as_weights:
         weights.load_weights(model_of(), path)
     with pytest.raises(SystemExit) as as_run:
-        checkpoint.load_model_and_ema(model_of(), None, checkpoint.load(path), path)
+        checkpoint.load_model_and_ema(model_of(), None, resuming.load(path), path)
     for line, start in ((str(as_weights.value), ""), (as_run.value.code, "error: --resume ")):
         assert line.startswith(f"{start}{path}") and "\n" not in line
         assert "code" not in line and "weights_only" not in line and "load failed" not in line
@@ -137,7 +137,7 @@ def test_real_checkpoints_of_deit_and_timm(tmp_path, layout):
         model = model_of(2)
         assert weights.load_weights(model, path, use_ema=use_ema) == []
         assert_equal(model.state_dict(), stored.state_dict())
-    assert weights.origin(path) == ({}, None)
+    assert weights.origin(path) == ({}, None, [])
 
 
 @pytest.mark.parametrize("layout", ["deit", "timm"])

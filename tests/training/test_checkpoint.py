@@ -12,7 +12,7 @@ from helpers import assert_equal, model_of, one_line, world
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 
-from training import checkpoint, checkpoint_files, saving
+from training import checkpoint, checkpoint_files, resuming, saving
 from training.log import RunLog
 from training.stopping import StopSignals
 
@@ -189,22 +189,22 @@ def test_what_is_saved_is_the_state_of_that_moment(tmp_path):
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path, capsys):
-    assert checkpoint.find_newest(tmp_path) is None
+    assert resuming.find_newest(tmp_path) is None
     state = state_of()
     for _ in range(3):
         train(state)
         save(state, tmp_path, {"acc1": 0.0, "acc1_ema": 0.0})
     newest, previous = checkpoint_files.candidates(tmp_path / checkpoint.LAST)
-    assert checkpoint.find_newest(tmp_path) == newest
+    assert resuming.find_newest(tmp_path) == newest
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    assert checkpoint.find_newest(tmp_path) == previous
+    assert resuming.find_newest(tmp_path) == previous
     assert torch.load(previous)["epoch"] == 1
     assert "damaged checkpoint" in capsys.readouterr().err and not newest.exists()
     assert (tmp_path / "checkpoint.pth.damaged").read_bytes() == content
     torch.save({"model": {}}, newest)
-    assert checkpoint.find_newest(tmp_path) == newest
+    assert resuming.find_newest(tmp_path) == newest
 
 
 # Resuming
@@ -220,7 +220,7 @@ def test_a_restored_state_is_the_saved_one(tmp_path, opt, sched, scaler):
     save(saved, tmp_path, {"acc1": 12.5, "acc1_ema": 25.0})
     path = str(tmp_path / checkpoint.LAST)
     restored = state_of(seed=1, opt=opt, sched=sched, scaler=scaler)
-    restored.restore(checkpoint.load(path), path)
+    restored.restore(resuming.load(path), path)
     assert_equal(contents(saved), contents(restored))
     assert (restored.epoch, restored.best) == (3, {"acc1": 12.5, "acc1_ema": 25.0})
     for state in (saved, restored):
@@ -236,14 +236,14 @@ def saved_run(tmp_path, **kwargs):
 def test_an_average_that_was_not_kept_starts_from_the_weights(tmp_path):
     path = saved_run(tmp_path, ema=False)
     state = state_of(seed=1)
-    state.restore(checkpoint.load(path), path)
+    state.restore(resuming.load(path), path)
     assert_equal(state.model_ema.module.state_dict(), state.model.state_dict())
 
 
 def test_loss_scaling_may_start_with_the_resumed_run(tmp_path):
     path = saved_run(tmp_path, scaler=False)
     state = state_of(seed=1, scaler=True)
-    state.restore(checkpoint.load(path), path)
+    state.restore(resuming.load(path), path)
     assert state.epoch == 1
 
 
@@ -251,7 +251,7 @@ def test_best_weights_alone_cannot_be_resumed(tmp_path):
     saved_run(tmp_path)
     path = str(tmp_path / checkpoint.BEST["acc1"])
     with pytest.raises(SystemExit) as caught:
-        state_of().restore(checkpoint.load(path), path)
+        resuming.find_checkpoint(path, "", world())
     one_line(caught, path, "optimizer", "--finetune")
 
 
@@ -270,7 +270,7 @@ def test_a_run_of_another_shape_cannot_be_resumed(tmp_path, kwargs, named):
     path = saved_run(tmp_path)
     state = state_of(**kwargs)
     with pytest.raises(SystemExit) as caught:
-        state.restore(checkpoint.load(path), path)
+        state.restore(resuming.load(path), path)
     one_line(caught, "--resume", path, named)
 
 

@@ -9,7 +9,7 @@ from cutting import DIGITS, EVERYTHING, content, cut_run, points, records
 from helpers import few_digits, run_main
 from ranks import run_ranks, run_torchrun
 
-from training import checkpoint
+from training import checkpoint, resuming
 from training.stopping import RESUMABLE
 
 STEPS = DIGITS * 4 // 5 // 256 * 256 // 64  # of an epoch: repeated augmentation rounds its images down
@@ -85,7 +85,7 @@ def ranks(count, folder, out, *flags, when="never", rank=0, target="self", name=
         assert torchrun is not None or result.returncodes == [RESUMABLE] * count, result.stderr
         assert result.returncode != 0, result.stderr  # of the launcher: torch may abort after its traceback
         assert time.time() - float((out / "sent").read_text()) < 30
-        assert checkpoint.find_newest(folder) == folder / checkpoint.LAST
+        assert resuming.find_newest(folder) == folder / checkpoint.LAST
         assert result.stderr.count("received: saving at the next step") == (count if target == "parent" else 1)
     else:
         assert result.returncode == 0, result.stderr
@@ -165,5 +165,5 @@ def test_two_ranks_then_one_then_two_see_the_same_global_batches(on_two, tmp_pat
 
 def test_another_global_batch_within_an_epoch_is_refused(tmp_path):
     ranks(1, tmp_path / "run", tmp_path / "a", "--batch-size", "32", when="step:0:2")
-    with pytest.raises(SystemExit, match="64 images per optimizer step, not 32"):
+    with pytest.raises(SystemExit, match="images per optimizer step 64 -> 32"):
         run_main(*SHORT, "--batch-size", "16", "--output-dir", tmp_path / "run", "--resume", "auto")

@@ -1,0 +1,96 @@
+"""What a resumed run may change: its flags and its data are compared with those that the checkpoint contains."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from diversity import ALIASES, REGULARIZERS, resolve_aliases
+from diversity.objective import MIXING
+from training.parsing import flag_of
+from training.resuming import Checkpoint
+
+MODEL = ("model", "patch_size", "model_kwargs")
+LABELS = ("data_set", "inat_category", "num_classes")
+UNRELATED = {
+    *("config", "resume", "resume_with_changes", "finetune", "start_epoch", "eval", "preset", "data_path"),
+    *("output_dir", "batch_size", "accum_steps"),  # processes x batch size x accumulated steps are compared
+    *("device", "num_workers", "loader_timeout", "pin_mem", "dist_eval", "repeats_together", "max_bad_images"),
+    *("save_every_steps", "save_every_minutes", "keep_checkpoints", "log_interval", "tensorboard"),
+    *("redundancy_every", "check_data", "dry_run", "model_ema_force_cpu", "max_nonfinite_steps"),
+    *("compile", "fused_attn", "channels_last", "patch_product", "static_graph", "grad_checkpointing"),
+    *("deterministic", "dist_url", "world_size", "local_rank", "scale_lr_flag", "resplit"),
+}
+"""Flags that change neither what is trained nor, beyond rounding, its numbers."""
+
+FREE_SCHEDULES = ("constant", "step", "plateau")  # their rates do not depend on the number of epochs
+
+
+class Change(NamedTuple):
+    """A flag, or a number of the run such as "training images", before and after a resume."""
+
+    name: str
+    before: object
+    after: object
+
+    def __str__(self):
+        return f"{self.name} {self.before} -> {self.after}"
+
+
+def find_changes(
+    checkpoint: Checkpoint, args: Mapping, defaults: Mapping, data: Mapping, global_batch: int, allowed: bool
+) -> list[Change]:
+    """What differs between a checkpoint and the run that continues from it, where it changes the training.
+
+    Args:
+        checkpoint: from `find_checkpoint`; nothing differs from an empty one.
+        args: the flags, by their names in Python.
+        defaults: of the flags, for those that the checkpoint does not have.
+        data: `Data.description` of the run.
+        global_batch: images per optimizer step.
+        allowed: whether changes of the training are wanted.
+
+    Raises:
+        SystemExit: the model, the labels, or the images of an epoch that has begun differ; or something else, and
+            changes are not `allowed`.
+    """
+    path, stored = checkpoint
+    if not path:
+        return []
+    before = stored["args"] if isinstance(stored.get("args"), Mapping) else args  # DeiT's are a namespace
+    before, after = ({**defaults, **_comparable({**defaults, **flags})} for flags in (before, args))
+    changes = [Change(flag_of(name), before[name], after[name]) for name in after if before[name] != after[name]]
+    numbers = {"global_batch": "images per optimizer step", "train_images": "training images"}
+    numbers |= {"val_images": "validation images"}
+    old, new = {**stored.get("data", {}), **stored}, {**data, "global_batch": global_batch}
+    counts = [Change(text, old[key], new[key]) for key, text in numbers.items() if old.get(key, new[key]) != new[key]]
+    for fixed, what in ((("input_size", *MODEL), "model"), (LABELS, "data set")):
+        if other := [change for change in changes if change.name in map(flag_of, fixed)]:
+            raise SystemExit(
+                f"error: --resume {path} has another {what}: {_listed(other)}; give the old values, or start a new run "
+                "in another --output-dir"
+            )
+    if stored.get("step") and any(change.name != "validation images" for change in counts):
+        raise SystemExit(
+            f"error: --resume {path} is within an epoch that has other images: {_listed(counts)}; keep the images and "
+            "processes x --batch-size x --accum-steps"
+        )
+    changes += counts
+    if changes and not allowed:
+        raise SystemExit(
+            f"error: --resume {path} was trained differently: {_listed(changes)}; give the old values, or continue "
+            "with the new ones by --resume-with-changes, which writes them to changes.jsonl"
+        )
+    return changes
+
+
+def _comparable(flags: dict[str, object]) -> dict[str, object]:
+    """The flags that must be equal, with aliases of terms resolved."""
+    coefs = {name: flags[f"{name}_coef"] for name in (MIXING, *REGULARIZERS, *ALIASES)}
+    unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
+    if flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"]:
+        unrelated |= {"epochs", "cooldown_epochs"}
+    flags = flags | {f"{name}_coef": coef for name, coef in resolve_aliases(coefs).items()}
+    return {name: value for name, value in flags.items() if name not in unrelated}
+
+
+def _listed(changes: list[Change]) -> str:
+    return ", ".join(map(str, changes))
