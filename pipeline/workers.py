@@ -1,6 +1,7 @@
 """Loader processes: which signals they ignore, and what a command reports when one of them fails."""
 
 import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -81,9 +83,12 @@ class StoppableLoader(DataLoader):
         super().__init__(*args, worker_init_fn=_ignore_signals, **settings)
 
     def __iter__(self):
-        # A worker starts with SIGTERM blocked: threads that a library starts after a fork, as pyarrow does, are then
-        # blocked too; one that is not would end the worker.
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # Workers, and the server that forks them with the start method forkserver, start with these signals blocked:
+        # threads that a library starts after a fork, as pyarrow does, are then blocked too; one that is not would end
+        # the worker.
+        if (self.multiprocessing_context or multiprocessing).get_start_method() != "fork":
+            resource_tracker.ensure_running()  # its start would unblock them
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
         try:
             return super().__iter__()
         finally:
@@ -93,10 +98,14 @@ class StoppableLoader(DataLoader):
 def _ignore_signals(worker_id: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # not yet, if the server was started by another loader
+    threading.Thread(target=_end_with_parent, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _end_with_parent(parent: int):
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_with_parent(parent: multiprocessing.process.BaseProcess):
+    """Wait for the end of the process that has the loader, which with forkserver is not `os.getppid()`."""
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received is not None and received.si_pid == parent.pid:
+            break
     os._exit(0)

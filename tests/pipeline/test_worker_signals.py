@@ -22,11 +22,11 @@ class Pids:
         return os.getpid()
 
 
-def load(pipe, how):
+def load(pipe, how, method="fork"):
     """An epoch of a loader with two workers in its own process group, which the test signals after a batch."""
     os.setsid()
     with StopSignals():
-        batches = iter(StoppableLoader(Pids(), batch_size=2, num_workers=2))
+        batches = iter(StoppableLoader(Pids(), batch_size=2, num_workers=2, multiprocessing_context=method))
         pids = set(next(batches).tolist()) | set(next(batches).tolist())
         pipe.send(pids)
         pipe.recv()
@@ -37,15 +37,22 @@ def load(pipe, how):
         pipe.send(later)
 
 
-def load_beside_a_library(pipe, how):
+def load_beside_a_library(pipe, how, method):
     """`load`, where a library starts a thread in each forked process, as pyarrow does."""
     os.register_at_fork(after_in_child=lambda: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
-    load(pipe, how)
+    load(pipe, how, method)
 
 
-@pytest.mark.parametrize("loading", [load, load_beside_a_library])
-def test_workers_survive_a_stop_of_the_group_and_end_with_their_loader(loading, fork, capfd):
-    process, pipe = fork(loading, "finish")
+SLOW = pytest.mark.slow  # each worker imports torch
+METHODS = ["fork", pytest.param("forkserver", marks=SLOW), pytest.param("spawn", marks=SLOW)]
+
+
+@pytest.mark.parametrize(
+    ("loading", "method"),
+    [(load_beside_a_library, "fork"), (load, "fork"), pytest.param(load, "forkserver", marks=SLOW)],
+)
+def test_workers_survive_a_stop_of_the_group_and_end_with_their_loader(loading, method, fork, capfd):
+    process, pipe = fork(loading, "finish", method)
     pids = receive(pipe)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.killpg(process.pid, number)
@@ -57,17 +64,19 @@ def test_workers_survive_a_stop_of_the_group_and_end_with_their_loader(loading, 
     assert capfd.readouterr().err.count("received") == 1  # not by the workers
 
 
-def test_a_process_that_leaves_workers_behind_at_its_exit_does_not_hang(fork):
-    process, pipe = fork(load, "leave")
+@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=SLOW)])
+def test_a_process_that_leaves_workers_behind_at_its_exit_does_not_hang(method, fork):
+    process, pipe = fork(load, "leave", method)
     receive(pipe)
     pipe.send("leave")
-    assert exit_code(process, seconds=8) == 0
+    assert exit_code(process) == 0
 
 
-def test_workers_end_when_their_parent_is_killed(fork, monkeypatch):
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_end_when_their_parent_is_killed(method, fork, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.2)  # 5 s
     read_end, write_end = os.pipe()  # open in the workers too, so that it ends when they do
-    process, pipe = fork(load, "finish")
+    process, pipe = fork(load, "finish", method)
     os.close(write_end)
     receive(pipe)
     os.killpg(process.pid, signal.SIGTERM)
