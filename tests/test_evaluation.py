@@ -1,0 +1,130 @@
+"""`main.py --eval`: which weights, which flags, which images, and classes by their names."""
+
+import json
+
+import pytest
+import torch
+from helpers import TINY, make_image_folder, model_of, run_main
+from PIL import Image
+
+from models.weights import load_weights
+
+CLASSES = ("ant", "bee", "cat", "dog")
+MODEL = TINY[TINY.index("--model") :]
+
+
+def colours(root, classes=CLASSES, splits=("train", "val")):
+    """An image folder whose classes are colours, which a tiny ViT learns in a few epochs."""
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(6):
+                colour = (64 * CLASSES.index(name), 230, 150 + 10 * number)
+                Image.new("HSV", (32, 32), colour).convert("RGB").save(root / split / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that knows the four classes of `colours`, and its data."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = colours(folder / "data")
+    flags = "--lr 3e-3 --unscale-lr --warmup-epochs 0 --sched constant --mixup 0 --cutmix 0 --aa none --color-jitter 0"
+    flags += " --reprob 0 --no-repeated-aug --model-ema-decay 0.5 --log-interval 0"
+    words = ("--data-set", "IMNET", "--data-path", data, "--batch-size", 8, "--epochs", 14, *flags.split())
+    run_main(*TINY, *words, "--output-dir", folder / "run")
+    assert json.loads((folder / "run" / "summary.json").read_text())["test_acc1"] == 100
+    return folder / "run", data
+
+
+def accuracies(capsys, *words):
+    """What an evaluation prints: {weights: (loss, top-1, top-5)}, and all of it."""
+    capsys.readouterr()
+    run_main("--eval", "--device", "cpu", "--num-workers", 0, *words)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("weights"))) + 1 : -1]
+    rows = [line.replace("%", "").split() for line in table]
+    return {name: tuple(map(float, values)) for name, *values in rows}, printed
+
+
+def test_a_checkpoint_brings_its_flags_and_the_output_says_what_was_evaluated(trained, capsys):
+    folder, _ = trained
+    stats, printed = accuracies(capsys, "--resume", folder / "checkpoint.pth")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"{folder / 'checkpoint.pth'}, trained until epoch 13: 24 images, 4 classes\n" in printed
+    for name, end in (("raw", ""), ("EMA", "_ema")):
+        expected = [summary[f"test_{key}{end}"] for key in ("loss", "acc1", "acc5")]
+        assert stats[name] == pytest.approx(expected, rel=1e-3)
+    again, _ = accuracies(capsys, "--resume", "auto", "--output-dir", folder)
+    alone, _ = accuracies(capsys, "--finetune", folder / "checkpoint.pth")
+    assert again == stats and alone == {"raw": stats["raw"]}
+
+
+@pytest.mark.parametrize("names", [("bee", "dog"), ("dog",)])
+def test_a_subset_of_the_classes_is_evaluated_by_name(trained, tmp_path, capsys, names):
+    folder, _ = trained
+    data = colours(tmp_path / "data", names, splits=("val",))
+    for flag in ("--resume", "--finetune"):
+        stats, _ = accuracies(capsys, flag, folder / "checkpoint.pth", "--data-path", data)
+        assert stats["raw"][1] == 100
+
+
+def test_classes_that_the_model_does_not_have_are_refused(trained, tmp_path):
+    folder, _ = trained
+    data = colours(tmp_path / "data", ("bee", "dog"), splits=("val",))
+    (data / "val" / "bee").rename(data / "val" / "elk")
+    with pytest.raises(SystemExit, match="only in the data: elk; only in the checkpoint: ant, bee, cat"):
+        run_main("--eval", "--device", "cpu", "--resume", folder / "checkpoint.pth", "--data-path", data)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--model-kwargs depth=2 embed_dim=24 num_heads=6", "--patch-size 16", "--model vit_tiny_patch16_224"],
+)
+def test_another_model_than_the_checkpoints_is_refused(trained, flags):
+    folder, _ = trained
+    flag, *_ = words = flags.split()
+    with pytest.raises(SystemExit, match=f"error: {flag} is .*, but the checkpoint's model has .*; leave the flag out"):
+        run_main("--eval", "--device", "cpu", "--resume", folder / "checkpoint.pth", *words)
+
+
+def test_weights_that_are_not_all_from_the_file_are_not_evaluated(trained, tmp_path, capsys):
+    folder, data = trained
+    words = ("--eval", *TINY, "--data-set", "IMNET", "--data-path", data)
+    with pytest.raises(SystemExit, match=f"error: --eval --resume auto: {tmp_path} has no checkpoint to evaluate"):
+        run_main(*words, "--resume", "auto", "--output-dir", tmp_path)
+    weights = torch.load(folder / "checkpoint.pth")["model"]
+    torch.save({name: value for name, value in weights.items() if "head" not in name}, tmp_path / "headless.pth")
+    with pytest.raises(
+        SystemExit, match=r"error: --finetune .*headless.pth does not fit .*: head.bias is not in the file"
+    ):
+        run_main(*words, "--finetune", tmp_path / "headless.pth")
+    torch.save(weights, tmp_path / "plain.pth")
+    _, printed = accuracies(capsys, *MODEL, "--input-size", 32, *words[-4:], "--finetune", tmp_path / "plain.pth")
+    assert "24 images, 4 classes, whose order is taken from the data" in printed
+
+
+# Fine-tuning
+
+
+def test_a_head_is_fine_tuned_by_the_names_of_its_classes(trained):
+    folder, _ = trained
+    path = str(folder / "checkpoint.pth")
+    head = torch.load(path)["model"]["head.weight"]
+    model = model_of(num_classes=4)
+    assert load_weights(model, path, classes=CLASSES) == []
+    notes = load_weights(model, path, classes=("dog", "cat", "bee", "ant"))
+    assert torch.equal(model.head.weight, head.flip(0)) and "by the names of the classes" in notes[0]
+    fresh = model_of(num_classes=4, seed=3)
+    initial = fresh.head.weight.clone()
+    notes = load_weights(fresh, path, classes=("ant", "bee", "cat", "elk"))
+    assert torch.equal(fresh.head.weight, initial) and "dropped: the file's classes are others" in notes[0]
+
+
+def test_a_fine_tuned_run_says_that_its_head_is_new(trained, tmp_path, capsys):
+    folder, _ = trained
+    data = make_image_folder(tmp_path / "data", classes=("elk", "fly", "gnu", "hen"))
+    words = ("--data-set", "IMNET", "--data-path", data, "--batch-size", 2, "--no-repeated-aug")
+    run_main(*TINY, *words, "--finetune", folder / "checkpoint.pth")
+    assert "head.weight dropped: the file's classes are others, such as 'ant'" in capsys.readouterr().out
