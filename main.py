@@ -25,6 +25,7 @@ from training.log import (
     final_records,
     terms_table,
 )
+from training.output import tolerant_output
 from training.progress import Progress
 from training.resuming import Checkpoint, find_checkpoint, find_evaluated, load, resume
 from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
@@ -40,7 +41,7 @@ def main(args: Namespace, world: World):
     with loader_errors():
         if args.eval:
             return evaluate_only(args, world)
-        with lock_run_folder(args.output_dir, world, args.resume) as folder:
+        with lock_run_folder(args.output_dir, world, args.resume) as folder, tolerant_output():
             train(args, world, folder)
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import struct
 import sys
@@ -25,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -33,6 +34,11 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch.distributed.rendezvous import rendezvous
 
+STOP_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
+)
+"""The signals that terminals, schedulers and launchers send to stop a program."""
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
@@ -68,14 +74,57 @@ def errors_of(subject: str):
 
 
 def run_command(command: Callable[[], None]):
-    """Run a program; a `SystemExit` with a message becomes one line on standard error and exit code 1."""
+    """Run a program; a `SystemExit` with a message becomes one line on standard error and exit code 1.
+
+    So does output that could not be written, but without the line where its reader has ended, as in `... | head`.
+    """
+    _open_closed_streams()
+    code = None
     try:
         command()
     except SystemExit as stop:
-        if isinstance(stop.code, str):
-            sys.stderr.write(f"{stop.code}\n")  # in one piece, as several processes may write it
-            sys.exit(1)
-        raise
+        code = stop.code
+    except OSError:
+        code = _output_error("\n")  # fails again if it was of the output
+        if code is None:
+            raise
+    lost = _output_error()
+    code = code or lost
+    if isinstance(code, str):
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{code}\n")  # in one piece, as several processes may write it
+        code = 1
+    drop_unwritten(sys.stderr)
+    if code:
+        sys.exit(code)
+
+
+def _open_closed_streams():
+    """Open the standard streams that are closed as the null device, so that no other file gets their number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 for as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+def _output_error(text: str = "") -> str | int | None:
+    """Write `text`; an exit code, or a line for `SystemExit`, if standard output cannot be written."""
+    error = drop_unwritten(sys.stdout, text)
+    if error is None or isinstance(error, BrokenPipeError):
+        return error and 1
+    return f"error: standard output cannot be written: {error.strerror}"
+
+
+def drop_unwritten(stream: TextIO, text: str = "") -> OSError | None:
+    """Write and flush. After an error, which is returned, text is lost; Python would try again and exit with 120."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError), open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), stream.fileno())
+        return error
 
 
 @dataclass(frozen=True)

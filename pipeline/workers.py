@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from utils import BadImageError
+from utils import STOP_SIGNALS, BadImageError
 
 DEAD_WORKER = (
     "a loader worker was killed or died; unless a line above says why, memory may have run out: "
@@ -96,8 +96,8 @@ class StoppableLoader(DataLoader):
 
 
 def _ignore_signals(worker_id: int):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in {*STOP_SIGNALS} - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # not yet, if the server was started by another loader
     threading.Thread(target=_end_with_parent, args=(multiprocessing.parent_process(),), daemon=True).start()
 

@@ -1,9 +1,12 @@
 """Checkpoint files: written in one step, the previous ones kept, and checked before they are used."""
 
 import contextlib
+import errno
+import functools
 import os
 import pickle
 import re
+import sys
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -44,11 +47,7 @@ def write(state: dict, path: Path, keep: int = 2):
         undo.pop_all()
     with contextlib.suppress(OSError):  # a later run removes it
         oldest.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _flush_folder(path.parent)
 
 
 def verify(path: Path):
@@ -86,6 +85,30 @@ def set_aside(path: Path) -> Path:
     aside = path.with_name(path.name + DAMAGED)
     os.replace(path, aside)
     return aside
+
+
+def _flush_folder(folder: Path):
+    """Write the names of a folder's files to the disk; a file system that refuses to do so is warned about."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF):
+            raise
+        _warn_of_refusal(folder, error.strerror)
+
+
+@functools.cache  # once for a folder
+def _warn_of_refusal(folder: Path, reason: str):
+    print(
+        f"warning: the file system of {folder} does not flush folders ({reason}); after a crash of the machine the "
+        "last checkpoint may be missing",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _save(state: dict, file: BinaryIO):

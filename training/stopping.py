@@ -9,19 +9,19 @@ import time
 import torch
 import torch.distributed as dist
 
-from utils import World
+from utils import STOP_SIGNALS, World
 
 RESUMABLE = 75  # exit code, EX_TEMPFAIL of sysexits.h: stopped by a signal after saving; start again to continue
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LIMIT_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # a scheduler's, some of them again and again
 SAME_STOP_SECONDS = 2.0  # a terminal, torchrun and SLURM each forward a stop, so one stop sends several signals
 
 
 class StopSignals:
-    """Context manager that records SIGTERM, SIGINT and SIGUSR1, which then do not end the process.
+    """Context manager that records the `STOP_SIGNALS`, which then do not end the process.
 
     A signal that comes more than `SAME_STOP_SECONDS` after the first one ends the process at once, without any cleanup
-    and with exit code 128 + its number. As always in Python, a signal is handled after the C function that the main
-    thread is running.
+    and with exit code 128 + its number, unless it is one of `LIMIT_SIGNALS`. As always in Python, a signal is handled
+    after the C function that the main thread is running. SIGHUP remains ignored where `nohup` has had it ignored.
 
     Attributes:
         received: name of the first signal, or None.
@@ -33,7 +33,9 @@ class StopSignals:
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
+        has_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not has_nohup]
+        self._previous = {number: signal.signal(number, self._record) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -47,7 +49,7 @@ class StopSignals:
             line = f"{self.received} received: saving at the next step; a second signal exits at once\n"
             with contextlib.suppress(OSError):  # print could wait for a lock that the interrupted code holds
                 os.write(2, line.encode())
-        elif now - self._first > SAME_STOP_SECONDS:
+        elif now - self._first > SAME_STOP_SECONDS and number not in LIMIT_SIGNALS:
             os._exit(128 + number)
 
 

@@ -12,6 +12,7 @@ from forking import exit_code, receive
 
 from pipeline.workers import StoppableLoader
 from training.stopping import StopSignals
+from utils import STOP_SIGNALS
 
 
 class Pids:
@@ -54,7 +55,7 @@ METHODS = ["fork", pytest.param("forkserver", marks=SLOW), pytest.param("spawn",
 def test_workers_survive_a_stop_of_the_group_and_end_with_their_loader(loading, method, fork, capfd):
     process, pipe = fork(loading, "finish", method)
     pids = receive(pipe)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         os.killpg(process.pid, number)
     time.sleep(0.2)
     pipe.send("continue")

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -171,6 +172,25 @@ def test_a_folder_that_cannot_be_flushed_is_an_error_with_the_new_file_in_place(
         files.write(state_of(3), path, 2)
     assert [epoch_in(file) for file in files.candidates(path)] == [3, 2]
     assert len(folder_of(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["fsync", "open"])
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES])
+def test_a_file_system_that_flushes_no_folders_is_warned_about_once(tmp_path, monkeypatch, capsys, code, name):
+    path, call = tmp_path / "checkpoint.pth", getattr(os, name)
+
+    def refuse_folders(target, *flags):
+        if tmp_path == target or (name == "fsync" and stat.S_ISDIR(os.fstat(target).st_mode)):
+            raise OSError(code, os.strerror(code))
+        return call(target, *flags)
+
+    monkeypatch.setattr(os, name, refuse_folders)
+    for epoch in range(3):
+        files.write(state_of(epoch), path, 2)
+    assert [epoch_in(file) for file in files.candidates(path)] == [2, 1]
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: the file system of {tmp_path} does not flush folders ({os.strerror(code)})")
+    assert err.count("\n") == 1
 
 
 def test_what_cannot_be_pickled_leaves_the_old_files(tmp_path):

@@ -29,7 +29,11 @@ def wait_for_signals(pipe, cleanup):
         cleanup.write_text("done")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+ALL = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+"""What terminals (INT, QUIT, HUP), schedulers (TERM, USR1, USR2, XCPU) and torchrun (TERM, INT, HUP, QUIT) send."""
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_the_first_signal_is_recorded_and_reported(name, fork, tmp_path, capfd):
     process, pipe = fork(wait_for_signals, tmp_path / "cleanup")
     receive(pipe)
@@ -55,8 +59,47 @@ def test_one_stop_may_send_several_signals_but_a_later_one_exits_at_once(fork, t
     assert not (tmp_path / "cleanup").exists()
 
 
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGXCPU"])
+def test_a_scheduler_may_repeat_that_a_limit_is_near(name, fork, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "SAME_STOP_SECONDS", 0.0)
+    process, pipe = fork(wait_for_signals, tmp_path / "cleanup")
+    receive(pipe)
+    for _ in range(3):
+        os.kill(process.pid, signal.Signals[name])
+        time.sleep(0.05)
+    pipe.send("end")
+    assert receive(pipe) == name
+    assert exit_code(process) == 0
+
+
+def ignoring_hangups(pipe, cleanup):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    wait_for_signals(pipe, cleanup)
+
+
+def test_nohup_keeps_a_run_alive(fork, tmp_path):
+    process, pipe = fork(ignoring_hangups, tmp_path / "cleanup")
+    receive(pipe)
+    os.kill(process.pid, signal.SIGHUP)
+    time.sleep(0.1)
+    pipe.send("end")
+    assert receive(pipe) is None
+    assert exit_code(process) == 0
+
+
+def test_a_suspended_run_continues(fork, tmp_path):
+    process, pipe = fork(wait_for_signals, tmp_path / "cleanup")
+    receive(pipe)
+    os.kill(process.pid, signal.SIGSTOP)  # what SIGTSTP does too, except to processes without a terminal
+    pipe.send("end")
+    assert not pipe.poll(0.2)
+    os.kill(process.pid, signal.SIGCONT)
+    assert receive(pipe) is None
+    assert exit_code(process) == 0
+
+
 def test_without_a_signal_nothing_is_recorded_and_the_handlers_are_restored():
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = [signal.Signals[name] for name in ALL]
     before = [signal.getsignal(number) for number in numbers]
     with StopSignals() as stop:
         assert signal.getsignal(signal.SIGTERM) != before[0]
