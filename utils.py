@@ -15,6 +15,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -77,8 +78,11 @@ def run_command(command: Callable[[], None]):
     """Run a program; a `SystemExit` with a message becomes one line on standard error and exit code 1.
 
     So does output that could not be written, but without the line where its reader has ended, as in `... | head`.
+    SIGTERM ends it as an exception does, with exit code 143: its loader workers and temporary files end with it. A
+    second one ends it at once.
     """
     _open_closed_streams()
+    signal.signal(signal.SIGTERM, _exit)
     code = None
     try:
         command()
@@ -125,6 +129,13 @@ def drop_unwritten(stream: TextIO, text: str = "") -> OSError | None:
         with contextlib.suppress(OSError), open(os.devnull, "w") as null:
             os.dup2(null.fileno(), stream.fileno())
         return error
+
+
+def _exit(number: int, _frame):
+    signal.signal(number, signal.SIG_DFL)
+    for process in multiprocessing.active_children():  # before the files that they read are removed
+        process.terminate()
+    sys.exit(128 + number)
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,12 @@ def _ignore_signals(worker_id: int):
 
 
 def _end_with_parent(parent: multiprocessing.process.BaseProcess):
-    """Wait for the end of the process that has the loader, which with forkserver is not `os.getppid()`."""
-    while parent.is_alive():
+    """Wait for the end of the process that has the loader, which with forkserver is not `os.getppid()`.
+
+    With fork, a worker seems to have a living parent until the workers that were forked after it have ended.
+    """
+    own_parent = os.getppid()
+    while parent.is_alive() and os.getppid() == own_parent:
         received = signal.sigtimedwait({signal.SIGTERM}, 1)
         if received is not None and received.si_pid == parent.pid:
             break

@@ -1,10 +1,12 @@
 """The signals of loader workers: a stop of the whole process group does not end them, their parent's end does."""
 
+import contextlib
 import os
 import select
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from forking import exit_code, receive
 
 from pipeline.workers import StoppableLoader
 from training.stopping import StopSignals
-from utils import STOP_SIGNALS
+from utils import STOP_SIGNALS, run_command
 
 
 class Pids:
@@ -71,6 +73,31 @@ def test_a_process_that_leaves_workers_behind_at_its_exit_does_not_hang(method, 
     receive(pipe)
     pipe.send("leave")
     assert exit_code(process) == 0
+
+
+def command(pipe, folder):
+    """A program that reads batches for ever and has made a folder."""
+
+    def read():
+        with contextlib.ExitStack() as stack:
+            folder.mkdir()
+            stack.callback(folder.rmdir)
+            loader = StoppableLoader(Pids(), batch_size=2, num_workers=3, persistent_workers=True)
+            pipe.send(set(torch.cat(list(loader)).tolist()))
+            while True:
+                list(loader)
+
+    run_command(read)
+
+
+def test_sigterm_ends_a_program_its_workers_and_its_temporary_files(fork, tmp_path, capfd):
+    process, pipe = fork(command, tmp_path / "folder")
+    pids = receive(pipe)
+    os.kill(process.pid, signal.SIGTERM)
+    assert exit_code(process) == 128 + signal.SIGTERM
+    assert len(pids) == 3 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert [*tmp_path.iterdir()] == []
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("method", METHODS)
