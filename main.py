@@ -2,10 +2,10 @@
 
 import datetime
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from datasets import DataOptions, build_data
 from engine import autocast_dtype, train_one_epoch
@@ -80,12 +80,12 @@ def train(args: Namespace, world: World, folder: Path | None):
     amp_dtype = autocast_dtype(args.amp, world.device)
     lr = args.lr if args.unscale_lr else args.lr * global_batch / 512
     optimizer = build.build_optimizer(args, model, lr)
-    scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
+    schedule = build.build_schedule(args, optimizer)
+    num_epochs = schedule.num_epochs
     loss_scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
 
-    state = TrainState(model, model_ema, optimizer, scheduler, loss_scaler, epoch=args.start_epoch)
-    if args.start_epoch:
-        scheduler.step(args.start_epoch - 1)
+    state = TrainState(model, model_ema, optimizer, schedule, loss_scaler, epoch=args.start_epoch)
+    schedule.start(args.start_epoch)
     start = resume(state, checkpoint, world, finetune=args.finetune, classes=data.classes, global_batch=global_batch)
     data.mark_bad_images(start.bad_images)
     if checkpoint.path and state.epoch >= num_epochs and not needs_summary(args.output_dir, checkpoint.path):
@@ -119,6 +119,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         *(f"changed since the checkpoint: {change}" for change in changes),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss.objective, data)) or 'off'}",
         *(f"warning: {line}" for line in arguments.without_effect(args, amp_dtype)),
+        *(f"warning: {line}" for line in build.unusual_settings(args, lr, data.num_steps)),
         tables,
     ]))  # fmt: skip
     if diverse_loss.compiled:
@@ -126,8 +127,12 @@ def train(args: Namespace, world: World, folder: Path | None):
 
     redundancy = RedundancyMonitor(args.redundancy_every, model, args.model, data, world, redundancy_figure)
     skipped = state.skipped + state.totals.skipped(state.step)
-    guard = FiniteGuard(args.max_nonfinite_steps, world, skipped, data.step_images)
-    update = GuardedUpdate(model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad)
+    report = partial(log.print, on_all_ranks=True)
+    guard = FiniteGuard(args.max_nonfinite_steps, world, model, skipped, data.step_images, report, args.output_dir)
+    num_updates = state.epoch * data.num_steps + state.step
+    update = GuardedUpdate(
+        model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad, num_updates
+    )  # fmt: skip
     progress = Progress(state, data.num_steps, log, world, args.log_interval)
     with StopSignals() as signals:
         saver = Saver(
@@ -145,8 +150,9 @@ def train(args: Namespace, world: World, folder: Path | None):
                 loss_fn, data.batches(epoch, state.step), state, update, progress, world,
                 seed=args.seed, amp_dtype=amp_dtype, after_step=saver.after_step,
             )  # fmt: skip
+            guard.require_step(train_stats, epoch, epoch + 1 == num_epochs)
             test_stats = evaluate_both(model, model_ema, data, world, amp_dtype, saver.after_batch)
-            scheduler.step(epoch, test_stats["acc1"])
+            schedule.step(test_stats["acc1"])
             record = {f"train_{name}": value for name, value in train_stats.items()}
             record |= {f"test_{name}": value for name, value in test_stats.items()}
             record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": len(data.bad_images(world))}

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch.distributed.rendezvous import rendezvous
 
+T = TypeVar("T")
 STOP_SIGNALS = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),
@@ -158,8 +159,8 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def from_main(self, value: str | None) -> str | None:
-        """A text of the main process, such as an error message, on every process."""
+    def from_main(self, value: T) -> T:
+        """A value of the main process, such as an error message, on every process."""
         values = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, device=self.device)

@@ -126,7 +126,7 @@ def load_state_dict(model: nn.Module, weights: dict, path: str, may_miss: list[s
         may_miss: names of the model's tensors that `weights` need not contain.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape.
+        ValueError: a tensor is missing, unknown, of another shape or not finite.
     """
     own = model.state_dict()
     misfits = [
@@ -140,6 +140,9 @@ def load_state_dict(model: nn.Module, weights: dict, path: str, may_miss: list[s
         misfits.sort()
         more = f", and {len(misfits) - 1} more" if len(misfits) > 1 else ""
         raise ValueError(f"{path} does not fit {type(model).__name__}: {misfits[0]}{more}")
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite; take an earlier checkpoint")
     model.load_state_dict(weights, strict=False)
 
 

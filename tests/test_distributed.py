@@ -13,16 +13,19 @@ def test_two_ranks_take_the_steps_of_one_process_with_all_terms(tmp_path):
         torch.testing.assert_close(weights[1][name], value, rtol=1e-9, atol=1e-12, msg=name)
 
 
-def test_main_skips_a_step_on_both_ranks_and_names_the_rank():
+def test_main_skips_a_step_on_both_ranks_and_names_the_rank(tmp_path):
     # The learning rate makes the loss overflow; both ranks must agree on every skipped step to finish.
     model = "--model deit_tiny_patch16_224_diverse --input-size 32 --patch-size 8 --model-kwargs depth=1 embed_dim=24"
     data = "--data-set FAKE --num-classes 4 --num-workers 0 --batch-size 64 --epochs 1 --aa none --no-repeated-aug"
     steps = "--emb_cos_within_coef 1 --opt sgd --lr 1e30 --unscale-lr --warmup-epochs 0 --max-nonfinite-steps 99"
-    result = run_ranks(2, "main.py", *f"{model} {data} {steps}".split())
+    result = run_ranks(2, "main.py", *f"{model} {data} {steps}".split(), "--output-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     skipped = [line for line in result.stdout.splitlines() if "step skipped" in line]
     assert any("rank 0" in line for line in skipped)
     assert any("rank 1" in line for line in skipped)
+    lines = (tmp_path / "run" / "skipped_steps.txt").read_text().splitlines()
+    assert len(lines) == len(skipped) == sum("; images number " in line for line in lines)
+    assert {line.partition(": ")[0] for line in lines} == {line.partition(": ")[0] for line in skipped}
 
 
 def test_an_error_of_the_main_process_ends_all_with_the_same_line(tmp_path):

@@ -139,12 +139,6 @@ def test_a_run_is_repeated_and_continued_from_its_args_yaml(tmp_path, few_digits
     assert second["epoch"] == 1
 
 
-def test_an_epoch_without_a_step_is_reported(tmp_path, capsys, few_digits):
-    flags = ("--lr", 1e30, "--unscale-lr", "--warmup-epochs", 0, "--opt", "sgd", "--max-nonfinite-steps", 999)
-    run_main(*TINY, *TERMS, *flags, "--epochs", 2)
-    assert "epoch 1 of 2: no step taken" in capsys.readouterr().out
-
-
 def test_two_processes_train_accumulate_and_evaluate_each_image_once(tmp_path):
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py")
     result = run_process(

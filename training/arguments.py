@@ -109,7 +109,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (args.distillation_type == "none", "teacher_model teacher_path distillation_alpha distillation_tau",
          "--distillation-type is none"),
         (args.distillation_type == "hard", "distillation_tau", "only soft distillation has a temperature"),
-        (not args.model_ema, "model_ema_decay model_ema_force_cpu", "--no-model-ema"),
+        (not args.model_ema, "model_ema_decay model_ema_warmup model_ema_force_cpu", "--no-model-ema"),
         (not (args.mixup or cutmix), "mixup_prob mixup_mode", "--mixup and --cutmix are 0"),
         (not (args.mixup and cutmix), "mixup_switch_prob", "--mixup or --cutmix is 0"),
         (args.cutmix_minmax, "cutmix", "--cutmix-minmax replaces it"),
@@ -128,7 +128,8 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (small, "scale ratio eval_crop_ratio fast_crop", "images are not cropped for inputs up to 32 px"),
         *((flag not in source.flags, flag, f"--data-set is {args.data_set}") for flag in SOURCE_FLAGS),
         (args.lr_noise is None, "lr_noise_pct lr_noise_std", "--lr-noise is off"),
-        (args.sched != "step" and args.sched != "plateau", "decay_rate", f"--sched is {args.sched}"),
+        (args.sched not in ("step", "plateau", "poly"), "decay_rate", f"--sched is {args.sched}"),
+        (args.sched in ("step", "constant") and not args.cooldown_epochs, "min_lr", f"--sched is {args.sched}"),
         (args.sched != "step", "decay_epochs", f"--sched is {args.sched}"),
         (args.sched != "plateau", "patience_epochs", f"--sched is {args.sched}"),
         (args.warmup_epochs == 0, "warmup_lr", "--warmup-epochs is 0"),
@@ -187,6 +188,10 @@ def _check(parser, args):
         parser.error(f"--cutmix-minmax needs LOW < HIGH; got {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}")
     if args.lr_noise and len(args.lr_noise) > 2:
         parser.error(f"--lr-noise takes where noise starts and where it ends; got {len(args.lr_noise)} values")
+    if args.lr_noise and args.lr_noise[0] >= (*args.lr_noise, 1.0)[1]:
+        parser.error(f"--lr-noise needs START < END, at most 1; got {' '.join(map(str, args.lr_noise))}")
+    if args.lr_noise and args.lr_noise_pct <= args.lr_noise_std / 1000:  # timm draws until a value is within the limit
+        parser.error(f"--lr-noise-pct {args.lr_noise_pct} is too small for --lr-noise-std {args.lr_noise_std}")
     for name in ("scale", "ratio"):
         low, high = getattr(args, name)
         if low > high:

@@ -1,4 +1,4 @@
-"""Builds from the flags what a run is made of: model, average, augmentation, loss, optimizer.
+"""Builds from the flags what a run is made of: model, average, augmentation, loss, optimizer, schedule.
 
 With main.py, the only module that reads the namespace of the parsed flags.
 """
@@ -13,6 +13,7 @@ import timm.optim
 import torch
 import torch._functorch.config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +27,7 @@ from models.weights import load_weights
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
 from training import arguments
 from training.parsing import flag_of
+from training.schedule import Schedule
 from utils import World, errors_of
 
 T = TypeVar("T")
@@ -60,7 +62,8 @@ def build_ema(args: Namespace, model: nn.Module) -> ModelEmaV3 | None:
     """The average of the model's weights; made before hooks are registered, since it is a copy of the model."""
     if not args.model_ema:
         return None
-    return ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
+    device = "cpu" if args.model_ema_force_cpu else None
+    return ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
 
 
 def build_diverse_loss(
@@ -205,3 +208,35 @@ def can_fuse(opt: str) -> bool:
     """Whether one of timm's optimizers has a fused form, which can also skip a step itself."""
     name = opt.lower()
     return not name.startswith("lookahead_") and timm.optim.get_optimizer_info(name).opt_class in FUSED
+
+
+def build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Schedule:
+    """timm's schedule and the cool-down; without a warm-up, epoch 0 has the rate of the optimizer."""
+    with errors_of(f"--sched {args.sched} refuses its settings (--decay-rate ...):"):
+        scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
+    return Schedule(scheduler, args.epochs, args.cooldown_epochs, args.min_lr)
+
+
+def unusual_settings(args: Namespace, lr: float, num_steps: int) -> list[str]:
+    """One line for each setting of the schedule or the average that a run of this length and rate hardly can mean.
+
+    Args:
+        lr: `--lr`, scaled to the global batch.
+        num_steps: optimizer steps of an epoch.
+    """
+    has_min_lr = args.sched not in ("step", "constant") or args.cooldown_epochs
+    steps = num_steps * (args.epochs + args.cooldown_epochs)
+    initial = args.model_ema_decay**steps
+    rules = [
+        (args.warmup_epochs >= max(args.epochs - 1, 1),
+         f"--warmup-epochs {args.warmup_epochs} does not end within --epochs {args.epochs}: the learning rate does not "
+         f"reach {lr:g}"),
+        (args.warmup_epochs and args.warmup_lr > lr,
+         f"--warmup-lr {args.warmup_lr:g} is above the learning rate {lr:g}: the rate falls in the warm-up"),
+        (has_min_lr and args.min_lr > lr,
+         f"--min-lr {args.min_lr:g} is above the learning rate {lr:g}; only --lr is scaled to the global batch"),
+        (args.model_ema and not args.model_ema_warmup and initial > 0.1,
+         f"--model-ema-decay {args.model_ema_decay:g} is too high for a run of {steps} steps: at its end, the averaged "
+         f"weights consist to {100 * initial:.0f} % of those at its start; lower it or set --model-ema-warmup"),
+    ]  # fmt: skip
+    return [line for condition, line in rules if condition]

@@ -4,13 +4,12 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from timm.scheduler import PlateauLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from models.weights import load_state_dict
 from training.meters import EpochTotals
+from training.schedule import Schedule
 from utils import World, errors_of
 
 SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr", "fused"}  # of a group, by flags and device
@@ -40,7 +39,7 @@ class TrainState:
     model: nn.Module
     model_ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer | None = None
-    scheduler: Scheduler | None = None
+    scheduler: Schedule | None = None
     loss_scaler: torch.amp.GradScaler | None = None
     epoch: int = 0
     step: int = 0
@@ -70,7 +69,7 @@ class TrainState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             OPTIMIZER: type(self.optimizer).__name__,
-            "lr_scheduler": _scheduler_state(self.scheduler),
+            "lr_scheduler": self.scheduler.state_dict(),
             "scaler": self.loss_scaler.state_dict(),
             "epoch": self.epoch - 1,  # the finished one, as DeiT writes it
             "step": self.step,
@@ -86,8 +85,7 @@ class TrainState:
     def restore(self, checkpoint: dict, path: str, global_batch: int = 0, world: World | None = None):
         """Continue from a loaded checkpoint.pth, weights included.
 
-        The schedule and the settings of the optimizer are those of the flags; timm's schedules except plateau's depend
-        only on the epoch.
+        The schedule and the settings of the optimizer are those of the flags.
 
         Args:
             global_batch: images per optimizer step; within an epoch it must be the stored one.
@@ -114,14 +112,8 @@ class TrainState:
         with errors_of(f"--resume {path} was written with another optimizer:"):
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.epoch, self.step = checkpoint["epoch"] + 1, step
-        if isinstance(self.scheduler, PlateauLRScheduler):
-            scheduler_state = dict(checkpoint["lr_scheduler"])
-            plateau = scheduler_state.pop("plateau", None)
-            self.scheduler.load_state_dict(scheduler_state)
-            if plateau is not None:
-                self.scheduler.lr_scheduler.load_state_dict(plateau)
-        elif self.epoch:
-            self.scheduler.step(checkpoint["epoch"])
+        with errors_of(f"--resume {path}"):
+            self.scheduler.load_state_dict(checkpoint["lr_scheduler"], self.epoch)
         if checkpoint["scaler"]:  # empty when the run so far did not scale its loss
             self.loss_scaler.load_state_dict(checkpoint["scaler"])
         if "totals" in checkpoint:
@@ -129,14 +121,6 @@ class TrainState:
         self.skipped = checkpoint.get("skipped", 0)
         self.best = checkpoint.get("best", {})
         self.earlier_seconds = checkpoint.get("seconds", 0.0)
-
-
-def _scheduler_state(scheduler: Scheduler) -> dict:
-    """timm's state, and for plateau the counters of torch's scheduler, which timm leaves out."""
-    state = scheduler.state_dict()
-    if isinstance(scheduler, PlateauLRScheduler):
-        state["plateau"] = scheduler.lr_scheduler.state_dict()
-    return state
 
 
 def load_model_and_ema(model: nn.Module, model_ema: ModelEmaV3 | None, checkpoint: dict, path: str):

@@ -26,16 +26,17 @@ def evaluate_both(
 ) -> dict[str, float]:
     """`engine.evaluate` of the raw weights and, with `_ema` appended to its names, of their average.
 
+    The values are the same on all processes: the main one's where each evaluates all images.
+
     Raises:
         SystemExit: a validation image cannot be read.
     """
-    if not data.val_is_shared:
-        world = dataclasses.replace(world, size=1)
+    among = world if data.val_is_shared else dataclasses.replace(world, size=1)
     average = None if model_ema is None else model_ema.module
-    stats = evaluate(model, data.val, world, amp_dtype, after_batch, data.common_val_batches(world), average)
+    stats = evaluate(model, data.val, among, amp_dtype, after_batch, data.common_val_batches(among), average)
     if stats["images"] != data.num_val:
         raise SystemExit(f"error: {data.num_val - stats['images']} of {data.num_val} validation images are unreadable")
-    return stats
+    return stats if data.val_is_shared else world.from_main(stats)
 
 
 class RedundancyMonitor:

@@ -83,6 +83,8 @@ def _run(parser):
         help="autocast; auto = bf16 on a GPU that has it, fp16 on another, off on CPU")  # fmt: skip
     add("--model-ema", action=Switch, default=True, help="keep and evaluate averaged weights")
     add("--model-ema-decay", type=fraction, default=0.99996, help="decay of the average per optimizer step")
+    add("--model-ema-warmup", action=Switch, default=False,
+        help="begin with a small decay that grows with the steps, as timm's ModelEmaV3 does")  # fmt: skip
     add("--model-ema-force-cpu", action=Switch, default=False,
         help="keep and evaluate the average on the CPU")  # fmt: skip
     add("--max-nonfinite-steps", type=nonneg_int, default=100, help="skipped non-finite steps before training stops")
@@ -203,14 +205,15 @@ def _schedule(parser):
         help="timm schedule")  # fmt: skip
     add("--warmup-lr", type=nonneg_float, default=1e-6, help="learning rate at the start of warm-up, not scaled")
     add("--warmup-epochs", type=nonneg_int, default=5, help="epochs of linear warm-up; 0 = off")
-    add("--min-lr", type=nonneg_float, default=1e-5, help="lowest learning rate, not scaled")
+    add("--min-lr", type=nonneg_float, default=1e-5,
+        help="lowest learning rate, not scaled; --sched step and constant have it in the cool-down only")  # fmt: skip
     add("--cooldown-epochs", type=nonneg_int, default=0, help="epochs at --min-lr after the schedule; 0 = off")
     add("--decay-epochs", type=positive_float, default=30, help="epochs between decays of --sched step")
-    add("--decay-rate", "--dr", type=fraction, default=0.1, help="factor of --sched step and plateau")
+    add("--decay-rate", "--dr", type=fraction, default=0.1, help="factor of --sched step and plateau; power of poly")
     add("--patience-epochs", type=nonneg_int, default=10, help="epochs without gain before --sched plateau decays")
-    add("--lr-noise", type=float, nargs="+", default=None, metavar="FRACTION",
+    add("--lr-noise", type=fraction, nargs="+", default=None, metavar="FRACTION",
         help="where noise starts (and ends), as fractions of the epochs; None = off")  # fmt: skip
-    add("--lr-noise-pct", type=nonneg_float, default=0.67, help="limit of the noise as a fraction of the learning rate")
+    add("--lr-noise-pct", type=fraction, default=0.67, help="limit of the noise as a fraction of the learning rate")
     add("--lr-noise-std", type=nonneg_float, default=1.0, help="standard deviation of the noise")
 
 

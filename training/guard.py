@@ -1,14 +1,21 @@
 """The end of a training step: gradients, the check that everything is finite, optimizer and average."""
 
 import collections
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from training.background import first_non_finite
 from utils import World
+
+ADVICE = "lower --lr or the coefficient of the term, set --clip-grad, or use --amp bf16 or off"
+FRACTION = "_share"  # ends the name of a component's or term's fraction of the loss
+SKIPPED = "skipped_steps.txt"
 
 
 class FiniteGuard:
@@ -20,36 +27,47 @@ class FiniteGuard:
     Args:
         budget: skipped steps before training stops.
         world: this process.
+        model: whose weights are the first suspects; None = they are not looked at.
         skipped: steps that have been skipped before.
         images: returns the images of this rank's step, for messages.
+        report: called with a line of the console on the rank that reports it.
+        folder: the run folder, whose `SKIPPED` gets the images; None = they are in the line.
     """
 
     LAG = 20
 
-    def __init__(self, budget: int, world: World, skipped: int = 0, images: Callable[[int], str] = lambda step: ""):
-        self.budget = budget
-        self.world = world
-        self.skipped = skipped
-        self.images = images
+    def __init__(
+        self,
+        budget: int,
+        world: World,
+        model: nn.Module | None = None,
+        skipped: int = 0,
+        images: Callable[[int], str] = lambda step: "",
+        report: Callable[[str], None] = print,
+        folder: str | None = None,
+    ):
+        self.budget, self.world, self.model, self.skipped = budget, world, model, skipped
+        self.images, self.report, self.folder = images, report, folder
+        self.cause = ""  # of the last skipped step
         self._pending: collections.deque[_Check] = collections.deque()
 
     def check(self, names: Sequence[str], values: torch.Tensor, epoch: int, step: int) -> torch.Tensor:
         """A 0-dim boolean: whether all values are finite on all ranks.
 
         Args:
-            names: of the values: the loss, the terms, the gradient norm.
+            names: of the values, see `not_finite`; those of fractions of the loss may have any value.
             values: [n].
             epoch, step: for the message.
         """
-        finite = values.isfinite()
-        allowed = self.world.sum((~finite.all()).float()) == 0
-        flags = torch.cat([allowed[None], finite])
+        num_checked = sum(not name.endswith(FRACTION) for name in names)  # these come first
+        allowed = self.world.sum((~values[:num_checked].isfinite().all()).float()) == 0
+        numbers = torch.cat([allowed[None], values])
         copied = None
-        if flags.is_cuda:
-            flags = torch.empty_like(flags, device="cpu", pin_memory=True).copy_(flags, non_blocking=True)
+        if numbers.is_cuda:
+            numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        self._pending.append(_Check(flags, copied, names, epoch, step))
+        self._pending.append(_Check(numbers, copied, names, epoch, step))
         return allowed
 
     def report_pending(self, wait: bool = False):
@@ -62,25 +80,77 @@ class FiniteGuard:
             check = self._pending.popleft()
             if check.copied is not None:
                 check.copied.synchronize()
-            allowed, *finite = check.flags.tolist()
+            allowed, *values = check.numbers.tolist()
             if allowed:
                 continue
             self.skipped += 1
-            names = [name for name, ok in zip(check.names, finite, strict=True) if not ok]
-            if names:
-                what = f"step skipped, not finite on rank {self.world.rank}: {', '.join(names)}"
-                print(f"epoch {check.epoch} step {check.step}: {what}; {self.images(check.step)}", flush=True)
+            found = not_finite(dict(zip(check.names, values, strict=True)))
+            self.cause = "the cause is on another rank"
+            if found:
+                if self.model is not None and (tensor := first_non_finite(self.model.state_dict())):
+                    found = [f"weights ({tensor})", *found]
+                self.cause = f"the first quantity that was not finite: {found[0]}"
+                self._report(check, found)
             if self.skipped > self.budget:
                 raise SystemExit(
                     f"error: {self.skipped} steps were not finite, more than --max-nonfinite-steps {self.budget}; "
-                    "lower --lr, set --clip-grad or use --amp bf16 or off"
+                    f"{self.cause}; {ADVICE}"
                 )
+
+    def require_step(self, stats: dict, epoch: int, is_last: bool):
+        """Refuse an epoch in which no step was taken; fp16 may overflow in all of its steps, but not in the last epoch.
+
+        Args:
+            stats: of the epoch, from `engine.train_one_epoch`.
+
+        Raises:
+            SystemExit: on all ranks.
+        """
+        if "loss" in stats or not (stats["skipped_steps"] or is_last):
+            return
+        cause = self.cause if stats["skipped_steps"] else "fp16 overflowed in all of them"
+        raise SystemExit(f"error: no step of epoch {epoch} was taken; {cause}; {ADVICE}")
+
+    def _report(self, check: "_Check", found: list[str]):
+        line = f"epoch {check.epoch} step {check.step}: step skipped, not finite on rank {self.world.rank}: "
+        images, then = self.images(check.step), f" (then {', '.join(found[1:])})" if found[1:] else ""
+        where = images
+        if self.folder:
+            try:
+                with open(Path(self.folder, SKIPPED), "a") as file:
+                    file.write(f"{line}{', '.join(found)}; {images}\n")
+                where = f"images: see {SKIPPED}"
+            except OSError:  # the console gets them
+                pass
+        self.report(f"{line}{found[0]}{then}; {where}")
+
+
+def not_finite(values: Mapping[str, float]) -> list[str]:
+    """Which values of a step are not finite, in the order in which they are computed.
+
+    A sum or a gradient that is not finite though all of its terms are is followed by the term that is most of it.
+
+    Args:
+        values: {name: value}: "loss", "classification", its components, the terms, "grad_norm"; and with `FRACTION`
+            after their names the fractions of the loss.
+    """
+    sums = ("classification", "loss", "grad_norm")  # and the components and terms before them
+    names = [name for name in values if name not in sums and not name.endswith(FRACTION)]
+    found = [name for name in (*names, *sums) if not math.isfinite(values.get(name, 0.0))]
+    fractions = {name: abs(values[name + FRACTION]) for name in names if name + FRACTION in values}
+    if found and found[0] in sums and fractions:
+        largest = max(fractions, key=lambda name: (math.isnan(fractions[name]), fractions[name]))  # inf / inf is NaN
+        first = "gradient of the loss" if found[0] == "grad_norm" else found[0]
+        found[0] = f"{first} {values['loss']:.3g}, which is mostly {largest}"
+    elif found and found[0] in ("cls_ce", "mixing"):
+        found[0] += ", computed from the logits"
+    return found
 
 
 class _Check(NamedTuple):
-    """What `FiniteGuard.report_pending` reads: [allowed, finite...] on the host once `copied` has happened."""
+    """What `FiniteGuard.report_pending` reads: [allowed, values...] on the host once `copied` has happened."""
 
-    flags: torch.Tensor
+    numbers: torch.Tensor
     copied: torch.cuda.Event | None
     names: Sequence[str]
     epoch: int
@@ -100,6 +170,7 @@ class GuardedUpdate:
         guard: decides whether the step may be taken.
         accum_steps: batches per step.
         clip_grad: largest gradient norm, or None.
+        num_updates: steps of the run so far, for the warm-up of the average.
     """
 
     def __init__(
@@ -111,9 +182,10 @@ class GuardedUpdate:
         guard: FiniteGuard,
         accum_steps: int = 1,
         clip_grad: float | None = None,
+        num_updates: int = 0,
     ):
         self.optimizer, self.loss_scaler, self.guard = optimizer, loss_scaler, guard
-        self.accum_steps, self.clip_grad = accum_steps, clip_grad
+        self.accum_steps, self.clip_grad, self.num_updates = accum_steps, clip_grad, num_updates
         self.buffers = [*model.buffers()]  # such as BatchNorm's running statistics, which the forward pass changes
         self.saved_buffers = [torch.empty_like(buffer) for buffer in self.buffers]
         self.model_ema = model_ema
@@ -159,15 +231,15 @@ class GuardedUpdate:
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, grad_norm)
         names = [*self.terms[0]]
-        num_checked = sum(not name.endswith("_share") for name in names)  # the raw values come first
-        values = torch.stack([torch.stack([*terms.values()]) for terms in self.terms]).mean(dim=0)
-        names.insert(num_checked, "grad_norm")
-        values = torch.cat([values[:num_checked], grad_norm[None], values[num_checked:]])
-        checked, overflowed = values[: num_checked + 1], 0
+        num_raw = sum(not name.endswith(FRACTION) for name in names)  # the raw values come first
+        means = torch.stack([torch.stack([*terms.values()]) for terms in self.terms]).mean(dim=0)
+        names.insert(num_raw, "grad_norm")
+        values = torch.cat([means[:num_raw], grad_norm[None], means[num_raw:]])
+        checked, overflowed = values, 0
         if self.loss_scaler.is_enabled():  # an overflow is no fault while the scale can still fall
             can_fall = self.loss_scaler.scale(torch.ones_like(grad_norm)) >= 1
-            checked = torch.cat([values[:num_checked], grad_norm.where(~can_fall, 0)[None]])
-        taken = self.guard.check(names[: num_checked + 1], checked, epoch, step)
+            checked = torch.cat([means[:num_raw], grad_norm.where(~can_fall, 0)[None], means[num_raw:]])
+        taken = self.guard.check(names, checked, epoch, step)
         if self.loss_scaler.is_enabled():
             overflowed = taken & ~grad_norm.isfinite()
             taken = taken & ~overflowed
@@ -186,11 +258,15 @@ class GuardedUpdate:
         step_if(self.optimizer, allowed)
         for buffer, saved in zip(self.buffers, self.saved_buffers, strict=True):
             buffer.copy_(buffer.where(allowed, saved))
+        self.num_updates += 1
         if self.model_ema is not None:
+            decay = self.model_ema.decay
+            if self.model_ema.use_warmup:
+                decay = self.model_ema.get_decay(self.num_updates)
             averages, currents = self.pairs[True]
             if averages[0].device != currents[0].device:
                 currents = [current.to(averages[0].device) for current in currents]
-            torch._foreach_lerp_(averages, currents, 1 - self.model_ema.decay)
+            torch._foreach_lerp_(averages, currents, 1 - decay)
             for average, current in zip(*self.pairs[False], strict=True):
                 average.copy_(current)
 

@@ -56,8 +56,8 @@ class RunLog:
         """The lines of log.txt that could not be written yet."""
         return self.lines.unwritten.decode() if self.lines else ""
 
-    def print(self, text: str):
-        if self.is_main:
+    def print(self, text: str, on_all_ranks: bool = False):
+        if self.is_main or on_all_ranks:
             tqdm.write(text)
             sys.stdout.flush()
 

@@ -14,6 +14,7 @@ from timm.utils import ModelEmaV3
 
 from training import checkpoint, checkpoint_files, resuming, saving
 from training.log import RunLog
+from training.schedule import Schedule
 from training.stopping import StopSignals
 
 
@@ -22,9 +23,9 @@ def state_of(seed=0, steps=0, opt="adamw", sched="cosine", scaler=False, ema=Tru
     model = model_of(seed, **kwargs)
     options = {} if fused is None else {"fused": fused}
     optimizer = timm.optim.create_optimizer_v2(model, opt=opt, lr=0.01, momentum=0.9, **options)
-    scheduler, _ = create_scheduler_v2(optimizer, sched=sched, num_epochs=10, warmup_epochs=2)
+    schedule = Schedule(create_scheduler_v2(optimizer, sched=sched, num_epochs=10, warmup_epochs=2)[0], epochs=10)
     average = ModelEmaV3(model, decay=0.5) if ema else None
-    state = checkpoint.TrainState(model, average, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=scaler))
+    state = checkpoint.TrainState(model, average, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=scaler))
     for _ in range(steps):
         train(state)
     return state
@@ -37,7 +38,7 @@ def train(state):
     state.optimizer.zero_grad()
     if state.model_ema is not None:
         state.model_ema.update(state.model)
-    state.scheduler.step(state.epoch, metric=state.epoch)
+    state.scheduler.step(float(state.epoch))
     state.epoch += 1
 
 
@@ -56,8 +57,7 @@ def save(state, folder, accuracies, args=None):
 
 def contents(state):
     parts = (state.model, state.model_ema.module, state.optimizer, state.loss_scaler)
-    schedule = {key: value for key, value in state.scheduler.state_dict().items() if key != "metric"}
-    return [*(part.state_dict() for part in parts), schedule, state.epoch, state.best]
+    return [*(part.state_dict() for part in (*parts, state.scheduler)), state.epoch, state.best]
 
 
 # Writing

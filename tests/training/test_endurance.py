@@ -16,6 +16,7 @@ from diversity import PRESETS, DiverseLoss, PatchMixup
 from pipeline.batch_augmentation import BatchAugmentation
 from training import checkpoint, saving
 from training.log import RunLog
+from training.schedule import Schedule
 from training.stopping import StopSignals
 
 
@@ -30,9 +31,9 @@ def test_memory_files_and_threads_do_not_grow(tmp_path, steps):
     )
     preset = PRESETS["released"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scheduler, _ = create_scheduler_v2(optimizer, num_epochs=1)
+    schedule = Schedule(create_scheduler_v2(optimizer, num_epochs=1)[0], epochs=1)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = checkpoint.TrainState(model, ModelEmaV3(model, decay=0.9), optimizer, scheduler, scaler)
+    state = checkpoint.TrainState(model, ModelEmaV3(model, decay=0.9), optimizer, schedule, scaler)
     log = RunLog(tmp_path, world(), tensorboard=True)
     saver = saving.Saver(state, lambda: {"args": {}}, tmp_path, log, world(), StopSignals(), steps=steps // 40)
     batch = torch.randn(2, 3, 16, 16), torch.tensor([0, 2])

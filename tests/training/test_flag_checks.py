@@ -38,6 +38,12 @@ from training.arguments import parse_args, without_effect
         ("--model-kwargs patch_size=4", "--model-kwargs --patch-size"),
         ("--opt adahessian", "--opt"),
         ("--seed 99999999999999999999", "--seed"),
+        ("--lr-noise 0.9 0.4", "--lr-noise"),
+        ("--lr-noise 1", "--lr-noise"),
+        ("--lr-noise 0.5 1.5", "--lr-noise"),
+        ("--lr-noise 0.1 0.2 0.3", "--lr-noise"),
+        ("--lr-noise 0.5 --lr-noise-pct 0", "--lr-noise-pct --lr-noise-std"),
+        ("--lr-noise-pct 1.5", "--lr-noise-pct"),
     ],
 )
 def test_wrong_command_lines(capsys, words, named):
@@ -64,7 +70,9 @@ IDLE = {
     "--distillation-alpha 0.1": "distillation-alpha",
     "--distillation-tau 3": "distillation-tau",
     "--distillation-type hard --teacher-path a.pth --distillation-tau 3": "distillation-tau",
-    "--no-model-ema --model-ema-decay 0.9 --model-ema-force-cpu": "model-ema-decay model-ema-force-cpu",
+    "--no-model-ema --model-ema-decay 0.9 --model-ema-warmup --model-ema-force-cpu": (
+        "model-ema-decay model-ema-warmup model-ema-force-cpu"
+    ),
     "--mixup 0 --cutmix 0 --mixup-prob 0.5 --mixup-switch-prob 0.1 --mixup-mode pair": (
         "mixup-prob mixup-mode mixup-switch-prob"
     ),
@@ -78,6 +86,8 @@ IDLE = {
     "--decay-rate 0.5 --decay-epochs 3 --patience-epochs 3": "decay-rate decay-epochs patience-epochs",
     "--sched plateau --decay-epochs 3 --decay-rate 0.5": "decay-epochs",
     "--sched step --patience-epochs 3 --decay-rate 0.5": "patience-epochs",
+    "--sched step --min-lr 1e-6": "min-lr",
+    "--sched constant --min-lr 1e-6": "min-lr",
     "--resplit --world-size 4": "resplit world-size",
     "--input-size 32 --eval-crop-ratio 0.9": "eval-crop-ratio",
     "--mixup 0 --mixup-switch-prob 0.1": "mixup-switch-prob",
@@ -113,6 +123,8 @@ def test_flags_without_effect_are_reported(words, named):
         "--cutmix-minmax 0.2 0.8 --mixup-switch-prob 0.1",
         "--sched step --decay-epochs 3 --decay-rate 0.5",
         "--sched plateau --patience-epochs 3 --decay-rate 0.5",
+        "--sched poly --decay-rate 0.5",
+        "--sched constant --cooldown-epochs 1 --min-lr 1e-6",
         "--opt sgd --momentum 0.5",
         "--lr-noise 0.5 --lr-noise-pct 0.1",
         "--preset corrected",
