@@ -229,14 +229,13 @@ def unusual_settings(args: Namespace, lr: float, num_steps: int) -> list[str]:
     initial = args.model_ema_decay**steps
     rules = [
         (args.warmup_epochs >= max(args.epochs - 1, 1),
-         f"--warmup-epochs {args.warmup_epochs} does not end within --epochs {args.epochs}: the learning rate does not "
-         f"reach {lr:g}"),
+         f"--warmup-epochs {args.warmup_epochs} is too long for --epochs {args.epochs}: no epoch has the rate {lr:g}"),
         (args.warmup_epochs and args.warmup_lr > lr,
-         f"--warmup-lr {args.warmup_lr:g} is above the learning rate {lr:g}: the rate falls in the warm-up"),
+         f"--warmup-lr {args.warmup_lr:g} is above the learning rate {lr:g}"),
         (has_min_lr and args.min_lr > lr,
-         f"--min-lr {args.min_lr:g} is above the learning rate {lr:g}; only --lr is scaled to the global batch"),
+         f"--min-lr {args.min_lr:g} is above the learning rate {lr:g}"),
         (args.model_ema and not args.model_ema_warmup and initial > 0.1,
-         f"--model-ema-decay {args.model_ema_decay:g} is too high for a run of {steps} steps: at its end, the averaged "
-         f"weights consist to {100 * initial:.0f} % of those at its start; lower it or set --model-ema-warmup"),
+         f"--model-ema-decay {args.model_ema_decay:g}: {steps} steps leave {100 * initial:.0f} % of the first weights "
+         "in the average"),
     ]  # fmt: skip
     return [line for condition, line in rules if condition]
