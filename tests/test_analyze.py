@@ -149,7 +149,7 @@ def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
 def test_exactly_so_many_images_are_streamed(num_images, batch_size):
     options = data_options("--batch-size", batch_size, "--eval", "--resume", "none.pth")
-    subject = subjects.Subject("", None, None, None, {}, options, build_transform(options, is_training=False))
+    subject = subjects.Subject("", None, None, None, {}, options, [], build_transform(options, is_training=False))
     stream, num_classes = subjects.images(subject, world(), num_images)
     every = torch.cat([samples for samples, _ in build_data(options, world()).val])
     assert torch.equal(torch.cat([*stream]), every[: num_images or 360]) and num_classes == 10

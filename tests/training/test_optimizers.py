@@ -106,7 +106,7 @@ def test_other_groups_of_parameters_are_refused(change, tmp_path):
 def test_a_run_with_lamb_continues(tmp_path, few_digits):
     words = (*TINY, "--opt", "lamb", "--batch-size", 32, "--output-dir", tmp_path)
     run_main(*words)
-    run_main(*words, "--epochs", 2, "--resume", "auto")
+    run_main(*words, "--epochs", 2, "--resume", "auto", "--resume-with-changes")
     assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1]
 
 
@@ -124,5 +124,5 @@ def test_a_checkpoint_of_deit_continues(tmp_path, few_digits):
     deits = {name: ours[name] for name in ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler")}
     torch.save(deits | {"args": argparse.Namespace(opt="adamw", lr=5e-4, clip_grad=None)}, tmp_path / "deit.pth")
     run_main(*words, "--epochs", 2, "--output-dir", tmp_path / "rest", "--resume", tmp_path / "deit.pth")
-    run_main(*words, "--epochs", 2, "--output-dir", tmp_path, "--resume", "auto")
+    run_main(*words, "--epochs", 2, "--output-dir", tmp_path, "--resume", "auto", "--resume-with-changes")
     assert_equal(*(read(str(folder / checkpoint.LAST))["model"] for folder in (tmp_path, tmp_path / "rest")))
