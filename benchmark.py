@@ -30,8 +30,8 @@ from diversity import ALIASES, REGULARIZERS
 from diversity.objective import MIXING
 from models.execution import set_backends
 from training import arguments
-from training.log import environment_lines
 from training.parsing import positive_float, positive_int
+from training.provenance import environment_lines
 from utils import cpu_count, init_world, quiet_warnings, run_command, write_json
 
 WHATS = {

@@ -19,7 +19,6 @@ from training.guard import FiniteGuard, GuardedUpdate
 from training.log import (
     RunLog,
     accuracy_line,
-    environment_lines,
     epoch_line,
     evaluation_table,
     final_records,
@@ -27,6 +26,7 @@ from training.log import (
 )
 from training.output import tolerant_output
 from training.progress import Progress
+from training.provenance import add_start, environment_lines
 from training.resuming import Checkpoint, find_checkpoint, find_evaluated, load, resume
 from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
 from training.saving import Saver
@@ -104,6 +104,9 @@ def train(args: Namespace, world: World, folder: Path | None):
     write_description(
         folder, arguments.repeatable(args), tables, world, [since | change._asdict() for change in changes]
     )
+    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    numbers = {"global_batch": global_batch, "accum_steps": args.accum_steps, "learning_rate": lr}
+    notes = add_start(folder, world, data, args.data_set, args.data_path, **since, **numbers, precision=precision)
     # After the last step of an epoch was saved, its line and its points are written again.
     first_step = state.epoch * data.num_steps + min(state.step, data.num_steps - 1)
     log = RunLog(folder, world, args.tensorboard, state.epoch, first_step, start.unwritten_log)
@@ -116,6 +119,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         f"{global_batch} images per optimizer step, learning rate {lr:g}, "
         f"epochs {state.epoch}{from_step} to {num_epochs - 1}",
         *start.notes,
+        *(f"warning: {note}" for note in notes),
         *(f"changed since the checkpoint: {change}" for change in changes),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss.objective, data)) or 'off'}",
         *(f"warning: {line}" for line in arguments.without_effect(args, amp_dtype)),

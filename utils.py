@@ -256,7 +256,7 @@ def atomic_write(path: Path, before_rename: Callable[[], None] = lambda: None) -
         raise
 
 
-def write_json(value: dict, path: Path):
+def write_json(value: dict | list, path: Path):
     """Write a JSON file in one step."""
     with atomic_write(path) as file:
         file.write(f"{json.dumps(value)}\n".encode())

@@ -2,15 +2,10 @@
 
 import contextlib
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import timm
-import torch
-import torchvision
 from tqdm import tqdm
 
 from training.records import LOG, GrowingFile, parse_records
@@ -151,25 +146,3 @@ def terms_table(record: dict[str, float]) -> str:
         for name in names
     ]
     return "\n".join([f"{'term':<28}{'value':>12}{'of the loss':>14}", *rows]) if rows else ""
-
-
-def environment_lines(world: World, seed: int) -> list[str]:
-    """What a reader of the log needs to repeat the run: versions, commit, device, seed."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor() or "CPU"
-    return [
-        f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-        f"timm {timm.__version__}, commit {_commit()}",
-        f"{world.size} process{'es' if world.size > 1 else ''} on {world.device.type} ({name}), seed {seed}",
-    ]
-
-
-def _commit() -> str:
-    """Short commit of this checkout, with `+changes` when files differ from it."""
-    here = Path(__file__).parents[1]
-    try:
-        run = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty=+changes"], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return run.stdout.strip() or "unknown"

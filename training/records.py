@@ -11,6 +11,7 @@ from pathlib import Path
 LOG = "log.txt"
 SUMMARY = "summary.json"
 CHANGES = "changes.jsonl"
+ENVIRONMENT = "environment.json"
 
 
 def read_records(path: Path) -> list[dict | None]:

@@ -31,7 +31,7 @@ def lock_run_folder(folder: str, world: World, resume: str = "") -> Iterator[Pat
     """
     with contextlib.ExitStack() as stack:
         path = Path(folder) if folder and world.is_main else None
-        with _same_error_everywhere(folder, world):
+        with same_error_everywhere(folder, world):
             if path is not None:
                 if resume != "auto" and not is_inside(resume, folder) and (path / LOG).exists():
                     raise SystemExit(
@@ -56,7 +56,7 @@ def write_description(folder: Path | None, flags: dict, objective: str, world: W
     Raises:
         SystemExit: on all processes, if the folder cannot be written.
     """
-    with _same_error_everywhere(str(folder), world):
+    with same_error_everywhere(str(folder), world):
         if folder is not None:
             _add_changes(folder / CHANGES, changes)
             path = folder / "objective.txt"
@@ -105,7 +105,7 @@ def remove_temporary_files(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _same_error_everywhere(folder: str, world: World) -> Iterator[None]:
+def same_error_everywhere(folder: str, world: World) -> Iterator[None]:
     """Raise an error of the main process on all processes, as one line."""
     line = None
     try:
