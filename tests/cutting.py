@@ -38,9 +38,9 @@ TIMES = ("images_per_s", "data_wait", "training_seconds")  # endings of the name
 
 
 def content(folder: Path) -> str:
-    """Digest of the last checkpoint and the best ones, without the flags and times."""
+    """Digest of the last checkpoint and the best ones, without flags, times, and lines that log.txt has since got."""
     last = torch.load(folder / checkpoint.LAST, weights_only=True)
-    kept = {key: value for key, value in last.items() if key not in ("args", "seconds", "totals")}
+    kept = {key: value for key, value in last.items() if key not in ("args", "seconds", "totals", "unwritten_log")}
     best = [torch.load(folder / name, weights_only=True)["model"] for name in checkpoint.BEST.values()]
     return digest([kept, *best])
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from helpers import REPOSITORY, TINY, run_main
 
 from training.meters import Meters
-from utils import cpu_count, init_world, one_line_errors
+from utils import World, cpu_count, init_world, one_line_errors
 
 FREED = """
 import torch
@@ -67,6 +67,33 @@ def test_meters_continue_with_other_terms():
     meters.add(["loss", "old"], torch.tensor([1.0, 5.0]))
     meters.add(["new", "loss"], torch.tensor([4.0, 3.0]))
     assert meters.averages(init_world("cpu")) == {"new": 4.0, "loss": 3.0}
+
+
+def test_the_means_of_several_ranks_are_the_same_after_a_resume(monkeypatch):
+    """Each rank continues with its own sums; with another number of ranks, with their mean."""
+    values = torch.tensor([[0.1, 1e8], [0.7, 3.0]])  # of two ranks; float32 sums depend on their order
+
+    def two(rank):
+        return World(rank, 2, rank, 2, torch.device("cpu"))
+
+    def meters_of(rank):
+        meters = Meters()
+        for step in range(3):
+            meters.add(["loss", "big"], values[rank] * (step + 1) / 3)
+        return meters
+
+    sums = torch.stack([meters_of(rank).sums for rank in range(2)])
+    monkeypatch.setattr(World, "sum", lambda world, rows: rows.copy_(sums) if world.size == 2 else rows)
+    state = meters_of(0).state_dict(two(0))
+    assert state == meters_of(1).state_dict(two(1))
+    for rank in range(2):
+        restored = Meters()
+        restored.load_state_dict(state, two(rank))
+        assert torch.equal(restored.sums, sums[rank])
+        assert restored.averages(two(rank)) == meters_of(0).averages(two(0))
+    alone = Meters()
+    alone.load_state_dict(state, World(0, 1, 0, 1, torch.device("cpu")))
+    assert alone.averages(World(0, 1, 0, 1, torch.device("cpu"))) == pytest.approx(meters_of(0).averages(two(0)))
 
 
 def test_nccl_knows_its_device_from_the_start(monkeypatch):

@@ -50,9 +50,7 @@ class GrowingFile:
             self.close()
         except OSError as error:
             if not self.is_failing:
-                line = (
-                    f"error: {self.path} cannot be written: {error.strerror}; training continues, it is written later"
-                )
+                line = f"error: {self.path} cannot be written: {error.strerror}; training continues, it follows later"
                 print(line, file=sys.stderr, flush=True)
             self.is_failing = True
         else:

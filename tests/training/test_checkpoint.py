@@ -140,6 +140,27 @@ def test_a_failed_save_is_reported_and_the_next_one_tries_again(tmp_path, monkey
     assert torch.load(tmp_path / checkpoint.LAST)["epoch"] == 0
 
 
+def test_best_weights_that_could_not_be_written_are_written_with_the_next_save(tmp_path, monkeypatch):
+    state = state_of(steps=1)
+    best, best_ema = (copy.deepcopy(part.state_dict()) for part in (state.model, state.model_ema.module))
+    saver = saver_of(state, tmp_path, steps=1)
+    state.epoch -= 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        saver.end_epoch(state.next_epoch({"acc1": 50.0, "acc1_ema": 40.0}))
+        saver.writer.wait()
+    assert not list(tmp_path.iterdir())
+    train(state)
+    saver.after_step()
+    saver.close()
+    for name, weights, acc1 in (("acc1", best, 50.0), ("acc1_ema", best_ema, 40.0)):
+        stored = torch.load(tmp_path / checkpoint.BEST[name])
+        assert_equal(stored["model"], weights)
+        assert (stored["acc1"], stored["epoch"]) == (acc1, 0)
+    assert torch.load(tmp_path / checkpoint.LAST)["best"] == {"acc1": 50.0, "acc1_ema": 40.0}
+    assert not saver.unwritten_best
+
+
 def test_a_last_save_that_fails_ends_the_run_with_an_error(tmp_path, monkeypatch):
     saver = saver_of(state_of(steps=1), tmp_path)
     monkeypatch.setattr(os, "fsync", full)
