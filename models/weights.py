@@ -107,6 +107,8 @@ def load_weights(
             del weights[name]
         elif new_head and name not in weights:
             notes.append(f"{name} is not in the file and keeps its initial values")
+        elif new_head and classes and not of_file:
+            notes.append(f"{name} is from the file, which does not name its classes")
     resized = [name for name in ("pos_embed", "patch_embed.proj.weight") if _differs(name, weights, own)]
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:

@@ -108,7 +108,7 @@ def test_weights_that_are_not_all_from_the_file_are_not_evaluated(trained, tmp_p
 # Fine-tuning
 
 
-def test_a_head_is_fine_tuned_by_the_names_of_its_classes(trained):
+def test_a_head_is_fine_tuned_by_the_names_of_its_classes(trained, tmp_path):
     folder, _ = trained
     path = str(folder / "checkpoint.pth")
     head = torch.load(path)["model"]["head.weight"]
@@ -116,6 +116,9 @@ def test_a_head_is_fine_tuned_by_the_names_of_its_classes(trained):
     assert load_weights(model, path, classes=CLASSES) == []
     notes = load_weights(model, path, classes=("dog", "cat", "bee", "ant"))
     assert torch.equal(model.head.weight, head.flip(0)) and "by the names of the classes" in notes[0]
+    torch.save(torch.load(path)["model"], tmp_path / "plain.pth")
+    notes = load_weights(model, str(tmp_path / "plain.pth"), classes=CLASSES)
+    assert torch.equal(model.head.weight, head) and "which does not name its classes" in notes[0]
     fresh = model_of(num_classes=4, seed=3)
     initial = fresh.head.weight.clone()
     notes = load_weights(fresh, path, classes=("ant", "bee", "cat", "elk"))
