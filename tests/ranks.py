@@ -41,14 +41,12 @@ def run_ranks(count: int, program: str | Path, *words, timeout: float = 240) -> 
 
     Each rank has its own session, as under torchrun. Those that still run after `timeout` seconds are killed.
     """
-    context, port = multiprocessing.get_context("fork"), _free_port()
+    context, port = multiprocessing.get_context("fork"), free_port()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         processes = []
         for rank in range(count):
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in group.items()} if count > 1 else {}
+            environment = environment_of(rank, count, port)
             files = folder / f"{rank}.out", folder / f"{rank}.err"
             processes.append(context.Process(target=_run, args=(program, words, environment, *files)))
             processes[-1].start()
@@ -92,7 +90,14 @@ def _run(program, words, environment: dict[str, str], out: Path, err: Path):
     runpy.run_path(str(program), run_name="__main__")
 
 
-def _free_port() -> int:
+def environment_of(rank: int, count: int, port: int) -> dict[str, str]:
+    """torchrun's variables of a rank; none for a single process."""
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in group.items()} if count > 1 else {}
+
+
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -1,14 +1,15 @@
 """Kill a training run again and again, and check that it ends like a run that was not killed.
 
-    python tests/stress.py --kills 200 --seed 0
+    python tests/stress.py --kills 200 --seed 0 --ranks 1
 
 A tiny ViT trains on digits with every source of random numbers in use. Each process of a run starts with
 `--resume auto` and is killed by SIGKILL: some at a random moment, the others before, within or after a call
-that writes a file, most of them within a save. A run that is finished is compared with one that was not killed, and the
-next run starts in a new folder. Checked:
+that writes a file, most of them within a save. All ranks of a run are killed together. A run that is finished is
+compared with one that was not killed, and the next run starts in a new folder. Checked:
 
     after each kill  All checkpoints are complete. At most --save-every-steps of the steps that are not saved ended
-                     while no save was being written: a save starts at its step once the one before is on disk.
+                     while no save was being written: a save starts at its step once the one before is on disk. With
+                     several ranks it is one step more, in which they agree.
     after each run   Weights, averaged weights, optimizer, schedule, counters and best checkpoints are the same bit for
                      bit, as are log.txt, TensorBoard's points and summary.json, except for times.
 """
@@ -39,14 +40,15 @@ import torch.utils.tensorboard  # noqa: E402  once, not in each process
 from cutting import outcome  # noqa: E402
 from forking import FORK  # noqa: E402
 from helpers import TINY, few_digits, run_main  # noqa: E402
+from ranks import environment_of, free_port  # noqa: E402
 
 import reports.figures  # noqa: E402, F401  once, not in each process
 import utils  # noqa: E402
-from training import checkpoint, checkpoint_files, saving  # noqa: E402
+from training import checkpoint, checkpoint_files, records, saving  # noqa: E402
 
 SAVE_EVERY = 3  # optimizer steps
 FLAGS = (
-    *(*TINY, "--tensorboard", "--preset", "released", "--batch-size", "14", "--accum-steps", "2", "--resume", "auto"),
+    *(*TINY, "--tensorboard", "--preset", "released", "--accum-steps", "2", "--resume", "auto"),
     *("--drop", "0.1", "--drop-path", "0.2", "--reprob", "0.5", "--model-ema-decay", "0.9"),
     *("--lr", "2e-3", "--unscale-lr", "--warmup-epochs", "1", "--log-interval", "2"),
     *("--save-every-steps", SAVE_EVERY, "--save-every-minutes", "0", "--keep-checkpoints", "3"),
@@ -79,6 +81,7 @@ class Death(NamedTuple):
         if self.call == "write":
             killing_file = type("KillingFile", (io.FileIO,), {"write": killing})
             utils.open = lambda *args: io.BufferedWriter(killing_file(*args))
+            records.open = lambda path, mode, buffering: killing_file(path, mode)
         elif self.call != "time":
             setattr(os, self.call, killing)
 
@@ -100,8 +103,8 @@ def deaths(draw: random.Random, seconds: float) -> Iterator[Death]:
 class Stress:
     """Runs that are killed, and what was found."""
 
-    def __init__(self, folder: Path, epochs: int):
-        self.folder, self.epochs, self.num_runs, self.most_lost = folder, epochs, 0, 0
+    def __init__(self, folder: Path, epochs: int, ranks: int):
+        self.folder, self.epochs, self.ranks, self.num_runs, self.most_lost = folder, epochs, ranks, 0, 0
         self.kills, self.violations, self.begun = collections.Counter(), [], time.monotonic()
         self.done, self.is_idle, self.steps_per_epoch = RawValue("q"), RawArray("b", 10**5), 0  # of a run's steps
         assert self.start(folder / "reference", NEVER) == 0, f"see {folder / 'reference.txt'}"
@@ -110,24 +113,33 @@ class Stress:
         self.reference = outcome(folder / "reference")
 
     def start(self, folder: Path, death: Death, workers: int = 0) -> int:
-        """One process of a run; returns its exit code."""
+        """The processes of a run until their end, or the main one's death; returns the first exit code other than 0."""
         assert threading.active_count() == torch.get_num_threads() == 1  # a fork has no other thread
-        process = FORK.Process(target=self._train, args=(folder, death, workers))
-        process.start()
-        process.join(death.number if death.call == "time" else 300)
-        process.kill()
-        process.join()
-        return process.exitcode
+        port = free_port()
+        processes = [
+            FORK.Process(target=self._train, args=(folder, death, workers, environment_of(rank, self.ranks, port)))
+            for rank in range(self.ranks)
+        ]
+        for process in processes:
+            process.start()
+        processes[0].join(death.number if death.call == "time" else 300)
+        for process in processes:
+            process.join(60 if processes[0].exitcode == 0 else 0)
+            process.kill()
+            process.join()
+        return next((process.exitcode for process in processes if process.exitcode), 0)
 
-    def _train(self, folder: Path, death: Death, workers: int):
+    def _train(self, folder: Path, death: Death, workers: int, environment: dict[str, str]):
+        os.environ |= environment
         with open(folder.with_suffix(".txt"), "ab") as output:
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         after_step = saving.Saver.after_step
 
         def watched(saver):
-            done = saver.state.epoch * self.steps_per_epoch + saver.state.step
-            self.is_idle[done], self.done.value = not saver.writer.busy, done
+            if saver.world.is_main:
+                done = saver.state.epoch * self.steps_per_epoch + saver.state.step
+                self.is_idle[done], self.done.value = not saver.writer.busy, done
             after_step(saver)
 
         saving.Saver.after_step = watched
@@ -147,7 +159,7 @@ class Stress:
                 self.kills[death.call] += 1
             saved, done = self._saved_steps(folder), self.done.value
             self.most_lost = max(self.most_lost, done - saved)
-            if (idle := sum(self.is_idle[saved + 1 : done + 1])) > SAVE_EVERY:
+            if (idle := sum(self.is_idle[saved + 1 : done + 1])) > SAVE_EVERY + (self.ranks > 1):
                 self.violations.append(f"{folder.name}, {death}: {idle} steps lost while no save was being written")
             self.done.value = saved  # where the next process starts
         found = outcome(folder)
@@ -176,12 +188,13 @@ def stress():
     parser.add_argument("--kills", type=int, default=200, help="processes to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the deaths; their moments also depend on the machine")
     parser.add_argument("--epochs", type=int, default=6, help="of each run")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="stress-"))
     draw = random.Random(args.seed)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every process that has dropped points
     with few_digits(256):
-        test = Stress(folder, args.epochs)
+        test = Stress(folder, args.epochs, args.ranks)
         kills = deaths(draw, test.seconds / 2)
         while test.kills.total() < args.kills:
             test.run(kills, args.kills, draw)
