@@ -5,7 +5,6 @@ import re
 import pytest
 from helpers import run_process
 
-
 SLOW = pytest.mark.slow
 
 
