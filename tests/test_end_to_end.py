@@ -34,7 +34,7 @@ def test_a_run_leaves_its_records(digits_run):
     folder, _ = digits_run
     names = {path.name.split(".out.tfevents")[0] for path in folder.iterdir()}
     assert names == {
-        "args.yaml", "objective.txt", "log.txt", "events", "curves.png", "summary.json",
+        "args.yaml", "environment.json", "objective.txt", "log.txt", "events", "curves.png", "summary.json",
         "checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth", ".lock",
     }  # fmt: skip
     assert yaml.safe_load((folder / "args.yaml").read_text())["epochs"] == 2
