@@ -85,7 +85,8 @@ def train(args: Namespace, world: World, folder: Path | None):
     loss_scaler = torch.amp.GradScaler(world.device.type, enabled=amp_dtype == torch.float16)
 
     state = TrainState(model, model_ema, optimizer, schedule, loss_scaler, epoch=args.start_epoch)
-    schedule.start(args.start_epoch)
+    if not checkpoint.path:
+        schedule.start(args.start_epoch)
     start = resume(state, checkpoint, world, finetune=args.finetune, classes=data.classes, global_batch=global_batch)
     data.mark_bad_images(start.bad_images)
     if checkpoint.path and state.epoch >= num_epochs and not needs_summary(args.output_dir, checkpoint.path):

@@ -37,11 +37,12 @@ class Schedule:
             self.scheduler.update_groups(self.min_lr)
 
     def start(self, epoch: int, accuracies: Sequence[float | None] | None = None):
-        """Set the rate of an epoch in a new process.
+        """Set the rate of an epoch, in a process that has trained none.
 
         Args:
             accuracies: of the epochs before it; None = unknown.
         """
+        assert not self.accuracies
         for group, lr in zip(self.scheduler.optimizer.param_groups, self.first, strict=True):
             group["lr"] = lr
         for accuracy in accuracies or [None] * epoch:

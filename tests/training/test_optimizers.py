@@ -12,6 +12,7 @@ from torch import nn
 from models.weights import read
 from training import checkpoint
 from training.background import copy_to_cpu
+from training.schedule import Schedule
 
 NAMES = [
     name
@@ -41,7 +42,8 @@ def state_of(opt, seed=0):
     model = Net()
     optimizer = timm.optim.create_optimizer_v2(model, opt=opt, lr=0.01, weight_decay=0.05, momentum=0.9)
     scheduler, _ = create_scheduler_v2(optimizer, sched="cosine", num_epochs=9, warmup_epochs=2, warmup_lr=1e-3)
-    return checkpoint.TrainState(model, None, optimizer, scheduler, torch.amp.GradScaler("cpu", enabled=False))
+    schedule = Schedule(scheduler, epochs=9)
+    return checkpoint.TrainState(model, None, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False))
 
 
 def train(state, epochs):
@@ -50,7 +52,7 @@ def train(state, epochs):
         state.optimizer.zero_grad()
         state.model(torch.randn(4, 3, 4, 4)).square().sum().backward()
         state.optimizer.step()
-        state.scheduler.step(state.epoch)
+        state.scheduler.step()
         state.epoch += 1
 
 
@@ -121,7 +123,8 @@ def test_a_checkpoint_of_deit_continues(tmp_path, few_digits):
             del group[key]
     for state in optimizer["state"].values():
         state["step"] = int(state["step"])
-    deits = {name: ours[name] for name in ("model", "optimizer", "lr_scheduler", "epoch", "model_ema", "scaler")}
+    deits = {name: ours[name] for name in ("model", "optimizer", "epoch", "model_ema", "scaler")}
+    deits["lr_scheduler"] = {"t_initial": 1, "warmup_t": 5, "metric": 9.0}  # some of timm's
     torch.save(deits | {"args": argparse.Namespace(opt="adamw", lr=5e-4, clip_grad=None)}, tmp_path / "deit.pth")
     run_main(*words, "--epochs", 2, "--output-dir", tmp_path / "rest", "--resume", tmp_path / "deit.pth")
     run_main(*words, "--epochs", 2, "--output-dir", tmp_path, "--resume", "auto", "--resume-with-changes")

@@ -196,9 +196,24 @@ def test_settings_that_no_run_of_this_length_and_rate_means_are_said(words, name
 
 
 def test_a_run_with_plateau_and_without_warm_up_trains_at_its_rate(tmp_path, few_digits):
-    words = ("--sched", "plateau", "--warmup-epochs", 0, "--epochs", 3, "--lr", 2e-4, "--unscale-lr")
-    run_main(*TINY, *words, "--model-ema-warmup", "--output-dir", tmp_path / "run")
-    assert [record["train_lr"] for record in log_of(tmp_path / "run")] == [2e-4] * 3
+    words = (
+        "--sched",
+        "plateau",
+        "--warmup-epochs",
+        0,
+        "--epochs",
+        2,
+        "--lr",
+        2e-4,
+        "--unscale-lr",
+        "--patience-epochs",
+        5,
+    )
+    words = [*TINY, *words, "--model-ema-warmup", "--output-dir", tmp_path / "run"]
+    run_main(*words)
+    resumed = ["--resume", tmp_path / "run" / "checkpoint.pth", "--resume-with-changes", "--start-epoch", 1]
+    run_main(*words, "--epochs", 4, "--cooldown-epochs", 1, "--min-lr", 1e-6, *resumed)
+    assert [record["train_lr"] for record in log_of(tmp_path / "run")] == [2e-4] * 4 + [1e-6]
 
 
 def test_the_decay_of_the_average_grows_as_timms_does():
