@@ -136,15 +136,12 @@ class Data:
         return isinstance(self.val.dataset, Subset)
 
 
-def build_data(
-    options: DataOptions, world: World, val_transform: Callable | None = None, classes: Sequence[str] = ()
-) -> Data:
+def build_data(options: DataOptions, world: World, classes: Sequence[str] = ()) -> Data:
     """The data sets that `options` name, with DeiT's augmentation, and their loaders.
 
     Args:
         classes: names of the classes in the order of a model's outputs, to which labels are mapped by name; empty = in
             the order of the data.
-        val_transform: PIL image -> normalised tensor, in place of `build_transform`'s.
 
     Raises:
         SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ, classes
@@ -162,10 +159,10 @@ def build_data(
     for source in (train, val):
         if isinstance(source, IterableDataset):
             source.target_transform = partial(_known_label, num_classes=num_classes, labels=labels)
-    transform = val_transform or build_transform(options, is_training=False, as_bytes=prefetches)
+    transform = build_transform(options, is_training=False, as_bytes=prefetches)
     val_loader = _val_loader(options, world, val, transform, labels)
-    if prefetches and val_transform is None:
-        val_loader = Prefetcher(val_loader, world.device, Normalize().to(world.device))
+    if prefetches:
+        val_loader = Prefetcher(val_loader, world.device, Normalize(options.mean, options.std).to(world.device))
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(None, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps, seed=options.seed)
     if train is not None:

@@ -10,6 +10,7 @@ import torch
 from datasets import DataOptions, build_data
 from engine import autocast_dtype, train_one_epoch
 from models.execution import set_backends
+from pipeline.transforms import preprocessing_line
 from pipeline.workers import loader_errors
 from training import arguments, build
 from training.changes import find_changes
@@ -25,6 +26,7 @@ from training.log import (
     terms_table,
 )
 from training.output import tolerant_output
+from training.preprocessing import foreign_normalisation
 from training.progress import Progress
 from training.provenance import add_start, environment_lines
 from training.resuming import Checkpoint, find_checkpoint, find_evaluated, load, resume
@@ -49,7 +51,8 @@ def evaluate_only(args: Namespace, world: World):
     """Print the accuracies of `--resume` or `--finetune`."""
     file, origin = find_evaluated(args.resume, args.output_dir, args.finetune)
     checkpoint = Checkpoint(file, load(file)) if args.resume else Checkpoint()
-    data = build_data(build.options_of(DataOptions, args), world, classes=origin.classes)
+    options = build.options_of(DataOptions, args)
+    data = build_data(options, world, classes=origin.classes)
     model = build.build_initial(args, data.num_classes).to(world.device)
     state = TrainState(model, build.build_ema(args, model))
     start = resume(state, checkpoint, world, finetune=args.finetune)
@@ -58,14 +61,17 @@ def evaluate_only(args: Namespace, world: World):
         epoch = "" if origin.epoch is None else f", trained until epoch {origin.epoch}"
         names = "" if origin.classes else ", whose order is taken from the data"
         what = f"{file}{epoch}: {stats['images']} images, {data.num_classes} classes{names}"
-        lines = [*environment_lines(world, args.seed), *start.notes, what, evaluation_table(stats)]
+        warnings = (f"warning: {line}" for line in foreign_normalisation(args))
+        lines = [*environment_lines(world, args.seed), preprocessing_line(options), *warnings, *start.notes]
+        lines += [what, evaluation_table(stats)]
         print("\n".join([*lines, accuracy_line(stats)]))
 
 
 def train(args: Namespace, world: World, folder: Path | None):
     """Train from initial weights, `--finetune` or `--resume`, and evaluate each epoch; `folder` gets the results."""
     checkpoint = find_checkpoint(args.resume, args.output_dir, world)
-    data = build_data(build.options_of(DataOptions, args), world, classes=checkpoint.classes)
+    options = build.options_of(DataOptions, args)
+    data = build_data(options, world, classes=checkpoint.classes)
     global_batch = args.batch_size * world.size * args.accum_steps
     changes = find_changes(
         checkpoint, vars(args), arguments.defaults(), data.description(), global_batch, args.resume_with_changes
@@ -117,6 +123,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         *environment_lines(world, args.seed),
         f"model {args.model}: {num_parameters:,} parameters, {data.num_classes} classes, "
         f"autocast {str(amp_dtype).removeprefix('torch.') if amp_dtype else 'off'}",
+        preprocessing_line(options),
         f"{global_batch} images per optimizer step, learning rate {lr:g}, "
         f"epochs {state.epoch}{from_step} to {num_epochs - 1}",
         *start.notes,
@@ -124,6 +131,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         *(f"changed since the checkpoint: {change}" for change in changes),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss.objective, data)) or 'off'}",
         *(f"warning: {line}" for line in arguments.without_effect(args, amp_dtype)),
+        *(f"warning: {line}" for line in foreign_normalisation(args)),
         *(f"warning: {line}" for line in build.unusual_settings(args, lr, data.num_steps)),
         tables,
     ]))  # fmt: skip

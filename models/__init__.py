@@ -1,6 +1,7 @@
 """Building timm models from the command line. Importing this package registers the paper's models with timm."""
 
 import timm
+import timm.data
 from torch import nn
 
 from diversity.spelling import did_you_mean
@@ -8,7 +9,7 @@ from models.weights import refusal
 
 from . import diverse_deit
 
-__all__ = ["build_model", "diverse_deit"]
+__all__ = ["build_model", "diverse_deit", "published_preprocessing"]
 
 
 def build_model(
@@ -55,3 +56,17 @@ def build_model(
         line = f"{name} has patches of {patch[0]} pixels, which do not divide --input-size {input_size}"
         raise ValueError(f"{line}; change one of them (--patch-size)")
     return model
+
+
+def published_preprocessing(name: str) -> dict[str, object]:
+    """How images are preprocessed for timm's published weights of a model, {flag: value}; {} if there are none."""
+    try:
+        published = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag, which `build_model` reports
+        published = None
+    if published is None:
+        return {}
+    config = timm.data.resolve_data_config(pretrained_cfg=published.to_dict())
+    mean, std = ([*map(float, config[name])] for name in ("mean", "std"))
+    names = {"interpolation": "interpolation", "eval_crop_ratio": "crop_pct", "crop_mode": "crop_mode"}
+    return {"mean": mean, "std": std} | {flag: config[name] for flag, name in names.items()}

@@ -50,7 +50,8 @@ def origin(path: str) -> Origin:
     """
     if path.endswith(".safetensors"):
         return Origin({}, None, [])
-    stored = read(path)
+    # Its tensors are not needed, and so not read; torch cannot map every file name that the system allows.
+    stored = read(path, mmap=zipfile.is_zipfile(path) and path.isascii())
     if not isinstance(stored, dict) or not isinstance(stored.get("args"), dict):
         return Origin({}, None, [])
     return Origin(stored["args"], stored.get("epoch"), _classes(stored))
@@ -185,8 +186,11 @@ def local_file(path: str) -> str:
     return str(local)
 
 
-def read(path: str):
+def read(path: str, mmap: bool = False):
     """The content of a file of torch or safetensors, with its tensors on the CPU.
+
+    Args:
+        mmap: of torch's zip files: a tensor is read when it is used.
 
     Raises:
         ValueError: the file is damaged, or contains code.
@@ -199,7 +203,7 @@ def read(path: str):
             warnings.catch_warnings(action="ignore"),  # about files that are refused in any case
             torch.serialization.safe_globals(ALLOWED),
         ):
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(path if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch and safetensors raise many types for a damaged file
         if refused := refusal(error, path):
             reason = f"{refused}; ask for a file with the weights only, a state_dict or safetensors"

@@ -5,6 +5,7 @@ operations, which compile into one kernel with the model's first cast.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +19,15 @@ from utils import reseed
 
 
 class Normalize(nn.Module):
-    """Bytes [B, 3, H, W] -> float32, less ImageNet's mean, over its standard deviation; floats are left as they are."""
+    """Bytes [B, 3, H, W] -> float32, less the mean, over the standard deviation; floats are left as they are.
 
-    def __init__(self):
+    Args:
+        mean, std: of the three colours, where the largest byte is 1; by default ImageNet's.
+    """
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
         super().__init__()
-        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -114,6 +119,7 @@ class BatchAugmentation(nn.Module):
         mixup: None = labels stay plain.
         erasing: None = nothing is erased.
         memory_format: of the samples.
+        normalize: None = with ImageNet's mean and standard deviation.
     """
 
     def __init__(
@@ -121,9 +127,10 @@ class BatchAugmentation(nn.Module):
         mixup: PatchMixup | None = None,
         erasing: BatchErasing | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
+        normalize: Normalize | None = None,
     ):
         super().__init__()
-        self.normalize = Normalize()
+        self.normalize = normalize or Normalize()
         self.mixup = mixup or PatchMixup(0, 0)
         self.erasing = erasing
         self.memory_format = memory_format

@@ -1,14 +1,15 @@
 """What is done to an image before the model gets it: DeiT's transforms through timm."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch.nn import functional as F
 from torchvision import transforms
 
@@ -16,11 +17,21 @@ SMALL = 32  # up to this input size in pixels, images are resized and not croppe
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformOptions:
+class Preprocessing:
+    """What a model expects of its images, by default as DeiT trains. Each field is the flag of its name."""
+
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    eval_crop_ratio: float = 0.875
+    crop_mode: str = "center"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformOptions(Preprocessing):
     """How images are cropped and augmented. Each field is the flag of its name, which `main.py --help` explains."""
 
     input_size: int
-    eval_crop_ratio: float
     scale: tuple[float, float]
     ratio: tuple[float, float]
     train_interpolation: str
@@ -31,6 +42,13 @@ class TransformOptions:
     reprob: float
     remode: str
     recount: int
+
+
+def preprocessing_line(options: TransformOptions) -> str:
+    """What a run prints about the preprocessing of its images."""
+    crop = f"{options.crop_mode} crop {options.eval_crop_ratio:g}" if options.input_size > SMALL else "no crop"
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (options.mean, options.std))
+    return f"images of {options.input_size} px: mean {mean}, std {std}, {options.interpolation}, {crop}"
 
 
 def build_transform(options: TransformOptions, is_training: bool, as_bytes: bool = False) -> Callable:
@@ -86,6 +104,8 @@ def _training_transform(options: TransformOptions, as_bytes: bool) -> transforms
             color_jitter=options.color_jitter or None,
             auto_augment=options.aa,
             interpolation=options.train_interpolation,
+            mean=options.mean,
+            std=options.std,
             re_prob=options.reprob,
             re_mode=options.remode,
             re_count=options.recount,
@@ -97,7 +117,7 @@ def _training_transform(options: TransformOptions, as_bytes: bool) -> transforms
         ) from None
     size = options.input_size
     if size <= SMALL:
-        resize = transforms.Resize((size, size), interpolation=transforms.InterpolationMode.BICUBIC)
+        resize = transforms.Resize((size, size), interpolation=str_to_interp_mode(options.interpolation))
         transform.transforms[:1] = [resize, transforms.RandomCrop((size, size), padding=4)]
     elif options.fast_crop:
         transform.transforms[0] = FastCrop(size, options.scale, options.ratio, options.train_interpolation)
@@ -108,8 +128,10 @@ def _validation_transform(options: TransformOptions, as_bytes: bool) -> transfor
     is_small = options.input_size <= SMALL
     return timm.data.create_transform(
         input_size=options.input_size,
-        interpolation="bicubic",
+        interpolation=options.interpolation,
+        mean=options.mean,
+        std=options.std,
         crop_pct=1.0 if is_small else options.eval_crop_ratio,
-        crop_mode="squash" if is_small else "center",
+        crop_mode="squash" if is_small else options.crop_mode,
         use_prefetcher=as_bytes,
     )

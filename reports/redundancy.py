@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision import transforms
 
 from diversity import TapError, TappedViT, measure_redundancy
 from diversity.backbones import Backbone
@@ -47,8 +46,7 @@ def draw_heads(
     except TapError as error:
         print(f"{name}: the heads are not drawn: {error}")
         return
-    normalise = next(step for step in subject.transform.transforms if isinstance(step, transforms.Normalize))
-    mean, std = (torch.as_tensor(values).view(3, 1, 1) for values in (normalise.mean, normalise.std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (subject.data.mean, subject.data.std))
     picture = (samples[image].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     grid = backbone.grid if maps.shape[-1] == backbone.num_prefix_tokens + math.prod(backbone.grid) else None
     where = f"block {block} ({backbone.blocks_are} 0 to {len(backbone.blocks) - 1})"

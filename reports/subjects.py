@@ -1,20 +1,18 @@
 """The models that analyze.py measures: found by the words of its command line, loaded, described, with their images."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
-import timm.data
 import torch
 from torch import nn
 
 from datasets import DataOptions, build_data
 from diversity import measurable
 from diversity.backbones import Backbone
-from models import build_model, weights
-from pipeline.transforms import build_transform
+from models import build_model, published_preprocessing, weights
 from reports.run_folders import without_seed
 from training import arguments, checkpoint
 from training.build import options_of
@@ -30,9 +28,8 @@ class Subject(NamedTuple):
         folder: the run folder, where there is one; its report is written there too.
         epoch: the last one in which its weights were trained, from 0; None where that is not known.
         model: the arguments of `build_model` without the number of classes.
-        data: of the validation images.
+        data: of the validation images, preprocessed as the weights need it.
         classes: names in the order of the model's outputs; empty where they are not known.
-        transform: of its images.
     """
 
     run: str
@@ -42,7 +39,6 @@ class Subject(NamedTuple):
     model: dict
     data: DataOptions
     classes: list[str]
-    transform: Callable
 
     @property
     def measured_on(self) -> dict:
@@ -59,29 +55,24 @@ def find_subject(run: str, flags: list[str]) -> Subject:
     """
     path = Path(run)
     folder = path if path.is_dir() else None
-    file, epoch, published = path / checkpoint.LAST if folder else path, None, {}
+    file, epoch = path / checkpoint.LAST if folder else path, None
     if file.is_file():
         with errors_of("RUN"):
             config, epoch, classes = weights.origin(str(file))
+        config["finetune"] = str(file)  # whose preprocessing is used
     elif folder:
         raise SystemExit(f"error: {run} is not a run folder of this program: it has no {checkpoint.LAST}")
     elif timm.is_model(run):
         file, published = None, timm.get_pretrained_cfg(run)
-        published = published.to_dict() if published else {}
         classes, flags = [], [*flags, "--model", run]
-        config = {"input_size": published.get("input_size", (224,))[-1]}
+        config = {"input_size": published.input_size[-1] if published else 224} | published_preprocessing(run)
     else:
         raise SystemExit(f"error: {run} is not a run folder, a checkpoint file or the name of a timm model")
     config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
     args = arguments.parse_args(flags, config)
     data = dataclasses.replace(options_of(DataOptions, args), eval=True)  # it reads no training set
-    if file:
-        transform = build_transform(data, is_training=False)
-    else:
-        data_config = timm.data.resolve_data_config({"img_size": args.input_size}, published)
-        transform = timm.data.create_transform(**data_config)
     model = {"name": args.model, "input_size": args.input_size, "patch_size": args.patch_size, **args.model_kwargs}
-    return Subject(run, file, folder, epoch, model, data, classes, transform)
+    return Subject(run, file, folder, epoch, model, data, classes)
 
 
 def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> nn.Module:
@@ -109,7 +100,7 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
 
 def images(subject: Subject, world: World, num_images: int) -> tuple[Iterator[torch.Tensor], int]:
     """The first images of the validation set in batches, and the number of classes."""
-    data = build_data(subject.data, world, subject.transform, subject.classes)
+    data = build_data(subject.data, world, subject.classes)
 
     def stream():
         left = min(num_images or data.num_val, data.num_val)

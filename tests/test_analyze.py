@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 from analyzing import PLAIN_VIT, analyzed, loaded, measured, numbers, small_model
 from helpers import BRIEF, TINY, data_options, run_main, world
@@ -15,7 +16,6 @@ from PIL import Image
 
 import analyze
 from datasets import build_data
-from diversity import measure_redundancy
 from diversity.measures import measures_of, summary_measures
 from models import build_model
 from pipeline.sources import Digits
@@ -86,7 +86,9 @@ def test_a_state_dict_with_the_flags_of_its_model(name, file, tmp_path, undrawn)
     save = torch.save if file.endswith(".pth") else safetensors.torch.save_file
     save(model.state_dict(), tmp_path / file)
     report = analyzed(tmp_path, tmp_path / file, *PLAIN_VIT, "--model", name, "--num-images", "20")
-    assert numbers(report) == measured(model, 20)
+    config = timm.get_pretrained_cfg(name)
+    normalisation = ("--mean", *config.mean, "--std", *config.std)
+    assert numbers(report) == measured(model, 20, (*TINY, *normalisation))
     assert report["measured_on"]["epoch"] is None
 
 
@@ -113,11 +115,7 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
     report = analyzed(tmp_path, "deit_tiny_patch16_224", *published(tmp_path, model), "--num-images", "20")
     assert report["run"] == "deit_tiny_patch16_224" and report["measured_on"]["epoch"] is None
     assert "deit_tiny_patch16_224, 20 images" in (tmp_path / "out" / "redundancy.md").read_text()
-    data = build_data(
-        data_options(*TINY), world(), subjects.find_subject("deit_tiny_patch16_224", [*PLAIN_VIT]).transform
-    )
-    samples = torch.cat([batch for batch, _ in data.val])[:20]
-    assert numbers(report) == measure_redundancy(model, [samples])
+    assert numbers(report) == measured(model, 20)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +128,30 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
 )
 def test_published_weights_see_the_images_they_were_trained_for(name, flags, size, crop, mean):
     subject = subjects.find_subject(name, ["--data-set", "FAKE", *flags])
-    resize, centre, *_, normalise = subject.transform.transforms
+    resize, centre, *_, normalise = build_transform(subject.data, is_training=False).transforms
     assert subject.model["input_size"] == subject.data.input_size == size and tuple(centre.size) == (size, size)
     assert resize.size == math.floor(size / crop)
     assert normalise.mean[0].item() == pytest.approx(mean, abs=1e-4)
+
+
+OVER = ("--mean", "0.1", "0.2", "0.3", "--crop-pct", "0.5", "--crop-mode", "border")
+
+
+def test_flags_win_over_the_preprocessing_of_published_weights():
+    options = subjects.find_subject("vit_tiny_patch16_224", ["--data-set", "FAKE", *OVER]).data
+    assert (options.mean, options.eval_crop_ratio, options.crop_mode) == ([0.1, 0.2, 0.3], 0.5, "border")
+    assert options.std == [0.5, 0.5, 0.5]
+
+
+def test_a_checkpoint_of_this_program_is_measured_as_it_was_trained(runs, tmp_path, undrawn):
+    """Not as timm's published weights of its model, of which it is one here, nor as those that it was tuned from."""
+    content = torch.load(runs / "plain" / checkpoint.LAST, weights_only=True)
+    for name, flags in (("plain", {}), ("tuned", {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3})):
+        stored = content["args"] | {"model": "vit_tiny_patch16_224", "finetune": "others.pth"} | flags
+        torch.save(content | {"args": stored}, tmp_path / f"{name}.pth")
+        report = analyzed(tmp_path, tmp_path / f"{name}.pth", "--num-images", "20")
+        words = ("--mean", 0.1, 0.2, 0.3, "--std", 0.5, 0.5, 0.5) if flags else ()
+        assert numbers(report) == measured(small_model(weights=content["model"]), 20, (*TINY, *words))
 
 
 @pytest.mark.parametrize("flag", ["--data-set", "--batch-size", "--model"])
@@ -149,7 +167,7 @@ def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
 def test_exactly_so_many_images_are_streamed(num_images, batch_size):
     options = data_options("--batch-size", batch_size, "--eval", "--resume", "none.pth")
-    subject = subjects.Subject("", None, None, None, {}, options, [], build_transform(options, is_training=False))
+    subject = subjects.Subject("", None, None, None, {}, options, [])
     stream, num_classes = subjects.images(subject, world(), num_images)
     every = torch.cat([samples for samples, _ in build_data(options, world()).val])
     assert torch.equal(torch.cat([*stream]), every[: num_images or 360]) and num_classes == 10

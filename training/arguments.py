@@ -13,6 +13,7 @@ from pipeline.sources import SOURCE_FLAGS, find_source
 from training.changes import MODEL
 from training.flags import build_parser
 from training.parsing import flag_of
+from training.preprocessing import fill_preprocessing
 
 HAVE_FLAGS = {
     "img_size": "--input-size",
@@ -46,6 +47,7 @@ def parse_args(argv: list[str] | None = None, config: dict | None = None) -> arg
     parser = build_parser()
     args = parser.parse(sys.argv[1:] if argv is None else argv, config)
     _check(parser, args)
+    fill_preprocessing(args)
     return args
 
 
@@ -92,7 +94,7 @@ def repeatable(args: argparse.Namespace) -> dict[str, object]:
 
 def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = torch.bfloat16) -> list[str]:
     """One line for each flag that was set and has no effect beside another flag, or beside the autocast dtype."""
-    default = build_parser().parse(["--preset", args.preset or "none"])
+    default = parse_args(["--preset", args.preset or "none"])
     cutmix = args.cutmix > 0 or args.cutmix_minmax
     small = args.input_size <= 32
     optimizer = _optimizer_info(args.opt)
@@ -125,7 +127,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
          "nothing is written without --output-dir"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) replaces it"),
-        (small, "scale ratio eval_crop_ratio fast_crop", "images are not cropped for inputs up to 32 px"),
+        (small, "scale ratio eval_crop_ratio crop_mode fast_crop", "images are not cropped for inputs up to 32 px"),
         *((flag not in source.flags, flag, f"--data-set is {args.data_set}") for flag in SOURCE_FLAGS),
         (args.lr_noise is None, "lr_noise_pct lr_noise_std", "--lr-noise is off"),
         (args.sched not in ("step", "plateau", "poly"), "decay_rate", f"--sched is {args.sched}"),

@@ -24,7 +24,8 @@ from diversity.distillation import DistillationLoss
 from models import build_model
 from models.execution import embed_patches_by_product, enable_grad_checkpointing, keep_residual_in_bfloat16
 from models.weights import load_weights
-from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
+from pipeline.batch_augmentation import BatchAugmentation, BatchErasing, Normalize
+from pipeline.transforms import Preprocessing
 from training import arguments
 from training.parsing import flag_of
 from training.schedule import Schedule
@@ -35,9 +36,13 @@ FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefi
 
 
 def options_of(cls: type[T], args: Namespace) -> T:
-    """A dataclass of options: each field is the flag of its name; one with a default may have no flag."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    """A dataclass of options: each field is the flag of its name; None, or no flag, leaves a field at its default."""
+    names = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING or getattr(args, field.name, None) is not None
+    ]
+    return cls(**{name: getattr(args, name) for name in names})
 
 
 def build_initial(args: Namespace, num_classes: int) -> nn.Module:
@@ -178,7 +183,8 @@ def build_augmentation(args: Namespace, of_bytes: bool) -> BatchAugmentation:
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     if args.patch_product:  # it copies the patches in any case
         layout = torch.preserve_format
-    return BatchAugmentation(build_mixup(args), erasing, layout)
+    images = options_of(Preprocessing, args)
+    return BatchAugmentation(build_mixup(args), erasing, layout, Normalize(images.mean, images.std))
 
 
 def build_mixup(args: Namespace, grid: tuple[int, int] | None = None) -> PatchMixup:

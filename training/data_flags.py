@@ -11,6 +11,7 @@ from training.parsing import (
     nonneg_float,
     nonneg_int,
     positive_float,
+    positive_fraction,
     positive_int,
 )
 
@@ -20,8 +21,8 @@ def add_augmentation(parser):
     add = parser.add_argument_group("augmentation").add_argument
     add("--aa", type=none_or_text, default="rand-m9-mstd0.5-inc1", metavar="NAME", help="timm auto-augment; none = off")
     add("--color-jitter", type=nonneg_float, default=0.4, help="strength if --aa is not RandAugment; 0 = off")
-    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default="bicubic",
-        help="of training crops")  # fmt: skip
+    add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default=None,
+        help="of training crops; None = --interpolation")  # fmt: skip
     add("--scale", type=fraction, nargs=2, default=[0.08, 1.0], metavar=("LOW", "HIGH"),
         help="area of random crops, as fractions of the image")  # fmt: skip
     add("--ratio", type=positive_float, nargs=2, default=[0.75, 4 / 3], metavar=("LOW", "HIGH"),
@@ -43,6 +44,26 @@ def add_augmentation(parser):
     add("--mixup-mode", choices=MODES, default="batch", help="one draw per batch, pair or element")
 
 
+def add_preprocessing(parser):
+    """Add the group of what a model expects of its images to a parser."""
+    add = parser.add_argument_group(
+        "preprocessing",
+        "None = as the weights of --finetune or --resume need it: what a checkpoint of this program was trained with; "
+        "for other weights of --finetune, timm's configuration of --model; otherwise DeiT's, in brackets",
+    ).add_argument
+    add("--mean", type=fraction, nargs=3, default=None, metavar=("R", "G", "B"),
+        help="subtracted from the colours, from 0 to 1 [0.485 0.456 0.406]")  # fmt: skip
+    add("--std", type=positive_fraction, nargs=3, default=None, metavar=("R", "G", "B"),
+        help="divides the colours, from 0 to 1 [0.229 0.224 0.225]")  # fmt: skip
+    add("--interpolation", choices=("bilinear", "bicubic"), default=None,
+        help="of validation images, and of all images up to 32 px [bicubic]")  # fmt: skip
+    add("--eval-crop-ratio", "--crop-pct", type=positive_float, default=None,
+        help="cropped over resized side of a validation image, above 32 px [0.875]")  # fmt: skip
+    add("--crop-mode", choices=("center", "squash", "border"), default=None,
+        help="of validation images above 32 px: center = the middle; squash = resized to a square first; "
+        "border = the whole image with borders [center]")  # fmt: skip
+
+
 def add_data(parser):
     """Add the group of data sets, loaders and evaluation to a parser."""
     add = parser.add_argument_group("data").add_argument
@@ -56,7 +77,6 @@ def add_data(parser):
         help="None = counted; needed for a data set without class names")  # fmt: skip
     add("--inat-category", default="name", help="iNaturalist label",
         choices=("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"))  # fmt: skip
-    add("--eval-crop-ratio", type=positive_float, default=0.875, help="centre crop over resized side, above 32 px")
     add("--max-bad-images", type=nonneg_int, default=100,
         help="unreadable training images a process replaces before training stops")  # fmt: skip
     add("--num-workers", type=nonneg_int, default=None,

@@ -8,7 +8,7 @@ from argparse import BooleanOptionalAction as Switch
 
 from diversity import ALIASES, MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS
 from diversity.objective import MIXING
-from training.data_flags import add_augmentation, add_data
+from training.data_flags import add_augmentation, add_data, add_preprocessing
 from training.parsing import (
     KeyValues,
     Parser,
@@ -47,7 +47,8 @@ def build_parser() -> Parser:
         removed=REMOVED,
     )
     for add_group in (
-        _run, _speed, _model, _diversity, _optimizer, _schedule, add_augmentation, _distillation, add_data, _launcher
+        _run, _speed, _model, _diversity, _optimizer, _schedule, add_augmentation, add_preprocessing, _distillation,
+        add_data, _launcher,
     ):  # fmt: skip
         add_group(parser)
     return parser

@@ -133,6 +133,7 @@ seed_int = _number(int, lambda value: 0 <= value < 2**31, "an integer from 0 to 
 nonneg_float = _number(float, lambda value: value >= 0, "a finite number >= 0")
 positive_float = _number(float, lambda value: value > 0, "a finite number > 0")
 fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
 fraction_below_one = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 

@@ -9,6 +9,7 @@ from cutting import EVERYTHING, content, cut_run
 from data_files import write_webdataset
 from failing import Failing, hang, kill
 from helpers import data_options, few_digits, make_image_folder, world
+from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -17,7 +18,6 @@ import datasets
 from datasets import build_data
 from pipeline.batch_augmentation import Normalize
 from pipeline.prefetch import Prefetcher
-from pipeline.transforms import build_transform
 from pipeline.workers import loader_errors
 from utils import World
 
@@ -33,9 +33,9 @@ def folder_words(tmp_path):
     return "--data-set", "IMNET", "--data-path", make_image_folder(tmp_path, n=35), "--input-size", 48
 
 
-def normalised(batches):
+def normalised(batches, *values):
     """Batches of bytes as the model sees them."""
-    return ((Normalize()(images), labels) for images, labels in batches)
+    return ((Normalize(*values)(images), labels) for images, labels in batches)
 
 
 def assert_same(batches, others, **tolerance):
@@ -97,16 +97,19 @@ def test_streams_are_those_of_the_float_path(tmp_path):
         torch.testing.assert_close(ours.first_val_images(count), theirs.first_val_images(count), rtol=0, atol=1e-6)
 
 
-def test_a_given_transform_is_used(tmp_path):
-    """analyze.py gives that of published weights, which may normalise differently."""
-    words = folder_words(tmp_path)
-    own = build_transform(data_options(*words), is_training=False)
-    own.transforms[-1] = transforms.Normalize([0.5] * 3, [0.5] * 3)
-    data = build(*words, val_transform=own)
-    assert isinstance(data.val, DataLoader)
-    samples, _ = next(iter(data.val))
-    assert torch.equal(samples[0], own(data.val.dataset.source[0][0]))
-    assert torch.equal(data.first_val_images(9), samples)
+@pytest.mark.parametrize("size", [32, 48])
+def test_mean_and_deviation_are_those_of_the_float_path(size, tmp_path):
+    """In training the step normalises, of what the prefetcher sends."""
+    mean, std = (0.25, 0.5, 0.75), (0.1, 0.2, 0.4)
+    words = (*folder_words(tmp_path), "--input-size", size, "--reprob", 0, "--mean", *mean, "--std", *std)
+    ours, theirs = build(*words), build(*words, "--no-prefetcher")
+    assert_same(normalised(ours.batches(0, 0), mean, std), theirs.batches(0, 0), rtol=0, atol=3e-6)
+    assert_same(ours.val, theirs.val, rtol=0, atol=3e-6)
+    torch.testing.assert_close(ours.first_val_images(20), theirs.first_val_images(20), rtol=0, atol=3e-6)
+    image = transforms.ToTensor()(Image.open(tmp_path / "val" / "cat" / "0.png").resize((size, size), Image.BICUBIC))
+    squared = build(*words, "--crop-pct", 1).first_val_images(1)[0]
+    expected = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(squared, expected, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize(

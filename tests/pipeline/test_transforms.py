@@ -89,6 +89,39 @@ def test_centre_crop_of_evaluation():
     assert tuple(crop.size) == (64, 64)
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("size", [32, 64])
+def test_preprocessing_flags_reach_the_pixels(size, is_training):
+    """The colour of a plain image, less the mean, over the deviation; the fill of RandAugment is the mean."""
+    mean, std = (0.25, 0.5, 0.75), (0.1, 0.2, 0.4)
+    flags = ("--input-size", size, "--mean", *mean, "--std", *std)
+    out = build_transform(data_options(*flags, *PLAIN), is_training)(Image.new("RGB", (90, 70), (51, 102, 255)))
+    expected = (torch.tensor((0.2, 0.4, 1.0)) - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(out[:, 10, 10], expected)
+    policy = steps_of(*flags)["RandAugment"]
+    assert policy.ops[0].kwargs["fillcolor"] == (64, 128, 191)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [32, 64])
+def test_interpolation_is_that_of_every_resize(size, interpolation):
+    options = data_options("--input-size", size, "--interpolation", interpolation)
+    train, val = (build_transform(options, is_training).transforms[0] for is_training in (True, False))
+    assert train.interpolation.value == val.interpolation.value == interpolation
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "box"), [("center", (96, 64), 64), ("squash", (64, 64), 64), ("border", (64, 43), 43)]
+)
+def test_crop_modes(mode, size, box):
+    """Of an image of 120 x 80 pixels: the resized size, and the rows of the result that come from it."""
+    image = Image.new("RGB", (120, 80), (255, 255, 255))
+    options = data_options("--input-size", 64, "--crop-pct", 1, "--crop-mode", mode, "--mean", 0, 0, 0)
+    transform = build_transform(options, is_training=False)
+    assert transform.transforms[0](image).size == size
+    assert int((transform(image)[0, :, 32] > 0).sum()) == box
+
+
 def steps_of(*words):
     """{class name: transform} of the training transform."""
     return {type(step).__name__: step for step in training_transform(*words).transforms}

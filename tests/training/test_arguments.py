@@ -40,8 +40,8 @@ def sample_values(action, flag):
         return SPECIAL[flag]
     if action.choices:
         return [next(choice for choice in reversed(action.choices) if choice != action.default)]
-    if action.nargs == 2:
-        return ["0.25", "0.5"]
+    if isinstance(action.nargs, int):
+        return ["0.25", "0.5", "0.75"][: action.nargs]
     return [next(word for word in ("4", "0.375", "a_b") if accepts(action, word))]
 
 
