@@ -11,7 +11,8 @@ from typing import TextIO
 
 import yaml
 
-from training.records import LOG, SUMMARY, read_records
+from training.provenance import data_name, read_starts
+from training.records import CHANGES, LOG, SUMMARY, read_records
 
 ACCURACIES = {"test_acc1": "raw", "test_acc1_ema": "EMA"}
 FINITE = ("train_loss", "test_loss", "test_loss_ema", *ACCURACIES)  # in the last epoch, unless the run failed
@@ -19,18 +20,19 @@ MAY_DIFFER = (
     *("seed", "output_dir", "resume", "start_epoch", "config", "data_path", "num_workers", "pin_mem", "device"),
     *("dist_url", "dist_eval", "world_size", "local_rank", "resplit", "model_ema_force_cpu", "log_interval"),
     *("tensorboard", "redundancy_every", "save_every_steps", "save_every_minutes", "keep_checkpoints"),
-    *("loader_timeout", "deterministic", "scale_lr_flag"),
+    *("check_data", "dry_run", "loader_timeout", "deterministic", "scale_lr_flag"),
     *("fused_opt", "decode_once"),  # of earlier versions
 )  # flags of where and how a run ran, not of what it trained
 REPORT = "redundancy.json"  # of analyze.py; with the log of main.py the sources of redundancy, the better one first
 PROVENANCE = {
     "data_set": "data set {}",
     "split": "split {}",
+    "files": "files {}",
     "images": "the first {} images",
     "input_size": "{} pixels wide",
     "weights": "{} weights",
 }
-"""{what must be equal in all runs: its words in a note}."""
+"""{what must be equal in all runs, where it is known: its words in a note}."""
 
 
 @dataclass
@@ -58,6 +60,8 @@ class Run:
         flags: its args.yaml; empty where that cannot be read.
         records: one dict for each epoch, in order.
         redundancy: {REPORT or LOG: its measures}, without a source that has none.
+        starts: the entries of its environment.json; none for a run of an earlier version.
+        changes: the lines of its changes.jsonl.
         problem: why it is not averaged, "unfinished: ..." or "failed: ..."; None for a finished run.
     """
 
@@ -66,11 +70,19 @@ class Run:
     flags: dict = field(default_factory=dict)
     records: list[dict] = field(default_factory=list)
     redundancy: dict[str, Measured] = field(default_factory=dict)
+    starts: list[dict] = field(default_factory=list)
+    changes: list[dict] = field(default_factory=list)
     problem: str | None = None
 
     @property
     def name(self) -> str:
         return f"{self.configuration}/seed{self.flags.get('seed', '?')}"
+
+    @property
+    def data_name(self) -> str | None:
+        if self.starts:
+            return self.starts[-1]["data"]["name"]
+        return data_name(self.flags["data_set"], self.flags.get("data_path")) if "data_set" in self.flags else None
 
     def values(self, source: str | None) -> dict[str, float]:
         """Accuracies of the last epoch in percent, the measures of `source`, the median throughput in images/s."""
@@ -141,6 +153,8 @@ def read_run(folder: Path, configuration: str) -> Run:
             raise ValueError("args.yaml does not contain the flags of a run")
         run.flags = flags
         run.records = read_log(folder / LOG, sys.stderr) if (folder / LOG).exists() else []
+        run.starts = read_starts(folder)
+        run.changes = [*filter(None, read_records(folder / CHANGES))] if (folder / CHANGES).exists() else []
         sources = {REPORT: _reported(_read_json(folder / REPORT)), LOG: _logged(run)}
         run.redundancy = {source: measured for source, measured in sources.items() if measured.measures}
         run.problem = _problem(run, _read_json(folder / SUMMARY))
@@ -170,7 +184,8 @@ def _logged(run: Run) -> Measured:
     measures = {name.removeprefix(prefix): value for name, value in record.items()
                 if name.startswith(prefix) and _is_finite(value)}  # fmt: skip
     images = measures.pop("images", None)
-    provenance = {"data_set": run.flags.get("data_set"), "split": run.flags.get("val_split") or "validation"}
+    provenance = {"data_set": run.data_name, "split": run.flags.get("val_split") or "validation"}
+    provenance["files"] = run.starts[-1]["data"]["val_digest"] if run.starts else None
     provenance |= {"input_size": run.flags.get("input_size"), "images": images, "weights": "raw"}
     return Measured(measures, record.get("epoch"), provenance)
 

@@ -8,6 +8,8 @@ import pandas as pd
 
 from diversity.measures import summary_measures
 from diversity.spelling import did_you_mean
+from reports import comparisons
+from reports.comparisons import check_rows, comparable_groups, compared, conflict
 from reports.run_folders import ACCURACIES, PROVENANCE, REPORT, Run, find_runs
 from reports.tables import latex, markdown
 from training.records import LOG
@@ -33,25 +35,35 @@ def write_table(
         SystemExit: there is no such run or measure, or a file cannot be written.
     """
     runs = find_runs(folders)
-    source, measures, notes = choose_measures(measures, runs)
-    notes += [f"{run.name}, {run.problem}" for run in runs if run.problem]
-    table = statistics_table(runs, source, measures, baseline)
-    if baseline not in table.index:
+    check_rows(runs)
+    check_measures(measures or [], runs)
+    runs.sort(key=lambda run: run.configuration != baseline)
+    if runs[0].configuration != baseline:
         sys.stderr.write(f"there is no configuration {baseline} to compare with (--baseline)\n")
+    groups = comparable_groups(runs)
+    tables, texts, notes = [], [], []
+    for group in groups:
+        source, chosen, notes_on_measures = choose_measures(measures, group)
+        tables.append(statistics_table(group, source, chosen, baseline))
+        texts += text_tables(tables[-1], chosen, baseline)
+        if group is not groups[0]:
+            notes.append(f"another table, as {conflict(groups[0][0], group[0])}")
+        notes += [compared(group), *notes_on_measures, *comparisons.notes(group)]
+    notes = [*dict.fromkeys(notes), *(f"{run.name}, {run.problem}" for run in runs if run.problem)]
     if form == "csv":
-        text = table.to_csv(index_label="cell")
+        text = pd.concat(tables).to_csv(index_label="cell")
         sys.stderr.writelines(f"{note}\n" for note in notes)
     else:
-        compared = f" (difference from the mean of {baseline})" if baseline in table.index else ""
-        notes.insert(0, f"mean ± standard deviation of a sample of n runs{compared}; the best in bold")
-        text = {"markdown": markdown, "latex": latex}[form](text_tables(table, measures, baseline), notes)
+        difference = f" (difference from the mean of {baseline})" if runs[0].configuration == baseline else ""
+        notes.insert(0, f"mean ± standard deviation of a sample of n runs{difference}; the best in bold")
+        text = {"markdown": markdown, "latex": latex}[form](texts, notes)
     try:
         if output:
             output.write_text(text, encoding="utf-8")
         else:
             print(text, end="")
-        if curves:
-            draw_curves(sorted(runs, key=lambda run: [*table.index].index(run.configuration)), curves)
+        for number, group in enumerate(groups if curves else (), 1):
+            draw_curves(group, curves if number == 1 else curves.with_stem(f"{curves.stem}_{number}"))
     except OSError as error:
         raise SystemExit(f"error: {error.filename} cannot be written: {error.strerror}") from None
 
@@ -146,17 +158,8 @@ def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | Non
     """The file that redundancy is read from, those of the measures that the finished runs have, and notes on them.
 
     No names are `DEFAULT_MEASURES`, without a note if there is no redundancy at all.
-
-    Raises:
-        SystemExit: a name is neither a measure of this project nor in any run.
     """
-    in_runs = {name for run in runs for measured in run.redundancy.values() for name in measured.measures}
-    known = sorted({*summary_measures(), *in_runs})
     chosen = [*dict.fromkeys(DEFAULT_MEASURES if names is None else names)]
-    for name in chosen:
-        if name not in known:
-            hint = did_you_mean(name, known, ".")
-            raise SystemExit(f"error: unknown measure {name}{hint} There are {', '.join(known)}")
     source, note = choose_redundancy(runs)
     if not chosen or (names is None and note is None):
         return None, [], []
@@ -166,6 +169,20 @@ def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | Non
     missing = [name for name in chosen if name not in measured]
     note += f"; it lacks {', '.join(missing)}" if missing else ""
     return source, [name for name in chosen if name in measured], [note]
+
+
+def check_measures(names: list[str], runs: list[Run]):
+    """Find names of measures that do not exist.
+
+    Raises:
+        SystemExit: a name is neither a measure of this project nor in any run.
+    """
+    in_runs = {name for run in runs for measured in run.redundancy.values() for name in measured.measures}
+    known = sorted({*summary_measures(), *in_runs})
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known, ".")
+            raise SystemExit(f"error: unknown measure {name}{hint} There are {', '.join(known)}")
 
 
 def choose_redundancy(runs: list[Run]) -> tuple[str | None, str | None]:
@@ -184,7 +201,8 @@ def choose_redundancy(runs: list[Run]) -> tuple[str | None, str | None]:
         reason = _reason_against(source, finished)
         if reason is None:
             values = finished[0].redundancy[source].provenance
-            words = [text.format(values[name]) for name, text in PROVENANCE.items() if values[name] is not None]
+            known = [name for name in PROVENANCE if values[name] is not None and name != "files"]
+            words = [PROVENANCE[name].format(values[name]) for name in known]
             skipped = reasons and any(REPORT in run.redundancy for run in finished)
             instead = f", as {reasons[0]}" if skipped else ""
             return source, f"redundancy: measured after the last epoch on {', '.join(words)} ({source}{instead})"
@@ -202,7 +220,9 @@ def _reason_against(source: str, runs: list[Run]) -> str | None:
             epoch = "an unknown epoch" if theirs.epoch is None else f"epoch {theirs.epoch}"
             return f"the {source} of {run.name} is of {epoch}, not of its last, {last}"
         for name, text in PROVENANCE.items():
-            if ours.provenance[name] != theirs.provenance[name]:
-                values = text.format(ours.provenance[name]), text.format(theirs.provenance[name])
+            values = ours.provenance[name], theirs.provenance[name]
+            is_unknown = name == "files" and None in values  # to a version without environment.json
+            if values[0] != values[1] and not is_unknown:
+                values = [*map(text.format, values)]
                 return f"in {source}, {runs[0].name} was measured on {values[0]}, {run.name} on {values[1]}"
     return None

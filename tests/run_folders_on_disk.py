@@ -36,6 +36,24 @@ def make_run(folder, seed=0, acc1=90.0, ema=None, epochs=2, done=None, finished=
     return folder
 
 
+def start(folder, data=None, **values):
+    """Add a start of a run to its environment.json: one process on the images of `cifar`, or on other `data`."""
+    images = {"name": "cifar", "path": "/data/cifar", "classes": 10, "train_images": 500, "val_images": 100}
+    images |= {"train_digest": "aaaa", "val_digest": "bbbb"} | (data or {})
+    path = folder / "environment.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    entry = {
+        "processes": 1,
+        "global_batch": 64,
+        "learning_rate": 0.001,
+        "torch": "2.11",
+        "commit": "abc",
+        "data": images,
+    }
+    path.write_text(json.dumps([*starts, entry | values]))
+    return folder
+
+
 def redundancy(*values):
     """The first of the default measures, as a record of log.txt has them."""
     measures = {f"redundancy_{name}": value for name, value in zip(study_table.DEFAULT_MEASURES, values, strict=False)}

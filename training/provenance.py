@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from datasets import Data
 from training.records import ENVIRONMENT
 from training.run_folder import same_error_everywhere
-from utils import World, write_json
+from utils import World, errors_of, write_json
 
 STAT_THREADS = 16  # sizes of files on a network file system arrive one after the other in a single thread
 DIGESTS = {"train_digest": "training files", "val_digest": "validation files"}
@@ -47,7 +47,8 @@ def add_start(
     notes = []
     with same_error_everywhere(str(folder), world):
         if folder is not None:
-            entries = read_starts(folder)
+            with errors_of("--output-dir:"):
+                entries = read_starts(folder)
             entry = {
                 "time": datetime.now().astimezone().isoformat(timespec="seconds"),
                 "command": shlex.join(sys.orig_argv),
@@ -73,13 +74,13 @@ def read_starts(folder: Path) -> list[dict]:
     """The entries of a run folder's environment.json; none for a run of a version that did not write it.
 
     Raises:
-        SystemExit: the file is damaged.
+        ValueError: the file is damaged.
     """
     path = folder / ENVIRONMENT
     try:
         return json.loads(path.read_text()) if path.exists() else []
-    except ValueError:
-        raise SystemExit(f"error: {path} is not complete JSON; move it away") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is not complete JSON; move it away") from None
 
 
 def versions() -> dict[str, str]:

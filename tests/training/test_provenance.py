@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from helpers import FOLDER, TINY, data_options, few_digits, log_of, make_image_folder, one_line, run_main, world
+from helpers import FOLDER, TINY, data_options, few_digits, log_of, make_image_folder, run_main, world
 from ranks import run_ranks
 from torchvision.datasets import ImageFolder
 
@@ -41,11 +41,10 @@ def test_other_files_are_reported_when_a_run_continues(tmp_path, capsys):
     assert f"warning: the validation files are not those of the last start: {digests}" in capsys.readouterr().out
 
 
-def test_a_damaged_file_is_not_replaced(tmp_path):
+def test_a_damaged_file_is_not_replaced(tmp_path, refused):
     (tmp_path / "environment.json").write_text("[{")
-    with pytest.raises(SystemExit) as caught:
-        provenance.read_starts(tmp_path)
-    one_line(caught, tmp_path / "environment.json", "not complete JSON")
+    assert "environment.json is not complete JSON" in refused("--output-dir", tmp_path)
+    assert (tmp_path / "environment.json").read_text() == "[{"
 
 
 def test_the_digest_is_of_paths_and_sizes(tmp_path):
