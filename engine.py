@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from training.checkpoint import TrainState
-from training.guard import GuardedUpdate
 from training.progress import Progress
+from training.update import GuardedUpdate
 from utils import World, reseed
 
 

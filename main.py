@@ -16,7 +16,7 @@ from training import arguments, build
 from training.changes import find_changes
 from training.checkpoint import TrainState
 from training.evaluation import RedundancyMonitor, evaluate_both
-from training.guard import FiniteGuard, GuardedUpdate
+from training.guard import FiniteGuard
 from training.log import (
     RunLog,
     accuracy_line,
@@ -33,6 +33,7 @@ from training.resuming import Checkpoint, find_checkpoint, find_evaluated, load,
 from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
 from training.saving import Saver
 from training.stopping import StopSignals
+from training.update import GuardedUpdate
 from utils import World, joined_world, one_line_errors, quiet_warnings, run_command
 
 

@@ -20,10 +20,11 @@ from training.build import (
     should_compile,
 )
 from training.checkpoint import TrainState
-from training.guard import FiniteGuard, GuardedUpdate
+from training.guard import FiniteGuard
 from training.log import RunLog
 from training.meters import EpochTotals
 from training.progress import Progress
+from training.update import GuardedUpdate
 from utils import World
 
 from . import textbook_step

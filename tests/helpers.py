@@ -19,9 +19,10 @@ from engine import train_one_epoch
 from models import build_model
 from training import arguments
 from training.build import options_of
-from training.guard import FiniteGuard, GuardedUpdate
+from training.guard import FiniteGuard
 from training.log import RunLog
 from training.progress import Progress
+from training.update import GuardedUpdate
 from utils import World
 
 torch.set_num_threads(1)  # small tensors, and threads that spin make a busy machine many times slower

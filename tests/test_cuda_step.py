@@ -27,7 +27,8 @@ from training.build import (
     build_optimizer,
 )
 from training.checkpoint import TrainState
-from training.guard import FiniteGuard, GuardedUpdate
+from training.guard import FiniteGuard
+from training.update import GuardedUpdate
 from utils import World
 
 WORLD = World(0, 1, 0, 1, CUDA)

@@ -14,7 +14,8 @@ from diversity import PatchMixup
 from engine import autocast_dtype, evaluate
 from training import build
 from training.build import build_optimizer
-from training.guard import FiniteGuard, GuardedUpdate
+from training.guard import FiniteGuard
+from training.update import GuardedUpdate
 
 
 def test_all_coefficients_zero_is_plain_training_bit_for_bit():

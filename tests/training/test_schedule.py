@@ -12,7 +12,8 @@ from timm.utils import ModelEmaV3
 from training import evaluation
 from training.build import build_ema, build_schedule, unusual_settings
 from training.checkpoint import TrainState
-from training.guard import FiniteGuard, GuardedUpdate
+from training.guard import FiniteGuard
+from training.update import GuardedUpdate
 from utils import World
 
 pytestmark = pytest.mark.filterwarnings("ignore:PlateauLRScheduler", "ignore:Detected call of")
