@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, default_collate
 
 from pipeline.batch_augmentation import Normalize
-from pipeline.images import ReadableImages
+from pipeline.images import ReadableImages, image_name
 from pipeline.prefetch import Prefetcher
 from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
 from pipeline.sources import SourceOptions, build_source, find_classes, find_source, labels_by_name
@@ -54,6 +55,8 @@ class Data:
         num_steps: optimizer steps of an epoch.
         accum_steps: batches of a step.
         seed: of the order of a stream.
+        notes: what a user should know about the files.
+        earlier_bad_images: names of unreadable training images that earlier processes of this run have met.
         prefetcher: sends the training batches to the device as bytes; None = the loader returns them normalised.
     """
 
@@ -66,12 +69,20 @@ class Data:
     num_steps: int = 0
     accum_steps: int = 1
     seed: int = 0
+    notes: list[str] = field(default_factory=list)
+    earlier_bad_images: Collection[str] = ()
     prefetcher: Prefetcher | None = None
 
     def description(self) -> dict[str, object]:
         """What a checkpoint contains about its data."""
         sizes = {"train_images": self.num_train, "val_images": self.num_val, "steps": self.num_steps}
         return {"classes": self.classes, "num_classes": self.num_classes} | sizes
+
+    def lines(self) -> list[str]:
+        """What a run prints about its data: the classes, and notes."""
+        names = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+        line = f"{self.num_classes} classes: {names}" if names else f"{self.num_classes} classes without names"
+        return [textwrap.shorten(line, 100, placeholder=" ..."), *self.notes]
 
     def batches(self, epoch: int, step: int) -> Iterable:
         """The training batches of an epoch from an optimizer step on.
@@ -97,17 +108,17 @@ class Data:
         batches = self.train.batch_sampler.batches(step * self.accum_steps, (step + 1) * self.accum_steps)
         return f"images number {', '.join(str(sample.index) for batch in batches for sample in batch)}"
 
-    def bad_images(self, world: World) -> list[int]:
-        """Unreadable training images that any process has met; every process must call it."""
+    def bad_images(self, world: World) -> list[str]:
+        """Names of the unreadable training images that the run has met so far; every process must call it.
+
+        After a resume they are read again, as they may have been repaired.
+        """
         if self.is_stream:
             return []
-        is_bad = self.train.dataset.is_bad.to(world.device, torch.int32)
-        return world.sum(is_bad).nonzero().flatten().tolist()
-
-    def mark_bad_images(self, indices: list[int]):
-        """Replace the images that `bad_images` returned in an earlier process, without reading them."""
-        if not self.is_stream:
-            self.train.dataset.mark_bad(indices)
+        images = self.train.dataset
+        is_bad = world.sum(images.is_bad.to(world.device, torch.int32))
+        names = {image_name(images.source, index, relative=True) for index in is_bad.nonzero().flatten().tolist()}
+        return sorted(names.union(self.earlier_bad_images))
 
     def common_val_batches(self, world: World) -> int:
         """Validation batches that every process has; one process may have an image more than another."""
@@ -165,6 +176,7 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = ()) 
         val_loader = Prefetcher(val_loader, world.device, Normalize(options.mean, options.std).to(world.device))
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(None, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps, seed=options.seed)
+    data.notes = [source.note for source in (train, val) if getattr(source, "note", "")]
     if train is not None:
         transform = build_transform(options, is_training=True, as_bytes=prefetches)
         data.train = _train_loader(options, world, train, transform, labels)

@@ -63,8 +63,8 @@ def evaluate_only(args: Namespace, world: World):
         names = "" if origin.classes else ", whose order is taken from the data"
         what = f"{file}{epoch}: {stats['images']} images, {data.num_classes} classes{names}"
         warnings = (f"warning: {line}" for line in foreign_normalisation(args))
-        lines = [*environment_lines(world, args.seed), preprocessing_line(options), *warnings, *start.notes]
-        lines += [what, evaluation_table(stats)]
+        lines = [*environment_lines(world, args.seed), preprocessing_line(options), *data.lines(), *warnings]
+        lines += [*start.notes, what, evaluation_table(stats)]
         print("\n".join([*lines, accuracy_line(stats)]))
 
 
@@ -95,7 +95,7 @@ def train(args: Namespace, world: World, folder: Path | None):
     if not checkpoint.path:
         schedule.start(args.start_epoch)
     start = resume(state, checkpoint, world, finetune=args.finetune, classes=data.classes, global_batch=global_batch)
-    data.mark_bad_images(start.bad_images)
+    data.earlier_bad_images = start.bad_images
     if checkpoint.path and state.epoch >= num_epochs and not needs_summary(args.output_dir, checkpoint.path):
         if args.resume != "auto":
             raise SystemExit(
@@ -125,6 +125,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         f"model {args.model}: {num_parameters:,} parameters, {data.num_classes} classes, "
         f"autocast {str(amp_dtype).removeprefix('torch.') if amp_dtype else 'off'}",
         preprocessing_line(options),
+        *data.lines(),
         f"{global_batch} images per optimizer step, learning rate {lr:g}, "
         f"epochs {state.epoch}{from_step} to {num_epochs - 1}",
         *start.notes,

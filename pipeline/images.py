@@ -3,6 +3,7 @@
 import errno
 import itertools
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import BinaryIO, NamedTuple
@@ -69,15 +70,8 @@ class ReadableImages(Dataset):
 
     @property
     def num_bad(self) -> int:
-        """Distinct unreadable images that this process and its workers have met, or that were marked."""
+        """Distinct unreadable images that this process and its workers have met."""
         return int(self.is_bad.count_nonzero())
-
-    def mark_bad(self, indices: Iterable[int]):
-        """Count these images as unreadable; they are replaced without another attempt or report."""
-        for index in indices:
-            if not 0 <= index < len(self):
-                raise ValueError(f"image {index} was unreadable, but the data set has {len(self)} images")
-            self.is_bad[index] = 1
 
     def __len__(self):
         return len(self.source)
@@ -165,10 +159,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_name(source: Dataset, index: int) -> str:
-    """Path of an image, or its number where it has none."""
+def image_name(source: Dataset, index: int, relative: bool = False) -> str:
+    """Path of an image, or its number where it has none; `relative` to the folder of the data set."""
     if hasattr(source, "samples"):
-        return source.samples[index][0]
+        path = source.samples[index][0]
+        return os.path.relpath(path, source.root) if relative else path
     if isinstance(source, timm.data.ImageDataset):
         return str(source.filename(index))
     return f"number {index}"

@@ -40,6 +40,7 @@ class INaturalist(Dataset):
         if paths and not (root / paths[0]).exists():
             paths = [Path(path.parts[0], *path.parts[2:]) for path in paths]
         labels = [index_of[rank_of[category_of[image["id"]]]] for image in chosen["images"]]
+        self.root = str(root)
         self.samples = [(str(root / path), label) for path, label in zip(paths, labels, strict=True)]
 
     def __len__(self):

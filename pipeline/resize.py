@@ -36,6 +36,7 @@ from PIL import Image
 from torchvision.datasets.folder import is_image_file
 from tqdm import tqdm
 
+from pipeline.image_folder import is_hidden
 from pipeline.images import read_rgb
 from utils import atomic_write, cpu_count, lock_folder, run_command
 
@@ -121,7 +122,7 @@ def copy(source: Path, target: Path, side: int, name: str) -> tuple[str, str]:
     if (target / name).exists():
         return "skipped", ""
     outcome, problem, jpeg = "copied", "", None
-    if name.startswith("train/") and is_image_file(name):
+    if name.startswith("train/") and is_image_file(name) and not is_hidden(name):
         try:
             jpeg = smaller(source / name, side)
             outcome = "resized" if jpeg else "copied"

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import timm.data
 from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100, FakeData
 
 from diversity.spelling import did_you_mean
 from models.weights import refusal
 from pipeline import timm_sets
 from pipeline.digits import Digits
+from pipeline.image_folder import ImageFolder, is_hidden
 from pipeline.inaturalist import INaturalist
 
 SOURCE_FLAGS = ("data_path", "train_split", "val_split", "inat_category")
@@ -192,11 +193,12 @@ def _image_folder(options: SourceOptions, is_training: bool) -> Dataset:
     """Files `train/CLASS/IMAGE` and `val/CLASS/IMAGE`; `--train-split` and `--val-split` name other folders."""
     root, split = Path(options.data_path), options.split(is_training)
     if not (root / split).is_dir():
-        found = ", ".join(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) or "no folder"
+        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
+        found = ", ".join(folders) or "no folder"
         raise SystemExit(
             f"error: --data-path {root} has no folder {split!r} (found: {found}); see --train-split, --val-split"
         )
-    return ImageFolder(str(root / split))
+    return ImageFolder(root / split)
 
 
 @data_set("CIFAR", "CIFAR-100", flags=("data_path",))
@@ -241,8 +243,8 @@ def _fake(options: SourceOptions, is_training: bool) -> Dataset:
 def _torchvision(options: SourceOptions, is_training: bool) -> Dataset:
     """What torchvision's class needs, e.g. `torch/image_folder` or `torch/cifar10`; nothing is downloaded."""
     split = options.split(is_training, "validation")
-    timm_sets.require_torch_split(options.data_set, options.data_path, split, is_training)
-    return _open_by_timm(options, is_training)
+    folder = timm_sets.require_torch_split(options.data_set, options.data_path, split, is_training)
+    return ImageFolder(folder) if folder else _open_by_timm(options, is_training)
 
 
 # A process that does not fork would import this project's datasets.py in place of Hugging Face's package.

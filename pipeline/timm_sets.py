@@ -9,22 +9,28 @@ TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "eval", "evaluation", "test")
 
 
-def require_torch_split(name: str, root: str, split: str, is_training: bool):
+def require_torch_split(name: str, root: str, split: str, is_training: bool) -> Path | None:
     """Refuse a split that timm would misread: it takes an unknown one for the test set, and a folder for any split.
 
     Args:
         name: with its prefix, e.g. "torch/cifar10".
+
+    Returns:
+        The folder of the split, for a folder of images.
     """
     name = name.partition("/")[2].lower()
     synonyms = next((names for names in (TRAIN_NAMES, VAL_NAMES) if split in names), (split,))
     if name in ("image_folder", "folder"):
-        if not any((Path(root) / folder).is_dir() for folder in synonyms):
-            raise FileNotFoundError(f"it has no folder {' or '.join(synonyms)}")
-    elif name in ("cifar10", "cifar100", "mnist", "qmnist", "kmnist", "fashion_mnist"):
+        for folder in (split, *synonyms):
+            if (Path(root) / folder).is_dir():
+                return Path(root) / folder
+        raise FileNotFoundError(f"it has no folder {' or '.join(synonyms)}")
+    if name in ("cifar10", "cifar100", "mnist", "qmnist", "kmnist", "fashion_mnist"):
         allowed = TRAIN_NAMES if is_training else VAL_NAMES
         if split not in allowed:
             flag = "--train-split" if is_training else "--val-split"
             raise ValueError(f"{flag} {split} is not one of {', '.join(allowed)}")
+    return None
 
 
 def import_hugging_face():

@@ -77,12 +77,12 @@ class Start(NamedTuple):
 
     Attributes:
         notes: one line for each weight that was not loaded unchanged.
-        bad_images: unreadable training images that the run has met.
+        bad_images: names of the unreadable training images that the run has met.
         unwritten_log: lines of log.txt that could not be written.
     """
 
     notes: Sequence[str] = ()
-    bad_images: Sequence[int] = ()
+    bad_images: Sequence[str] = ()
     unwritten_log: str = ""
 
 
@@ -116,7 +116,11 @@ def resume(
             if "model_ema" not in checkpoint.content:
                 state.model_ema = None
             load_model_and_ema(state.model, state.model_ema, checkpoint.content, checkpoint.path)
-        return Start((), checkpoint.content.get("bad_images", []), checkpoint.content.get("unwritten_log", ""))
+        bad = checkpoint.content.get("bad_images", [])
+        notes = []
+        if any(isinstance(name, int) for name in bad):
+            bad, notes = [], ["unreadable images of an earlier version's checkpoint are not counted: it has no names"]
+        return Start(notes, bad, checkpoint.content.get("unwritten_log", ""))
     with errors_of("--finetune"):
         notes = load_weights(state.model, finetune, new_head=is_training, classes=classes) if finetune else []
     if not is_training:

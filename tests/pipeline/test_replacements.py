@@ -84,7 +84,7 @@ def test_a_plain_index_seeds_nothing():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_pixels_depend_on_the_sample_alone(tmp_path, capfd, num_workers):
-    """Any number of workers, any place where a run was cut, marks of a checkpoint or none."""
+    """Any number of workers, any place where a run was cut."""
     source, bad = damaged_folder(tmp_path)
     transform = build_transform(data_options("--input-size", 64), is_training=True)
 
@@ -106,14 +106,20 @@ def test_pixels_depend_on_the_sample_alone(tmp_path, capfd, num_workers):
         assert line.startswith("unreadable image") and line.endswith("; replaced by the next one")
 
     again = fresh()
-    again.mark_bad(images.is_bad.nonzero().flatten().tolist())
-    for path in bad:
-        photo(99).save(path, "png")  # would be readable
     rest, labels = read_samples(again, SAMPLES[20:], num_workers)
     assert torch.equal(rest, pixels[20:])
     assert labels == [label for _, label in expected[20:]]
     assert again.is_bad.nonzero().flatten().tolist() == BAD
-    assert capfd.readouterr().err == ""
+    for path in bad:
+        photo(99).save(path, "png")  # repaired; the process that has met them replaces them to its end
+    same, _ = read_samples(again, SAMPLES[20:], num_workers)
+    assert torch.equal(same, rest)
+    capfd.readouterr()
+    repaired = fresh()
+    other, _ = read_samples(repaired, SAMPLES[20:], num_workers)
+    changed = [SAMPLES[20 + row].index for row in range(len(rest)) if not torch.equal(other[row], rest[row])]
+    assert changed == [sample.index for sample in SAMPLES[20:] if sample.index in BAD]
+    assert (repaired.num_bad, capfd.readouterr().err) == (0, "")
 
 
 class Watch:
@@ -165,22 +171,6 @@ def test_no_transform_alters_the_image_that_copies_share(policy, size):
         for _ in range(3):
             transform(image)
         assert image.tobytes() == before and (image.size, image.mode) == ((size, size), "RGB")
-
-
-def test_marks_count_and_are_checked(tmp_path, capsys):
-    source, _ = damaged_folder(tmp_path)
-    images = ReadableImages(source, np.asarray, max_bad=3)
-    images.mark_bad([])
-    assert images.is_bad.nonzero().flatten().tolist() == []
-    images.mark_bad([12, 2, 2])
-    assert images.is_bad.nonzero().flatten().tolist() == [2, 12]
-    images[3]
-    assert (images.num_bad, capsys.readouterr().err.count("unreadable")) == (3, 1)
-    with pytest.raises(BadImageError, match="number 4; 3 may be replaced"):
-        images[6]
-    for wrong in (-1, 13):
-        with pytest.raises(ValueError, match=rf"image {wrong} was unreadable, but the data set has 13 images"):
-            images.mark_bad([wrong])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
