@@ -2,15 +2,27 @@
 
 import errno
 import os
+import pty
 import sys
 import textwrap
 
 import pytest
+import torch
 from forking import exit_code, receive
 from helpers import TINY, few_digits, log_of, run_main, run_process
 
+import reports.figures  # noqa: F401  once, not in each forked process
+from training.checkpoint import LAST
 from training.output import tolerant_output
+from training.stopping import RESUMABLE
 from utils import run_command
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits():
+    """Imported once, for all forked processes."""
+    with few_digits():
+        yield
 
 
 def full():
@@ -54,8 +66,7 @@ def run(pipe, command, number, how):
 @pytest.mark.parametrize(("how", "number"), [(full, 1), (broken_pipe, 2), (closed, 1)])
 def test_a_run_continues_and_ends_well(how, number, fork, tmp_path):
     def command():
-        with few_digits():
-            run_main(*TINY, "--log-interval", 1, "--output-dir", tmp_path / "run")
+        run_main(*TINY, "--log-interval", 1, "--output-dir", tmp_path / "run")
 
     process, pipe = fork(run, command, number, how)
     code, files = receive(pipe, 60)
@@ -63,6 +74,30 @@ def test_a_run_continues_and_ends_well(how, number, fork, tmp_path):
     assert [record["epoch"] for record in log_of(tmp_path / "run")] == [0]
     assert (tmp_path / "run" / "summary.json").exists()
     assert how is not closed or files[number - 1] == os.devnull  # no file of the run has its number
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_stops(tmp_path):
+    """The system sends SIGHUP, and the terminal takes no more text and no progress bar."""
+
+    def command():
+        run_main(*TINY, "--epochs", 1000, "--log-interval", 1, "--output-dir", tmp_path / "run")
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        code = 0
+        try:
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            run_command(command)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    text = b""
+    while b"epoch 1 " not in text:
+        text += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == RESUMABLE
+    assert torch.load(tmp_path / "run" / LAST, weights_only=True)["epoch"] >= 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a Linux device")
