@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None, config: dict | None = None) -> arg
 
 def defaults() -> dict[str, object]:
     """{flag: default}."""
-    return vars(build_parser().parse([]))
+    return vars(parse_args([]))
 
 
 def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace:
