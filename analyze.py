@@ -2,9 +2,10 @@
 
     python analyze.py runs/study/plain/seed{0,1} runs/study/all/seed{0,1} --output-dir runs/analysis
 
-A RUN is a run folder, a checkpoint file, or the name of a timm model with published weights. Runs that differ only in
-their seed (by their paths, or by --names) are one configuration: its mean is drawn, and the table gives the differences
-between configurations. Further flags are main.py's (--data-path, --model ...); a run folder and this program's
+A RUN is a run folder, a checkpoint file, the name of a timm model (with its published weights, or those of --finetune),
+or the word random for the initial weights of --model, the natural baseline. Runs that differ only in their seed (by
+their paths, or by --names) are one configuration: its mean is drawn, and the table gives the differences between
+configurations. Further flags are main.py's (--data-path, --model, --config ...); a run folder and this program's
 checkpoints bring their own.
 """
 
@@ -33,11 +34,13 @@ def main(argv: list[str] | None = None):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="run folder, checkpoint file, or name of a timm model; before the flags")
+    add("runs", nargs="+", metavar="RUN",
+        help="run folder, checkpoint file, name of a timm model, or random; before the flags")  # fmt: skip
     add("--names", nargs="+", metavar="NAME",
         help="of the configurations, one for each run; default: from the runs' paths")  # fmt: skip
     add("--num-images", type=nonneg_int, default=256, help="of the validation set; 0 = all (default: 256)")
     add("--output-dir", metavar="DIR", help="default: the run folder, or analysis for several runs")
+    add("--overwrite", action="store_true", help="replace a run's redundancy.json that was measured on other images")
     add("--ema", action="store_true", help="measure the averaged weights")
     add("--layer", type=_block, default="last", metavar="BLOCK",
         help="whose heads are drawn: first, last or an index from 0 (default: last)")  # fmt: skip

@@ -109,9 +109,9 @@ def notes(runs: list[Run]) -> list[str]:
     names = dict.fromkeys(name for flags in rows.values() for name in flags if name not in ignored)
     lines = []
     for name in names:
-        lines += _differing(flag_of(name), [(row, flags[name]) for row, flags in rows.items() if name in flags])
+        lines += differing(flag_of(name), [(row, flags[name]) for row, flags in rows.items() if name in flags])
     for name in NOTED:
-        lines += _differing(name, [(run.name, start[name]) for run in runs for start in run.starts if name in start])
+        lines += differing(name, [(run.name, start[name]) for run in runs for start in run.starts if name in start])
     for run in runs:
         digests = {tuple(start["data"].get(key) for key in DIGESTS) for start in run.starts}
         lines += [f"{run.name} continued on other files of its data ({ENVIRONMENT})"] if len(digests) > 1 else []
@@ -125,7 +125,7 @@ def notes(runs: list[Run]) -> list[str]:
     return lines
 
 
-def _differing(what: str, values: list[tuple[str, object]]) -> list[str]:
+def differing(what: str, values: list[tuple[str, object]]) -> list[str]:
     """A line if the values of [(owner, value)] differ."""
     owners = {}
     for owner, value in values:

@@ -1,8 +1,8 @@
 """What analyze.py does: measure the redundancy of models, and write reports, tables and figures."""
 
 import itertools
+import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,8 +10,8 @@ from torch import nn
 
 from diversity import TapError, TappedViT, measure_redundancy
 from diversity.backbones import Backbone
-from reports import figures, redundancy_figures
-from reports.run_folders import REPORT
+from reports import comparisons, figures, redundancy_figures
+from reports.run_folders import PROVENANCE, REPORT, Run, read_run
 from reports.subjects import (
     Subject,
     architecture,
@@ -23,6 +23,8 @@ from reports.subjects import (
 )
 from reports.tables import comparison
 from utils import World, errors_of, write_json
+
+MEASURED = "measured on {data_set} {split} at {input_size} px, files {files}"
 
 
 def draw_heads(
@@ -56,7 +58,7 @@ def draw_heads(
 
 def analyze(
     runs: list[str], names: list[str] | None, num_images: int, output_dir: str | None, ema: bool, layer: str,
-    image: int, flags: list[str], world: World,
+    image: int, overwrite: bool, flags: list[str], world: World,
 ):  # fmt: skip
     """Measure every RUN and write reports, tables and figures; see the flags of analyze.py. `flags` are main.py's."""
     if world.size > 1:
@@ -68,9 +70,10 @@ def analyze(
     if len(names) != len(runs) or len({*files.values()}) < len(files):
         raise SystemExit(f"error: --names needs a name for each of the {len(runs)} runs; got {' '.join(names)}")
     subjects = [find_subject(run, flags) for run in runs]
-    sources = [images(subject, world, num_images) for subject in subjects]
-    models = [load_model(subject, count, ema, world) for subject, (_, count) in zip(subjects, sources, strict=True)]
-    data = ["measured on {data_set} {split} at {input_size} px".format_map(each.measured_on) for each in subjects]
+    kinds = ["random" if subject.seed is not None else "EMA" if ema else "raw" for subject in subjects]
+    sources = [images(subject, world, num_images, kind) for subject, kind in zip(subjects, kinds, strict=True)]
+    models = [load_model(subject, of.num_classes, ema, world) for subject, of in zip(subjects, sources, strict=True)]
+    data = [MEASURED.format_map(of.measured_on) for of in sources]
     for what, (first, *others) in (("models", [*map(architecture, models)]), ("images", data)):
         for run, other in zip(runs[1:], others, strict=True):
             if other != first:
@@ -80,41 +83,66 @@ def analyze(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"error: --output-dir {folder} cannot be written: {error.strerror}") from None
+    own = {}  # reports for table.py, which one run has only where they are the output
+    for subject, of in zip(subjects, sources, strict=True):
+        is_output = subject.folder and folder.resolve() == subject.folder.resolve()
+        if is_output or (subject.folder and len(runs) > 1):
+            other = "" if overwrite else other_report(subject.folder, of.measured_on)
+            if other and is_output:
+                raise SystemExit(f"error: {other}; choose another --output-dir, or replace it with --overwrite")
+            if other:
+                print(f"{other}; it stays, --overwrite replaces it")
+            else:
+                own[subject.run] = subject.folder / REPORT
     configurations = {name: [] for name in names}
-    for name, subject, model, (batches, _) in zip(names, subjects, models, sources, strict=True):
+    for name, subject, model, (batches, _, measured_on) in zip(names, subjects, models, sources, strict=True):
         first = next(batches, torch.empty(0))
         if not configurations[name]:
             draw_heads(name, subject, model, first, image, layer, folder / f"heads_{files[name]}")
-        configurations[name].append(report_of(subject, model, itertools.chain([first], batches), ema))
-    write_all(configurations, folder)
+        with errors_of(f"{subject.run} cannot be measured:"):
+            report = measure_redundancy(model, itertools.chain([first], batches))
+        report = {"run": subject.run, "measured_on": measured_on} | report
+        if subject.run in own:
+            write_json(report, own[subject.run])
+        configurations[name].append(report)
+    notes = [f"{data[0]}, the first {sources[0].measured_on['images']} images", *training_notes(names, subjects)]
+    write_all(configurations, notes, folder)
 
 
-def report_of(subject: Subject, model: nn.Module, batches: Iterable[torch.Tensor], ema: bool) -> dict:
-    """`measure_redundancy`, with what it was measured on; written into the run folder too, for table.py.
-
-    Raises:
-        SystemExit: there are no images, or the model's numbers are not finite.
-    """
-    with errors_of(f"{subject.run} cannot be measured:"):
-        report = measure_redundancy(model, batches)
-    weights = "EMA" if ema else "raw"
-    measured_on = subject.measured_on | {"images": report["images"], "weights": weights, "epoch": subject.epoch}
-    report = {"run": subject.run, "measured_on": measured_on} | report
-    if subject.folder:
-        write_json(report, subject.folder / REPORT)
-    return report
+def other_report(folder: Path, measured_on: dict) -> str:
+    """What the report of a run folder was measured on, if it was not measured in this way; empty if it was."""
+    path = folder / REPORT
+    try:
+        before = json.loads(path.read_text())["measured_on"] if path.exists() else measured_on
+    except (ValueError, KeyError, TypeError):
+        return f"{path} cannot be read or is of an earlier version"
+    now = measured_on | {"files": measured_on["files"] if "files" in before else None}
+    differ = [words.format(before.get(name)) for name, words in PROVENANCE.items() if before.get(name) != now[name]]
+    return f"{path} was measured otherwise ({', '.join(differ)})" if differ else ""
 
 
-def write_all(configurations: dict[str, list[dict]], output_dir: Path):
+def training_notes(names: list[str], subjects: list[Subject]) -> list[str]:
+    """One line for each way in which the training of the subjects differs beyond their terms."""
+    pairs = [(name, subject) for name, subject in zip(names, subjects, strict=True) if subject.flags]
+    runs = [
+        read_run(subject.folder, name) if subject.folder else Run(name, subject.file, subject.flags)
+        for name, subject in pairs
+    ]
+    lines = [f"trained differently: {reason}" for run in runs[1:] if (reason := comparisons.conflict(runs[0], run))]
+    epochs = [(run.name, subject.epoch) for run, (_, subject) in zip(runs, pairs, strict=True)]
+    return [*lines, *comparisons.differing("the last epoch of training", epochs), *comparisons.notes(runs)]
+
+
+def write_all(configurations: dict[str, list[dict]], notes: list[str], output_dir: Path):
     """Write reports, tables and figures of all configurations."""
     reports = [report for of_runs in configurations.values() for report in of_runs]
     write_json(reports[0] if len(reports) == 1 else {"cells": configurations}, output_dir / REPORT)
-    text = comparison(configurations)
+    text = comparison(configurations, notes)
     (output_dir / "redundancy.md").write_text(text)
     figures.save(redundancy_figures.redundancy_depth(configurations), output_dir / "depth")
     figures.save(redundancy_figures.weight_depth(configurations), output_dir / "weights")
     figures.save(redundancy_figures.weight_spectra(configurations), output_dir / "spectra")
     figures.save(redundancy_figures.variance(configurations), output_dir / "variance")
-    print(text.split("\n\n")[0])
+    print("\n\n".join(text.split("\n\n")[:2]))
     drawn = "depth, heads, spectra, variance and weights"
     print(f"written to {output_dir}: {REPORT}, redundancy.md, and the figures {drawn} (png, pdf)")

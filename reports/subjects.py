@@ -1,12 +1,15 @@
 """The models that analyze.py measures: found by the words of its command line, loaded, described, with their images."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+from timm.utils import random_seed
 from torch import nn
 
 from datasets import DataOptions, build_data
@@ -16,7 +19,13 @@ from models import build_model, published_preprocessing, weights
 from reports.run_folders import without_seed
 from training import arguments, checkpoint
 from training.build import options_of
+from training.provenance import data_name, digest, source_of
 from utils import World, errors_of
+
+RANDOM = "random"
+"""The word for a model with initial weights."""
+
+NETWORK_SECONDS = 5
 
 
 class Subject(NamedTuple):
@@ -30,6 +39,8 @@ class Subject(NamedTuple):
         model: the arguments of `build_model` without the number of classes.
         data: of the validation images, preprocessed as the weights need it.
         classes: names in the order of the model's outputs; empty where they are not known.
+        flags: with which it was trained; empty where they are not known.
+        seed: of random weights; None for others.
     """
 
     run: str
@@ -39,40 +50,58 @@ class Subject(NamedTuple):
     model: dict
     data: DataOptions
     classes: list[str]
+    flags: Mapping[str, object] = {}
+    seed: int | None = None
 
-    @property
-    def measured_on(self) -> dict:
-        """What two runs must have in common to be compared."""
-        split = self.data.val_split or "validation"
-        return {"data_set": self.data.data_set, "split": split, "input_size": self.data.input_size}
+
+class Images(NamedTuple):
+    """The first images of a validation set.
+
+    Attributes:
+        batches: of at most `count` images in all.
+        num_classes: of the data.
+        measured_on: what two runs must have in common to be compared.
+    """
+
+    batches: Iterator[torch.Tensor]
+    num_classes: int
+    measured_on: dict
 
 
 def find_subject(run: str, flags: list[str]) -> Subject:
     """The model that RUN names; the flags of the command line override those that it brings.
 
     Raises:
-        SystemExit: it is none of the three, or a folder without a checkpoint.
+        SystemExit: it is none of the four, or a folder without a checkpoint, or `--finetune` names other weights.
     """
     path = Path(run)
     folder = path if path.is_dir() else None
-    file, epoch = path / checkpoint.LAST if folder else path, None
+    file, epoch, trained_with = path / checkpoint.LAST if folder else path, None, {}
     if file.is_file():
         with errors_of("RUN"):
-            config, epoch, classes = weights.origin(str(file))
-        config["finetune"] = str(file)  # whose preprocessing is used
+            trained_with, epoch, classes = weights.origin(str(file))
+        config = trained_with | {"finetune": str(file)}  # whose preprocessing is used
     elif folder:
         raise SystemExit(f"error: {run} is not a run folder of this program: it has no {checkpoint.LAST}")
     elif timm.is_model(run):
         file, published = None, timm.get_pretrained_cfg(run)
         classes, flags = [], [*flags, "--model", run]
         config = {"input_size": published.input_size[-1] if published else 224} | published_preprocessing(run)
+    elif run == RANDOM:
+        file, classes, config = None, [], {}
     else:
-        raise SystemExit(f"error: {run} is not a run folder, a checkpoint file or the name of a timm model")
+        raise SystemExit(f"error: {run} is not a run folder, a checkpoint file, the name of a timm model or {RANDOM}")
     config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
     args = arguments.parse_args(flags, config)
+    if args.finetune and args.finetune != str(file):
+        if file or run == RANDOM:
+            raise SystemExit(f"error: RUN {run} and --finetune {args.finetune} both name weights; give one")
+        with errors_of("--finetune"):
+            return find_subject(weights.local_file(args.finetune), flags)._replace(run=run, folder=None)
     data = dataclasses.replace(options_of(DataOptions, args), eval=True)  # it reads no training set
     model = {"name": args.model, "input_size": args.input_size, "patch_size": args.patch_size, **args.model_kwargs}
-    return Subject(run, file, folder, epoch, model, data, classes)
+    seed = args.seed if run == RANDOM and file is None else None
+    return Subject(run, file, folder, epoch, model, data, classes, trained_with, seed)
 
 
 def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> nn.Module:
@@ -84,12 +113,15 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
     """
     if ema and subject.file is None:
         raise SystemExit(f"error: --ema: {subject.run} has no averaged weights")
+    if subject.seed is not None:
+        random_seed(subject.seed)  # as main.py before the first epoch
     with errors_of("--model"):
         model = build_model(num_classes=num_classes, **subject.model)
     measurable(model)  # before a download
-    if subject.file is None:
-        with errors_of("--model"):
-            model = build_model(num_classes=num_classes, pretrained=True, **subject.model)
+    if subject.seed is not None:
+        print(f"{subject.run}: the initial weights of seed {subject.seed}")
+    elif subject.file is None:
+        model = load_published(subject, num_classes, model.pretrained_cfg)
     else:
         with errors_of("RUN"):
             notes = weights.load_weights(model, str(subject.file), use_ema=ema)
@@ -98,19 +130,52 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
     return model.to(world.device).eval()
 
 
-def images(subject: Subject, world: World, num_images: int) -> tuple[Iterator[torch.Tensor], int]:
-    """The first images of the validation set in batches, and the number of classes."""
+def load_published(subject: Subject, num_classes: int, config: dict) -> nn.Module:
+    """The model with timm's weights, of the cache if the hub of Hugging Face does not answer within seconds.
+
+    Raises:
+        SystemExit: they cannot be loaded.
+    """
+    if config.get("hf_hub_id") and not config.get("file"):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=NETWORK_SECONDS)
+        except Exception:  # of whichever library for HTTP the package uses
+            constants.HF_HUB_OFFLINE = True  # otherwise the package tries again for a minute
+    try:
+        return build_model(num_classes=num_classes, pretrained=True, **subject.model)
+    except ValueError as error:
+        if not constants.HF_HUB_OFFLINE:
+            raise SystemExit(f"error: --model {error}") from None
+        raise SystemExit(
+            f"error: the weights of {subject.run} are not in the cache, and {constants.ENDPOINT} cannot be reached "
+            "(no network, or HF_HUB_OFFLINE is set); give a checkpoint file"
+        ) from None
+
+
+def images(subject: Subject, world: World, num_images: int, kind: str = "raw") -> Images:
+    """The first images of the validation set, all for 0. `kind` is that of the weights: raw, EMA or random."""
     data = build_data(subject.data, world, subject.classes)
+    count = min(num_images or data.num_val, data.num_val)
+    options = subject.data
+    measured_on = {
+        "data_set": data_name(options.data_set, options.data_path),
+        "split": options.val_split or "validation",
+        "input_size": options.input_size,
+        "files": digest(source_of(data.val), options.data_set, options.data_path),
+        "images": count,
+        "weights": kind,
+        "epoch": subject.epoch,
+    }
 
     def stream():
-        left = min(num_images or data.num_val, data.num_val)
+        left = count
         for samples, _ in data.val:
             yield samples[:left].to(world.device)
             left -= len(samples)
             if left <= 0:
                 return
 
-    return stream(), data.num_classes
+    return Images(stream(), data.num_classes, measured_on)
 
 
 def architecture(model: nn.Module) -> str:

@@ -11,7 +11,11 @@ LATEX_SYMBOLS = {"±": r"$\pm$", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "
 
 def markdown(tables: list[dict[str, list[str]]], notes: list[str]) -> str:
     """Markdown tables of texts, and a list of notes."""
-    return "\n\n".join([*map(markdown_table, tables), "\n".join(f"- {note}" for note in notes)]) + "\n"
+    return "\n\n".join([*map(markdown_table, tables), _list(notes)]) + "\n"
+
+
+def _list(notes: list[str]) -> str:
+    return "\n".join(f"- {note}" for note in notes)
 
 
 def markdown_table(columns: dict[str, list[str]]) -> str:
@@ -70,8 +74,8 @@ def _latex_number(text: str) -> str:
     return re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", number)
 
 
-def comparison(configurations: dict[str, list[dict]]) -> str:
-    """The Markdown of analyze.py: summaries with the differences from the first configuration; layers and matrices.
+def comparison(configurations: dict[str, list[dict]], notes: list[str]) -> str:
+    """The Markdown of analyze.py: summaries with the differences from the first configuration; notes; layers, matrices.
 
     Numbers are means over the reports of a configuration's runs, and standard deviations of a sample.
     """
@@ -89,7 +93,7 @@ def comparison(configurations: dict[str, list[dict]]) -> str:
             differences = [f"{mean - base:+.4g}" for mean, base in zip(means, baseline, strict=True)]
             columns[f"{name} - {first_name}"] = differences
         baseline = baseline or means
-    blocks = [markdown_table(columns)]
+    blocks = [markdown_table(columns), _list(notes)]
     for name, reports in configurations.items():
         runs = f", mean of {len(reports)} runs" if len(reports) > 1 else ""
         heading = f"{name}, {reports[0]['images']} images{runs}: tokens by layer, attention by block"

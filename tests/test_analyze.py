@@ -21,7 +21,7 @@ from models import build_model
 from pipeline.sources import Digits
 from pipeline.transforms import build_transform
 from reports import figures, redundancy_figures, subjects
-from training import checkpoint
+from training import checkpoint, provenance
 
 SWIN = (
     *(*BRIEF, "--model", "swin_tiny_patch4_window7_224", "--batch-size", "256", "--model-kwargs"),
@@ -51,6 +51,7 @@ def test_a_run_folder(runs, tmp_path, capsys, unsaved):
     report = json.loads(written["redundancy.json"].read_text())
     assert numbers(report) == measured(small_model(weights=loaded(runs / "plain" / checkpoint.LAST)), 40)
     origin = {"data_set": "DIGITS", "split": "validation", "input_size": 32, "images": 40, "weights": "raw", "epoch": 2}
+    origin["files"] = provenance.fingerprint(build_data(data_options(), world()), "DIGITS", "")["val_digest"]
     assert report["run"] == str(tmp_path / "run") and report["measured_on"] == origin
     out = capsys.readouterr().out
     assert written["redundancy.md"].read_text().startswith(out[: out.index("written to")].rstrip("\n"))
@@ -168,9 +169,10 @@ def test_the_command_line_wins_over_what_a_run_brings(flag, runs):
 def test_exactly_so_many_images_are_streamed(num_images, batch_size):
     options = data_options("--batch-size", batch_size, "--eval", "--resume", "none.pth")
     subject = subjects.Subject("", None, None, None, {}, options, [])
-    stream, num_classes = subjects.images(subject, world(), num_images)
+    stream, num_classes, measured_on = subjects.images(subject, world(), num_images)
     every = torch.cat([samples for samples, _ in build_data(options, world()).val])
     assert torch.equal(torch.cat([*stream]), every[: num_images or 360]) and num_classes == 10
+    assert measured_on["images"] == min(num_images or 360, 360)
 
 
 # --- several runs
@@ -214,7 +216,7 @@ def test_the_table_of_two_configurations_has_their_differences(compared):
 
 def test_every_layer_and_matrix_is_in_a_table(compared):
     folder, configurations = compared
-    _, *parts = (folder / "redundancy.md").read_text().split("\n\n")
+    _, _, *parts = (folder / "redundancy.md").read_text().split("\n\n")
     assert parts[::4] == [
         "plain, 50 images: tokens by layer, attention by block",
         "mine, 50 images, mean of 2 runs: tokens by layer, attention by block",
