@@ -50,7 +50,7 @@ class Saver:
         self.signals, self.steps, self.minutes, self.keep = signals, steps, minutes, keep
         self.agreement = Agreement(world)
         self.writer = BackgroundWriter(self._failed)
-        self.error = ""  # of the last save that failed
+        self.error, self.is_last_try = "", False  # of the last save that failed; the error of the last try ends the run
         self.buffers: dict[tuple, torch.Tensor] = {}
         self.unwritten_best: dict[str, dict] = {}  # by the keys of `BEST`
         self.unwritten: Callable[[], None] | None = None  # writes the last state, until it has done so
@@ -99,6 +99,7 @@ class Saver:
         self.agreement.finish()
         self.writer.wait()
         if self.unwritten:
+            self.is_last_try = True
             self.writer.submit(self.unwritten)
             self.writer.wait()
         (is_lost,) = self.agreement.vote(self.unwritten is not None)
@@ -147,6 +148,8 @@ class Saver:
 
     def _failed(self, error: BaseException):
         self.error = str(error)
+        if self.is_last_try:
+            return
         line = (
             f"error: no checkpoint saved in {self.output_dir}: {error}; training continues, the next save tries again"
         )
