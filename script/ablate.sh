@@ -12,7 +12,8 @@
 #   TASK=0 TASKS=4       run only jobs 0, 4, 8, ... of all configurations x seeds; a SLURM array sets both
 #   DRY_RUN=1            print the commands, one per line, and run nothing
 #
-# The same command again skips finished runs (those with a summary.json) and resumes interrupted ones (--resume auto).
+# The same command again skips finished runs (those with a summary.json) and resumes interrupted ones (--resume auto). A
+# run that was trained with other flags or data is refused, finished or not: main.py compares them with the checkpoint.
 # A run that fails does not stop the others; the last line names all that failed, and the exit status is 1.
 set -euo pipefail
 if [ $# -lt 2 ]; then
@@ -97,12 +98,15 @@ for seed in $SEEDS; do  # the outer loop, so that an unfinished ablation is a fi
     job=$((job + 1))
     [ $((job % TASKS)) -eq "$TASK" ] || continue
     run=$out/$name/seed$seed
-    if [ -e "$run/summary.json" ]; then
-      echo "$run: finished, skipped" >&2
-      continue
-    fi
     command=("$@" $(flags_of "$name") --seed "$seed" --resume auto --output_dir "$run")
-    if compgen -G "$run/checkpoint*.pth" >/dev/null; then
+    has_checkpoint=$(compgen -G "$run/checkpoint*.pth" || true)
+    if [ -e "$run/summary.json" ]; then
+      if [ -z "$has_checkpoint" ] || [ "${DRY_RUN:-0}" != 0 ]; then
+        echo "$run: finished, skipped" >&2
+        continue
+      fi
+      echo "$run: finished, compared with this command" >&2
+    elif [ -n "$has_checkpoint" ]; then
       echo "$run: interrupted, resumes" >&2
     else
       echo "$run: starts" >&2

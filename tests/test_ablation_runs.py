@@ -114,6 +114,29 @@ def assert_trained(folder, config, epochs):
     assert {name for name in FIVE if kept[f"{name}_coef"]} == set(GRID[config])
 
 
+def test_a_folder_of_another_recipe_is_refused(checkout, few_digits, capsys):
+    """Real training and comparison with the flags of two commands, in this process."""
+    checkout.python(PRINT)
+    command = ("script/ablate_digits.sh", checkout.folder / "out", *TINY, "--aa", "none")
+    (first,) = checkout.run(*command, CONFIGS="plain", DRY_RUN="1").out.splitlines()
+    words = checkout.words_of(first)
+    run_main(*words)
+    folder = checkout.folder / "out" / "plain" / "seed0"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+    result = checkout.run(*command, "--lr", "1", CONFIGS="plain")
+    assert result.lines == [f"{folder}: finished, compared with this command"]
+    again = re.split(r".*/main\.py\n", result.out)[1].splitlines()
+    with pytest.raises(SystemExit) as caught:
+        run_main(*again)
+    assert "was trained differently: --lr 0.002 -> 1.0" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"} == before
+    run_main(*words)
+    assert "has finished its 1 epochs" in capsys.readouterr().out
+    checkout.python("exit 1")
+    result = checkout.run(*command, CONFIGS="plain")
+    assert (result.rc, result.lines[-1]) == (1, "failed: plain/seed0")
+
+
 @pytest.mark.slow
 def test_a_killed_ablation_is_continued(checkout):
     """Real training: the second of two runs is killed after its first epoch, and the same command continues it."""
@@ -138,7 +161,10 @@ def test_a_killed_ablation_is_continued(checkout):
     result = checkout.run(*command, CONFIGS=" ".join(configs))
     assert result.rc == 0, result.lines
     states = [line for line in result.lines if line.startswith("out/")]
-    assert states == ["out/plain/seed0: finished, skipped", "out/level_embedding/seed0: interrupted, resumes"]
+    assert states == [
+        "out/plain/seed0: finished, compared with this command",
+        "out/level_embedding/seed0: interrupted, resumes",
+    ]
     assert (first / "log.txt").stat().st_mtime_ns == finished
     for folder, config in zip(folders, configs, strict=True):
         assert_trained(folder, config, epochs)
