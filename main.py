@@ -26,7 +26,7 @@ from training.log import (
     terms_table,
 )
 from training.output import tolerant_output
-from training.preprocessing import foreign_normalisation
+from training.preprocessing import normalisation_warnings
 from training.progress import Progress
 from training.provenance import add_start, environment_lines
 from training.resuming import Checkpoint, find_checkpoint, find_evaluated, load, resume
@@ -62,7 +62,7 @@ def evaluate_only(args: Namespace, world: World):
         epoch = "" if origin.epoch is None else f", trained until epoch {origin.epoch}"
         names = "" if origin.classes else ", whose order is taken from the data"
         what = f"{file}{epoch}: {stats['images']} images, {data.num_classes} classes{names}"
-        warnings = (f"warning: {line}" for line in foreign_normalisation(args))
+        warnings = (f"warning: {line}" for line in normalisation_warnings(args))
         lines = [*environment_lines(world, args.seed), preprocessing_line(options), *data.lines(), *warnings]
         lines += [*start.notes, what, evaluation_table(stats)]
         print("\n".join([*lines, accuracy_line(stats)]))
@@ -133,7 +133,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         *(f"changed since the checkpoint: {change}" for change in changes),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss.objective, data)) or 'off'}",
         *(f"warning: {line}" for line in arguments.without_effect(args, amp_dtype)),
-        *(f"warning: {line}" for line in foreign_normalisation(args)),
+        *(f"warning: {line}" for line in normalisation_warnings(args)),
         *(f"warning: {line}" for line in build.unusual_settings(args, lr, data.num_steps)),
         tables,
     ]))  # fmt: skip

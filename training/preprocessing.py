@@ -1,4 +1,4 @@
-"""The preprocessing of images that the weights of a run were trained with, where the flags do not name another one."""
+"""How images are preprocessed: as the flags say, otherwise as in the training of the weights that a run starts from."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -13,10 +13,10 @@ NAMES = ("mean", "std", "interpolation", "eval_crop_ratio", "crop_mode")
 
 
 def fill_preprocessing(args: Namespace):
-    """Set the flags of `NAMES` that were not given as the weights need them from which the run starts.
+    """Set the flags of `NAMES` that were not given to the values that the run's first weights were trained with.
 
-    These are the weights of --resume, otherwise those of --finetune. What stays None is as DeiT trains, and so a
-    checkpoint of this program, which contains these flags, brings all of them.
+    These weights are those of --resume, otherwise those of --finetune. A flag that stays None has DeiT's value. The
+    checkpoints of the run contain the flags after this, so nobody needs the first weights to resume or evaluate them.
     """
     known = _of_start(args)
     if args.input_size <= SMALL:  # nothing is cropped
@@ -40,7 +40,7 @@ def preprocessing_of(path: str, model: str) -> dict[str, object]:
         return {}
 
 
-def foreign_normalisation(args: Namespace) -> list[str]:
+def normalisation_warnings(args: Namespace) -> list[str]:
     """One line for each file of weights that were trained with another mean or standard deviation than the run's."""
     files = {"--finetune": (args.finetune, args.model)}
     if args.distillation_type != "none":

@@ -3,16 +3,20 @@
 import argparse
 import re
 
+import numpy as np
 import pytest
 import safetensors.torch
+import timm
 import torch
 import yaml
 from helpers import TINY, few_digits, parse, run_main
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from datasets import DataOptions
+from models import published_preprocessing
 from training.build import build_augmentation, options_of
-from training.preprocessing import NAMES, foreign_normalisation
+from training.flags import build_parser
+from training.preprocessing import NAMES, normalisation_warnings
 
 HALF, OTHER = [0.5, 0.5, 0.5], [0.25, 0.5, 0.75]
 DEIT = (None, None, None, 0.875, None)
@@ -127,6 +131,16 @@ def test_args_yaml_gives_the_same_values(files):
     assert (fine.mean, fine.std) == (HALF, HALF)
 
 
+def test_the_flags_accept_every_configuration_of_timm():
+    actions = {action.dest: action for action in build_parser()._actions}
+    configurations = [published_preprocessing(name) for name in timm.list_models(pretrained=True)]
+    for name in NAMES:
+        values = {str(value) for found in configurations for value in np.atleast_1d(found[name])}
+        choices, parse_value = actions[name].choices, actions[name].type
+        assert values <= {*choices} if choices else all(parse_value(value) >= 0 for value in values)
+    assert {len(found[name]) for found in configurations for name in ("mean", "std")} == {3}
+
+
 @pytest.mark.parametrize("words", [("--mean", "123", "116", "103"), ("--std", "0", "0.2", "0.2"), ("--std", "0.5"),
                                    ("--interpolation", "lanczos3"), ("--crop-pct", "0")])  # fmt: skip
 def test_values_out_of_range_are_refused(words, capsys):
@@ -170,7 +184,7 @@ def test_the_device_normalises_with_the_runs_values():
 def test_weights_that_get_other_images_are_named(files, words, expected):
     args = parse(*VIT, *paths(files, words))
     flag = "--teacher-path" if "--teacher-path" in words else "--finetune"
-    assert foreign_normalisation(args) == [
+    assert normalisation_warnings(args) == [
         f"the weights of {flag} were trained with --{name} {theirs}, and get images with {ours}"
         for name, (theirs, ours) in expected.items()
     ]
