@@ -101,6 +101,12 @@ class Data:
             batches = self.train
         return batches if self.prefetcher is None else self.prefetcher.with_batches(batches)
 
+    def end_epochs_after(self, step: int):
+        """End each epoch after this many optimizer steps, or sooner if it has fewer."""
+        self.num_steps = min(step, self.num_steps)
+        if not self.is_stream:
+            self.train.batch_sampler.num_batches = self.num_steps * self.accum_steps
+
     def step_images(self, step: int) -> str:
         """Which images an optimizer step of this epoch reads on this process."""
         if self.is_stream:
@@ -208,7 +214,7 @@ def _train_loader(
         )
     num_batches = num_steps * options.accum_steps
     batches = ResumableBatches(sampler, options.batch_size, num_batches, repeats, world, options.repeats_together)
-    return StoppableLoader(images, batch_sampler=batches, **_loader_settings(options, world, is_training=True))
+    return StoppableLoader(images, batch_sampler=batches, **loader_settings(options, world, is_training=True))
 
 
 def _val_loader(
@@ -221,7 +227,7 @@ def _val_loader(
     if options.dist_eval and world.size > 1:
         images = Subset(images, range(world.rank, len(images), world.size))
     batch_size = int(1.5 * options.batch_size)
-    return StoppableLoader(images, batch_size=batch_size, **_loader_settings(options, world, is_training=False))
+    return StoppableLoader(images, batch_size=batch_size, **loader_settings(options, world, is_training=False))
 
 
 def _stream_loader(
@@ -240,7 +246,7 @@ def _stream_loader(
     num_shards = len(reader.split_info.filenames) // reader.dist_num_replicas
     if num_shards == 0:
         raise SystemExit(f"error: --data-set {name} has fewer training shards than the {world.size} processes")
-    settings = _loader_settings(options, world, is_training)
+    settings = loader_settings(options, world, is_training)
     settings["num_workers"] = min(settings["num_workers"], num_shards)
     settings["persistent_workers"] = False  # each epoch starts new ones, seeded by it
     source.transform = transform
@@ -262,7 +268,7 @@ def _known_label(label: int, num_classes: int, labels: Sequence[int]) -> int:
     return label
 
 
-def _loader_settings(options: DataOptions, world: World, is_training: bool) -> dict:
+def loader_settings(options: DataOptions, world: World, is_training: bool) -> dict:
     """Arguments of `DataLoader` about its processes."""
     num_workers = options.num_workers
     if num_workers is None:

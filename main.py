@@ -14,6 +14,7 @@ from pipeline.transforms import preprocessing_line
 from pipeline.workers import loader_errors
 from training import arguments, build
 from training.changes import find_changes
+from training.check_data import check_data
 from training.checkpoint import TrainState
 from training.evaluation import RedundancyMonitor, evaluate_both
 from training.guard import FiniteGuard
@@ -42,9 +43,11 @@ def main(args: Namespace, world: World):
     quiet_warnings()
     set_backends(args.fused_attn, args.tf32, args.deterministic)
     with loader_errors():
+        if args.check_data:
+            return check_data(build.options_of(DataOptions, args), world)
         if args.eval:
             return evaluate_only(args, world)
-        with lock_run_folder(args.output_dir, world, args.resume) as folder, tolerant_output():
+        with lock_run_folder("" if args.dry_run else args.output_dir, world, args.resume) as folder, tolerant_output():
             train(args, world, folder)
 
 
@@ -70,7 +73,7 @@ def evaluate_only(args: Namespace, world: World):
 
 def train(args: Namespace, world: World, folder: Path | None):
     """Train from initial weights, `--finetune` or `--resume`, and evaluate each epoch; `folder` gets the results."""
-    checkpoint = find_checkpoint(args.resume, args.output_dir, world)
+    checkpoint = find_checkpoint(args.resume, args.output_dir, world, rename=not args.dry_run)
     options = build.options_of(DataOptions, args)
     data = build_data(options, world, classes=checkpoint.classes)
     global_batch = args.batch_size * world.size * args.accum_steps
@@ -140,10 +143,16 @@ def train(args: Namespace, world: World, folder: Path | None):
     if diverse_loss.compiled:
         log.print("compiling the training step: the first step takes longer, and nothing is printed meanwhile")
 
+    if args.dry_run:
+        log.print("dry run: one optimizer step, and an evaluation on all validation images; no file is written")
+        data.end_epochs_after(state.step + 1)
+        num_epochs = state.epoch + 1
+
     redundancy = RedundancyMonitor(args.redundancy_every, model, args.model, data, world, redundancy_figure)
     skipped = state.skipped + state.totals.skipped(state.step)
+    skipped_in = "" if args.dry_run else args.output_dir
     report = partial(log.print, on_all_ranks=True)
-    guard = FiniteGuard(args.max_nonfinite_steps, world, model, skipped, data.step_images, report, args.output_dir)
+    guard = FiniteGuard(args.max_nonfinite_steps, world, model, skipped, data.step_images, report, skipped_in)
     num_updates = state.epoch * data.num_steps + state.step
     update = GuardedUpdate(
         model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad, num_updates
@@ -166,7 +175,8 @@ def train(args: Namespace, world: World, folder: Path | None):
                 seed=args.seed, amp_dtype=amp_dtype, after_step=saver.after_step,
             )  # fmt: skip
             guard.require_step(train_stats, epoch, epoch + 1 == num_epochs)
-            test_stats = evaluate_both(model, model_ema, data, world, amp_dtype, saver.after_batch)
+            with saver.evaluation():
+                test_stats = evaluate_both(model, model_ema, data, world, amp_dtype, saver.after_batch)
             schedule.step(test_stats["acc1"])
             record = {f"train_{name}": value for name, value in train_stats.items()}
             record |= {f"test_{name}": value for name, value in test_stats.items()}

@@ -108,9 +108,7 @@ class ReadableImages(Dataset):
             try:
                 return self._read(candidate)
             except Exception as error:  # decoders raise anything
-                if getattr(error, "errno", None) in TOO_MANY_FILES:
-                    raise  # the image is not the cause
-                self._report(candidate, str(error) or type(error).__name__)
+                self._report(candidate, self._line(candidate, error))
         raise BadImageError(f"none of the {len(self)} images can be read")
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
@@ -124,15 +122,29 @@ class ReadableImages(Dataset):
         with image:
             return to_rgb(image), label
 
-    def _report(self, index: int, reason: str):
+    def problem(self, index: int) -> str:
+        """A line that says why an image cannot be read; empty if it can."""
+        try:
+            self._read(index)
+        except Exception as error:
+            return self._line(index, error)
+        return ""
+
+    def _line(self, index: int, error: Exception) -> str:
+        if getattr(error, "errno", None) in TOO_MANY_FILES:
+            raise error  # the image is not the cause
+        reason = str(error) or type(error).__name__
+        return " ".join(f"unreadable image {image_name(self.source, index)}: {reason}".split())
+
+    def _report(self, index: int, message: str):
         with self.lock:
             is_new = not self.is_bad[index]
             number = self.num_bad + is_new
             if number <= self.max_bad:
                 self.is_bad[index] = 1
-        message = " ".join(f"unreadable image {image_name(self.source, index)}: {reason}".split())
         if number > self.max_bad:
-            raise BadImageError(f"{message} (number {number}; {self.max_bad} may be replaced)") from None
+            budget = f"number {number}; {self.max_bad} may be replaced"
+            raise BadImageError(f"{message} ({budget}); --check-data lists all of them") from None
         if is_new:
             sys.stderr.write(f"{message}; replaced by the next one\n")  # one write, as other workers write too
             sys.stderr.flush()

@@ -180,6 +180,8 @@ def _check(parser, args):
         parser.error(f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}")
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path")
+    if args.dry_run and (args.eval or args.check_data):
+        parser.error(f"--dry-run takes a step of training; leave out {'--eval' if args.eval else '--check-data'}")
     if args.eval and not (args.resume or args.finetune):
         parser.error("--eval needs the weights to evaluate: --resume or --finetune")
     if args.resume == "auto" and not args.output_dir:

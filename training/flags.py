@@ -71,6 +71,10 @@ def _run(parser):
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="checkpoint.pth and the N - 1 before it")
     add("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is dropped")
     add("--eval", action=Switch, default=False, help="evaluate only")
+    add("--check-data", action=Switch, default=False,
+        help="read all images of both splits once, list those that cannot be read, and stop")  # fmt: skip
+    add("--dry-run", action=Switch, default=False,
+        help="build everything, take a step, evaluate all validation images and stop; nothing is written")  # fmt: skip
     add("--epochs", type=positive_int, default=300, help="epochs of the schedule, before any cool-down")
     add("--start-epoch", type=nonneg_int, default=0, help="first epoch; --resume sets it")
     add("--batch-size", type=positive_int, default=64, help="images per process and step")

@@ -60,7 +60,19 @@ class Parser(argparse.ArgumentParser):
         flag = unknown[0].split("=")[0]
         if hint := self.removed.get(flag.replace("--no-", "--", 1)):
             self.error(f"{flag} was removed: {hint}")
-        self.error(f"unknown argument {unknown[0]}{did_you_mean(flag, self._option_string_actions)}")
+        hint = self._used_up(words + argv, unknown[0]) or did_you_mean(flag, self._option_string_actions)
+        self.error(f"unknown argument {unknown[0]}{hint}")
+
+    def _used_up(self, words: list[str], value: str) -> str:
+        """The flag before a value that is one too many, and what it takes; empty if there is none."""
+        before = [word for word in words[: words.index(value)] if word.startswith("--")]
+        action = self._option_string_actions.get(before[-1].split("=")[0]) if before else None
+        if action is None or value.startswith("--"):
+            return ""
+        if action.nargs == 0:
+            return f"; {action.option_strings[0]} takes no value, and --no-{action.option_strings[0][2:]} turns it off"
+        number = f"{action.nargs} values" if action.nargs else "one value"
+        return f"; {action.option_strings[0]} takes {number}: {action.help.split(';')[0]}"
 
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists every flag)\n")

@@ -24,13 +24,14 @@ class Checkpoint(NamedTuple):
         return self.content.get("data", {}).get("classes", [])
 
 
-def find_checkpoint(path: str, folder: str, world: World) -> Checkpoint:
+def find_checkpoint(path: str, folder: str, world: World, rename: bool = True) -> Checkpoint:
     """Find and load what training continues from, the same for all processes.
 
     Args:
         path: a checkpoint.pth, an https URL, "auto" for the newest undamaged checkpoint of `folder` if there is one, or
             empty.
         folder: the run folder.
+        rename: whether damaged files may be renamed.
 
     Raises:
         SystemExit: the file is missing, damaged, no checkpoint or one of weights alone; or `folder` has a run, and no
@@ -39,7 +40,7 @@ def find_checkpoint(path: str, folder: str, world: World) -> Checkpoint:
     if path == "auto":
         newest = line = None
         if world.is_main:
-            newest = find_newest(Path(folder))
+            newest = find_newest(Path(folder), rename)
             line = None if newest else _lost_run(Path(folder))
         path, line = world.from_main(str(newest or "")), world.from_main(line)
         if line:

@@ -1,8 +1,9 @@
 """When a run is saved while it trains, and how it stops so that it can be resumed."""
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -53,6 +54,7 @@ class Saver:
         self.error, self.is_last_try = "", False  # of the last save that failed; the error of the last try ends the run
         self.buffers: dict[tuple, torch.Tensor] = {}
         self.unwritten_best: dict[str, dict] = {}  # by the keys of `BEST`
+        self.submitted: tuple[int, int] | None = None  # epoch and step of the last state
         self.unwritten: Callable[[], None] | None = None  # writes the last state, until it has done so
         self._begin_interval()
 
@@ -82,6 +84,18 @@ class Saver:
         if self.agreement.vote(bool(self.signals.received))[0]:
             self._stop()
 
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Save before an evaluation, so that the epoch is not lost if it fails; then only the evaluation is repeated.
+
+        The save ends with it at the latest.
+        """
+        self._submit_once()
+        try:
+            yield
+        finally:
+            self.writer.wait()
+
     def end_epoch(self, improved: list[str]):
         """Save after an epoch, and the weights alone as best checkpoints.
 
@@ -108,15 +122,21 @@ class Saver:
             raise SystemExit(reason if self.unwritten else 1)
 
     def _stop(self):
-        self._submit([])
+        self._submit_once()
         self.close()
         self.log.print(
             f"stopped in epoch {self.state.epoch} after step {self.state.step}, saved; start again to continue"
         )
         raise SystemExit(RESUMABLE)
 
+    def _submit_once(self):
+        """Save the state, unless that was the last thing done."""
+        if self.submitted != (self.state.epoch, self.state.step):
+            self._submit([])
+
     def _submit(self, improved: list[str]):
         state = self.state.state_dict(self.world) | self.extras()
+        self.submitted = (self.state.epoch, self.state.step)
         self.log.flush()  # a run that resumes from this state needs the rows up to it
         self._begin_interval()
         if self.output_dir is None:

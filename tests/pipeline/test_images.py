@@ -77,7 +77,10 @@ def test_unreadable_images(tmp_path, name, permissions):
     source = folder_with(tmp_path, name, UNREADABLE[name])
     images = ReadableImages(source, np.asarray, max_bad=0)
     for _ in range(2):  # it does not count as replaced the second time
-        with pytest.raises(BadImageError, match=rf"^unreadable image .*{name}: .+ \(number 1; 0 may be replaced\)$"):
+        with pytest.raises(
+            BadImageError,
+            match=rf"^unreadable image .*{name}: .+ \(number 1; 0 may be replaced\); --check-data lists all of them$",
+        ):
             images[0]
     assert images.num_bad == 0
 
