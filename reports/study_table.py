@@ -57,15 +57,15 @@ def write_table(
         difference = f" (difference from the mean of {baseline})" if runs[0].configuration == baseline else ""
         notes.insert(0, f"mean ± standard deviation of a sample of n runs{difference}; the best in bold")
         text = {"markdown": markdown, "latex": latex}[form](texts, notes)
+    if not output:
+        print(text, end="")
     try:
         if output:
             output.write_text(text, encoding="utf-8")
-        else:
-            print(text, end="")
         for number, group in enumerate(groups if curves else (), 1):
             draw_curves(group, curves if number == 1 else curves.with_stem(f"{curves.stem}_{number}"))
     except OSError as error:
-        raise SystemExit(f"error: {error.filename} cannot be written: {error.strerror}") from None
+        raise SystemExit(f"error: {error.filename or output or curves} cannot be written: {error.strerror}") from None
 
 
 def draw_curves(runs: list[Run], path: Path):
