@@ -140,6 +140,8 @@ def train(args: Namespace, world: World, folder: Path | None):
         *(f"warning: {line}" for line in build.unusual_settings(args, lr, data.num_steps)),
         tables,
     ]))  # fmt: skip
+    flags = "\n".join(f"{name}: {value}" for name, value in arguments.repeatable(args).items())
+    log.texts({"flags": flags, "objective": tables}, first_step)
     if diverse_loss.compiled:
         log.print("compiling the training step: the first step takes longer, and nothing is printed meanwhile")
 
@@ -195,6 +197,7 @@ def train(args: Namespace, world: World, folder: Path | None):
             from reports import figures  # here, as matplotlib takes a second to import
 
             with final_records(folder):
+                log.hyperparameters(arguments.repeatable(args), test_stats, num_epochs * data.num_steps - 1)
                 log.close()
                 figures.curves(folder, list(diverse_loss.objective.coefs))
                 write_summary(folder, num_epochs, seconds, test_stats)

@@ -68,6 +68,6 @@ class RedundancyMonitor:
         except ValueError as error:
             log.print(f"epoch {epoch}: redundancy is not measured: {error}")
             return {}
-        log.figure("redundancy", lambda: self.draw(epoch, report), step)
+        log.figure("redundancy/by_depth", lambda: self.draw(epoch, report), step)
         measures = {f"redundancy_{name}": value for name, value in report["summary"].items()}
         return measures | {"redundancy_images": report["images"]}

@@ -46,6 +46,17 @@ class Events(GrowingFile):
         self.add_summary(summary.image(name, np.asarray(figure.canvas.buffer_rgba()), dataformats="HWC"), step)
         plt.close(figure)
 
+    def add_texts(self, texts: dict[str, str], step: int):
+        for name, text in texts.items():
+            self.add_summary(summary.text(name, f"```\n{text}\n```"), step)
+
+    def add_hyperparameters(self, flags: dict, metrics: dict[str, float], step: int):
+        """Flags without those that are None, and the names of scalars whose last values are the results."""
+        values = {name: value if isinstance(value, bool | int | float | str) else str(value)
+                  for name, value in flags.items() if value is not None}  # fmt: skip
+        for content in summary.hparams(values, metrics):
+            self.add_summary(content, step)
+
     def add_summary(self, content: Summary, step: int):
         """Add what a function of torch.utils.tensorboard.summary returns; it is written within a minute or so."""
         self._add_event(Event(summary=content, step=step))

@@ -11,6 +11,9 @@ from tqdm import tqdm
 from training.records import LOG, GrowingFile, parse_records
 from utils import World, atomic_write
 
+COUNTS = ("epoch", "n_parameters", "test_images", "test_images_ema", "redundancy_images")
+"""Numbers of a record that TensorBoard does not show."""
+
 
 class RunLog:
     """What a run reports: console lines, `log.txt` (one JSON object per epoch, DeiT's keys) and TensorBoard events.
@@ -36,6 +39,7 @@ class RunLog:
     ):
         self.is_main = world.is_main
         self.lines = self.events = None
+        self.last = {}  # step of the last point of each name
         if output_dir is None or not self.is_main:
             return
         self.lines = GrowingFile(output_dir / LOG)
@@ -61,16 +65,31 @@ class RunLog:
         if self.events:
             for name, value in values.items():
                 self.events.add_scalar(name, value, step)
+            self.last |= dict.fromkeys(values, step)
 
     def figure(self, name: str, draw: Callable, step: int):
         """The matplotlib figure that `draw()` returns, in TensorBoard; it is closed. Without events it is not drawn."""
         if self.events:
             self.events.add_figure(name, draw(), step)
 
+    def texts(self, texts: dict[str, str], step: int):
+        """Preformatted texts in TensorBoard."""
+        if self.events:
+            self.events.add_texts(texts, step)
+
+    def hyperparameters(self, flags: dict, accuracies: dict[str, float], step: int):
+        """The flags of a finished run with its last accuracies, a row of TensorBoard's table of runs."""
+        if self.events:
+            metrics = by_group({f"test_{name}": value for name, value in accuracies.items()}, "")
+            self.events.add_hyperparameters(flags, metrics, step)
+
     def epoch(self, record: dict, step: int):
-        """One epoch's record: a line of log.txt, and its numbers in TensorBoard under `epoch/` at its last step."""
-        numbers = {f"epoch/{name}": value for name, value in record.items() if isinstance(value, int | float)}
-        self.scalars(numbers, step)
+        """One epoch's record: a line of log.txt, and its numbers in TensorBoard at its last step.
+
+        A term's mean over the epoch is left out where that step has a point of the term.
+        """
+        points = {name: value for name, value in by_group(record, "epoch").items() if self.last.get(name) != step}
+        self.scalars(points, step)
         if self.lines:
             self.lines.add(f"{json.dumps(record)}\n".encode())
         self.flush()
@@ -88,6 +107,32 @@ class RunLog:
         """
         for file in filter(None, (self.lines, self.events)):
             file.close()
+
+
+def by_group(values: dict[str, object], group: str) -> dict[str, float]:
+    """Names for TensorBoard, GROUP/TITLE, of the numbers in a record of an epoch or in the means of some steps.
+
+    Terms are those that have a fraction of the loss, `<term>_share`.
+
+    Args:
+        group: of loss, learning rate and gradient norm.
+    """
+    points = {}
+    for name, value in values.items():
+        title = name.removeprefix("train_")
+        if not isinstance(value, int | float) or name in COUNTS:
+            continue
+        if title in ("loss", "lr", "grad_norm"):
+            points[f"{group}/{title}"] = value
+        elif title.endswith("_share"):
+            points[f"fractions/{title.removesuffix('_share')}"] = value
+        elif f"{name}_share" in values:
+            points[f"terms/{title}"] = value
+        elif name.startswith(("test_", "redundancy_")):
+            points[name.replace("_", "/", 1)] = value
+        else:
+            points[f"system/{title}"] = value
+    return points
 
 
 def _restore(path: Path, epoch: int, unwritten: str):

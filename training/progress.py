@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from training.checkpoint import TrainState
-from training.log import RunLog
+from training.log import RunLog, by_group
 from training.meters import Meters
 from utils import World
 
@@ -101,7 +101,7 @@ class Progress:
             f"epoch {epoch} {step:>{len(str(self.num_steps))}}/{self.num_steps}  {means}  lr {lr:.3g}  "
             f"{images / seconds:.0f} images/s  data wait {100 * waited / seconds:.0f} %  eta {eta}"
         )
-        values = {"train/lr": lr} | {f"train/{name}": value for name, value in averages.items()}
+        values = {"lr": lr} | averages
         if self.world.device.type == "cuda":
-            values["train/max_memory_mib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**20
-        self.log.scalars(values, epoch * self.num_steps + step)
+            values["max_memory_mib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**20
+        self.log.scalars(by_group(values, "train"), epoch * self.num_steps + step)

@@ -62,7 +62,12 @@ def test_a_steps_line_fits_100_columns():
         assert "  loss 6.912  grad 12.3  lr 0.000457  " in line
         assert len(line) <= 100, line
     assert "eta unknown" in lines[0] and "eta 0:00:00" in lines[1]
-    assert (
-        points[299 * 1251 + 1250]["train/emb_cos_within_share"]
-        == points[299 * 1251 + 1200]["train/emb_cos_within_share"]
-    )
+    first, last = points[299 * 1251 + 1200], points[299 * 1251 + 1250]
+    assert first["fractions/emb_cos_within"] == last["fractions/emb_cos_within"]
+    assert first.keys() == {
+        "train/lr",
+        "train/loss",
+        "train/grad_norm",
+        "terms/emb_cos_within",
+        "fractions/emb_cos_within",
+    }

@@ -35,11 +35,11 @@ def test_tensorboard_has_the_measures_and_the_figure(runs):
     records = log_of(runs / "watched")
     steps = 409 // 256 * 256 // 64
     last = [(epoch + 1) * steps - 1 for epoch in range(3)]
-    for name in (name for name in records[1] if name.startswith("redundancy_")):
-        points = [(event.step, event.value) for event in events.Scalars(f"epoch/{name}")]
+    for name in (name for name in records[1] if name.startswith("redundancy_") and name != "redundancy_images"):
+        points = [(event.step, event.value) for event in events.Scalars(name.replace("redundancy_", "redundancy/"))]
         assert points == [(last[epoch], pytest.approx(records[epoch][name], rel=1e-6)) for epoch in (1, 2)]
-    assert [event.step for event in events.Images("redundancy")] == [last[1], last[2]]
-    assert len(events.Images("redundancy")[0].encoded_image_string) > 5000
+    assert [event.step for event in events.Images("redundancy/by_depth")] == [last[1], last[2]]
+    assert len(events.Images("redundancy/by_depth")[0].encoded_image_string) > 5000
 
 
 @pytest.mark.parametrize("batch_size", [64, 8])
