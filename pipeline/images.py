@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from utils import BadImageError, reseed
@@ -134,6 +134,8 @@ class ReadableImages(Dataset):
         if getattr(error, "errno", None) in TOO_MANY_FILES:
             raise error  # the image is not the cause
         reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):  # it has the file only as a Python object
+            reason = "it has no known image format"
         return " ".join(f"unreadable image {image_name(self.source, index)}: {reason}".split())
 
     def _report(self, index: int, message: str):

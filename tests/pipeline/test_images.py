@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import timm.data
 import torchvision
+from data_files import write_inat
 from helpers import make_image_folder, photo
 from image_files import JPEG, LEVELS, LEVELS_IN_8_BITS, READABLE, UNREADABLE, Photos, folder_with, three
 from PIL import Image
 from torch.utils.data import Dataset
 
 from pipeline import images as images_module
-from pipeline.images import ReadableImages
+from pipeline.image_folder import ImageFolder
+from pipeline.images import ReadableImages, image_name
+from pipeline.inaturalist import INaturalist
 from utils import BadImageError, quiet_warnings
 
 # Modes
@@ -55,6 +58,22 @@ def test_images_of_a_source_that_decodes_them_itself():
 
     image, label = ReadableImages(Source(), np.asarray, max_bad=0)[0]
     assert (label, image.tolist()) == (5, three(LEVELS_IN_8_BITS).tolist())
+
+
+def test_names_of_images(tmp_path):
+    """As a user finds them, and for a checkpoint without the folder, which may be another one later."""
+    make_image_folder(tmp_path)
+    write_inat(tmp_path, 2018, flattened=False)
+    train = tmp_path / "train"
+    first = "train_val2018/Mammalia/10/train3.jpg"
+    sources = {
+        ImageFolder(train): (f"{train}/cat/0.png", "cat/0.png"),
+        timm.data.ImageDataset(str(train)): ("cat/0.png", "cat/0.png"),
+        INaturalist(tmp_path, "train", 2018, "name"): (f"{tmp_path}/{first}", first),
+        Photos(): ("number 0", "number 0"),
+    }
+    for source, names in sources.items():
+        assert (image_name(source, 0), image_name(source, 0, relative=True)) == names
 
 
 # Images that cannot be read

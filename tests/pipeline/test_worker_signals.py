@@ -25,11 +25,11 @@ class Pids:
         return os.getpid()
 
 
-def load(pipe, how, method="fork"):
-    """An epoch of a loader with two workers in its own process group, which the test signals after a batch."""
+def load(pipe, how, method="fork", num_workers=2):
+    """An epoch of a loader in its own process group, which the test signals after a batch."""
     os.setsid()
     with StopSignals():
-        batches = iter(StoppableLoader(Pids(), batch_size=2, num_workers=2, multiprocessing_context=method))
+        batches = iter(StoppableLoader(Pids(), batch_size=2, num_workers=num_workers, multiprocessing_context=method))
         pids = set(next(batches).tolist()) | set(next(batches).tolist())
         pipe.send(pids)
         pipe.recv()
@@ -113,5 +113,20 @@ def test_workers_end_when_their_parent_is_killed(method, fork, monkeypatch):
         assert not select.select([read_end], [], [], 0)[0]
         assert select.select([read_end], [], [], 12)[0]
         assert os.read(read_end, 1) == b""
+    finally:
+        os.close(read_end)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_many_workers_end_together_when_their_parent_is_killed(fork, monkeypatch):
+    """Each has the pipes of those before it, and so cannot learn from its own pipe that the parent has ended."""
+    monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 60)
+    read_end, write_end = os.pipe()
+    process, pipe = fork(load, "finish", "fork", 8)
+    os.close(write_end)
+    receive(pipe)
+    process.kill()
+    try:
+        assert select.select([read_end], [], [], 6)[0]
     finally:
         os.close(read_end)
