@@ -14,8 +14,10 @@ generators first, with `reseed` and its own counters:
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import multiprocessing
+import operator
 import os
 import random
 import re
@@ -23,6 +25,8 @@ import signal
 import socket
 import struct
 import sys
+import sysconfig
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,9 +52,30 @@ class BadImageError(RuntimeError):
     """An image cannot be read and may not, or no longer, be replaced."""
 
 
+PROGRAM = {"datasets", "diversity", "engine", "models", "pipeline", "reports", "training", "utils"}
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error needs its traceback, since a user's code or a mistake in this program raised it.
+
+    Otherwise its message is enough: a library refused what this program gave to it, or this program refused a value.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    in_library = [_is_installed(frame.f_code.co_filename) for frame in frames]
+    in_program = [frame.f_globals.get("__name__", "").partition(".")[0] in PROGRAM for frame in frames]
+    if not all(map(operator.or_, in_library, in_program)):
+        return True
+    return not in_library[-1] and not isinstance(error, OSError | ValueError)
+
+
+def _is_installed(file: str) -> bool:
+    """Whether a file of code belongs to Python or to an installed package."""
+    return file.startswith((sysconfig.get_path("stdlib"), "<")) or "-packages/" in file
+
+
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn `BadImageError`, and a failed exchange with another process, into the line that a command ends with."""
+    """Turn `BadImageError`, and the loss of another process, into the line that a command ends with."""
     try:
         yield
     except BadImageError as error:  # a loader worker's arrives with its traceback in the message
@@ -58,7 +83,7 @@ def one_line_errors():
         raise SystemExit(f"error: {line}") from None
     except RuntimeError as error:
         line = " ".join(str(error).split())
-        if not (dist.is_initialized() and re.search("gloo|nccl|connection (closed|reset)", line, re.IGNORECASE)):
+        if not (dist.is_initialized() and re.search("gloo/transport|connection (closed|reset)", line, re.IGNORECASE)):
             raise
         raise SystemExit(
             "error: processes could not exchange data; if another one has ended, start again with --resume auto. "
@@ -72,6 +97,8 @@ def errors_of(subject: str):
     try:
         yield
     except ValueError as error:
+        if is_bug(error):
+            raise
         raise SystemExit(f"error: {subject} {error}") from None
 
 
@@ -80,13 +107,21 @@ def run_command(command: Callable[[], None]):
 
     So does output that could not be written, but without the line where its reader has ended, as in `... | head`.
     SIGTERM ends it as an exception does, with exit code 143: its loader workers and temporary files end with it. A
-    second one ends it at once.
+    second one ends it at once. Ctrl-C where no `StopSignals` receives it is one line, and exit code 130.
     """
     _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # characters that its encoding lacks are written as escapes
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it ended the program while it imported its modules
     code = None
     try:
         command()
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            sys.stderr.write("interrupted\n")
+        code = 128 + signal.SIGINT
     except SystemExit as stop:
         code = stop.code
     except OSError:

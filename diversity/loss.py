@@ -143,9 +143,11 @@ class DiverseLoss(nn.Module):
             if self.on_compile_error is None:
                 raise
             cause = getattr(error, "inner_exception", error)
-            self.on_compile_error(" ".join([f"{type(cause).__name__}:", *str(cause).split("\n\n")[0].split()])[:500])
-            self.compiled = None
-        return self._loss(images, labels, draws)
+            reason = " ".join([f"{type(cause).__name__}:", *str(cause).split("\n\n")[0].split()])[:500]
+        result = self._loss(images, labels, draws)  # where the model or a term itself fails, its own error is raised
+        self.on_compile_error(reason)
+        self.compiled = None
+        return result
 
     def _loss(self, images, labels, draws) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the values of `names` as one tensor [n]; see `DiversityObjective.loss_and_values`."""

@@ -6,6 +6,7 @@ from torch import nn
 
 from diversity.spelling import did_you_mean
 from models.weights import refusal
+from utils import is_bug
 
 from . import diverse_deit
 
@@ -48,6 +49,9 @@ def build_model(
                 raise
             model = timm.create_model(name, **model_kwargs)  # a model of free input size
     except Exception as error:  # what a model makes of arguments it did not expect
+        is_unknown_argument = isinstance(error, TypeError) and any(f"'{key}'" in str(error) for key in model_kwargs)
+        if is_bug(error) and not is_unknown_argument:
+            raise
         refused = refusal(error)  # by a file that model_kwargs name
         reason = f"its file {refused}" if refused else " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name} cannot be built with {model_kwargs}: {reason}") from None

@@ -14,9 +14,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from utils import BadImageError, reseed
+from utils import BadImageError, is_bug, reseed
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # of files that a user's data set reads
 
 
 class Sample(NamedTuple):
@@ -133,6 +134,8 @@ class ReadableImages(Dataset):
     def _line(self, index: int, error: Exception) -> str:
         if getattr(error, "errno", None) in TOO_MANY_FILES:
             raise error  # the image is not the cause
+        if not _has_files(self.source) and is_bug(error) and not isinstance(error, UNREADABLE):
+            raise error  # nor here
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # it has the file only as a Python object
             reason = "it has no known image format"
@@ -154,6 +157,11 @@ class ReadableImages(Dataset):
 
 def _index(sample: int | Sample) -> int:
     return sample.index if isinstance(sample, Sample) else sample
+
+
+def _has_files(source: Dataset) -> bool:
+    """Whether this module itself decodes the images of a data set."""
+    return hasattr(source, "samples") or isinstance(source, timm.data.ImageDataset)
 
 
 def read_rgb(file: BinaryIO) -> Image.Image:

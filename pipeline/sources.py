@@ -19,6 +19,7 @@ from pipeline import timm_sets
 from pipeline.digits import Digits
 from pipeline.image_folder import ImageFolder, is_hidden
 from pipeline.inaturalist import INaturalist
+from utils import is_bug
 
 SOURCE_FLAGS = ("data_path", "train_split", "val_split", "inat_category")
 
@@ -118,6 +119,8 @@ def build_source(options: SourceOptions, is_training: bool) -> Dataset:
     try:
         return source.open(options, is_training)
     except Exception as error:  # the libraries raise anything from AssertionError to HTTP errors
+        if is_bug(error):
+            raise
         refused = refusal(error)
         reason = f"a file {refused}" if refused else " ".join(str(error).split()) or type(error).__name__
         place = f" from {path}" if path else ""

@@ -23,7 +23,7 @@ DEAD_WORKER = (
 HINTS = {
     "DataLoader timed out": "the loader gave no batch in time; unless a line above says why, the storage hangs, "
     "or is slow: raise --loader-timeout",
-    "Bus error|</torch_|No space left on device": "shared memory (/dev/shm) is full; use fewer --num-workers, "
+    "Bus error|</torch_": "shared memory (/dev/shm) is full; use fewer --num-workers, "
     "or give more of it (docker run --shm-size=16g)",
     r"DataLoader worker \(pid": DEAD_WORKER,
 }
@@ -88,7 +88,7 @@ class StoppableLoader(DataLoader):
         # the worker.
         if (self.multiprocessing_context or multiprocessing).get_start_method() != "fork":
             resource_tracker.ensure_running()  # its start would unblock them
-        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             return super().__iter__()
         finally:

@@ -110,13 +110,20 @@ def test_nccl_knows_its_device_from_the_start(monkeypatch):
 
 
 def test_a_failed_exchange_keeps_its_message(monkeypatch):
-    message = "NCCL error in: ProcessGroupNCCL.cpp:77,\nunhandled cuda error: out of memory " + "x" * 300
+    message = "[gloo/transport/tcp/pair.cc:534]\nConnection closed by peer [127.0.0.1]:9 " + "x" * 300
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with pytest.raises(SystemExit) as caught, one_line_errors():
         raise RuntimeError(message)
     line = str(caught.value)
     assert line.startswith("error: processes could not exchange data") and "\n" not in line
     assert line.endswith(" ".join(message.split()))
+
+
+@pytest.mark.parametrize("message", ["NCCL error in: ProcessGroupNCCL.cpp:77, unhandled", "of a gloomy term"])
+def test_other_errors_of_a_distributed_run_keep_their_traceback(message, monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match=message), one_line_errors():
+        raise RuntimeError(message)
 
 
 @pytest.mark.parametrize(("flag", "precision"), [("--tf32", "high"), ("--no-tf32", "highest")])

@@ -29,7 +29,7 @@ from pipeline.transforms import Preprocessing
 from training import arguments
 from training.parsing import flag_of
 from training.schedule import Schedule
-from utils import World, errors_of
+from utils import World, errors_of, is_bug
 
 T = TypeVar("T")
 FUSED = (torch.optim.AdamW, torch.optim.Adam)  # not SGD: its momentum is undefined if the first step is skipped
@@ -205,6 +205,8 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     try:
         return create_optimizer_v2(model, **options)
     except (TypeError, ValueError, IndexError, AssertionError) as error:
+        if is_bug(error):
+            raise
         raise SystemExit(
             f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
         ) from None

@@ -101,11 +101,13 @@ class TrainState:
                 f"{global_batch}; keep processes x --batch-size x --accum-steps"
             )
         load_model_and_ema(self.model, self.model_ema, checkpoint, path)
-        own = type(self.optimizer).__name__
-        if (stored := checkpoint.get(OPTIMIZER, own)) != own:
+        own, groups = type(self.optimizer).__name__, checkpoint["optimizer"]["param_groups"]
+        lacks = {"betas", "momentum"} & self.optimizer.param_groups[0].keys() - groups[0].keys()
+        stored = f"without {', '.join(sorted(lacks))}" if lacks else own  # by a file that does not name it, as DeiT's
+        if (stored := checkpoint.get(OPTIMIZER, stored)) != own:
             line = f"was written with another optimizer, {stored}, not {own}; see --opt"
             raise SystemExit(f"error: --resume {path} {line}")
-        for group, flags in zip(checkpoint["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False):
+        for group, flags in zip(groups, self.optimizer.param_groups, strict=False):
             # An optimizer may add keys while it runs, and another version of it may have more: those of the flags count
             # only where the file has none. `fused` decides where state belongs.
             group.update({key: value for key, value in flags.items() if key in SETTINGS or key not in group})

@@ -79,6 +79,11 @@ def test_another_optimizer_is_refused(tmp_path):
         with pytest.raises(SystemExit) as caught:
             state_of(opt).restore(saved(state, tmp_path / "checkpoint.pth"), "checkpoint.pth")
         one_line(caught, "--resume checkpoint.pth was written with another optimizer, AdamW", "see --opt")
+    file = saved(state, tmp_path / "checkpoint.pth")
+    del file["optimizer_name"]  # as in a file of DeiT
+    with pytest.raises(SystemExit) as caught:
+        state_of("sgd").restore(file, "checkpoint.pth")
+    one_line(caught, "--resume checkpoint.pth was written with another optimizer, without momentum, not SGD; see --opt")
 
 
 def test_keys_that_only_one_version_of_an_optimizer_has(tmp_path):
@@ -106,7 +111,7 @@ def test_other_groups_of_parameters_are_refused(change, tmp_path):
 
 
 def test_a_run_with_lamb_continues(tmp_path, few_digits):
-    words = (*TINY, "--opt", "lamb", "--batch-size", 32, "--output-dir", tmp_path)
+    words = (*TINY, "--opt", "lamb", "--sched", "constant", "--batch-size", 32, "--output-dir", tmp_path)
     run_main(*words)
     run_main(*words, "--epochs", 2, "--resume", "auto", "--resume-with-changes")
     assert [record["epoch"] for record in log_of(tmp_path)] == [0, 1]
@@ -114,7 +119,7 @@ def test_a_run_with_lamb_continues(tmp_path, few_digits):
 
 def test_a_checkpoint_of_deit_continues(tmp_path, few_digits):
     """DeiT's layout, written with the torch of its time: steps are numbers, and groups have fewer keys."""
-    words = (*TINY, "--batch-size", 32)
+    words = (*TINY, "--sched", "constant", "--batch-size", 32)
     run_main(*words, "--output-dir", tmp_path)
     ours = read(str(tmp_path / checkpoint.LAST))
     optimizer = ours["optimizer"]
