@@ -59,6 +59,7 @@ def test_workers_survive_a_stop_of_the_group_and_end_with_their_loader(loading, 
     pids = receive(pipe)
     for number in STOP_SIGNALS:
         os.killpg(process.pid, number)
+        time.sleep(0.05)  # pytest's faulthandler gives handlers a small stack, which many at once overflow
     time.sleep(0.2)
     pipe.send("continue")
     assert receive(pipe) == pids
