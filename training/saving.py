@@ -105,7 +105,7 @@ class Saver:
         self._submit(improved)
 
     def close(self):
-        """Wait for the last save, and try once more if it failed. No process returns before the file exists.
+        """Wait for the last save; if it or the log failed, try once more. No process returns before the file exists.
 
         Raises:
             SystemExit: on all processes, if it cannot be written.
@@ -116,6 +116,7 @@ class Saver:
             self.is_last_try = True
             self.writer.submit(self.unwritten)
             self.writer.wait()
+        self.log.flush()
         (is_lost,) = self.agreement.vote(self.unwritten is not None)
         if is_lost:
             reason = f"error: the last checkpoint could not be written: {self.error}"
