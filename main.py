@@ -160,7 +160,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad, num_updates
     )  # fmt: skip
     progress = Progress(state, data.num_steps, log, world, args.log_interval)
-    with StopSignals() as signals:
+    with StopSignals(has_folder=bool(args.output_dir)) as signals:
         saver = Saver(
             state, lambda: {
                 "args": vars(args), "data": data.description(), "global_batch": global_batch,

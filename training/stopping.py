@@ -23,19 +23,24 @@ class StopSignals:
     and with exit code 128 + its number, unless it is one of `LIMIT_SIGNALS`. As always in Python, a signal is handled
     after the C function that the main thread is running. SIGHUP remains ignored where `nohup` has had it ignored.
 
+    Args:
+        has_folder: whether the run can be saved; otherwise the signals end it as they end any program.
+
     Attributes:
         received: name of the first signal, or None.
     """
 
-    def __init__(self):
+    def __init__(self, has_folder: bool = True):
+        self.has_folder = has_folder
         self.received: str | None = None
         self._first = 0.0
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
         has_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        numbers = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not has_nohup]
-        self._previous = {number: signal.signal(number, self._record) for number in numbers}
+        for number in STOP_SIGNALS if self.has_folder else ():
+            if number != signal.SIGHUP or not has_nohup:
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_):

@@ -6,11 +6,13 @@ import time
 
 import pytest
 import torch
+from cutting import InputRecorder
 from forking import exit_code, receive
+from helpers import TINY, few_digits, run_main
 
 from training import stopping
 from training.stopping import Agreement, StopSignals
-from utils import World, joined_world
+from utils import World, joined_world, run_command
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -105,6 +107,24 @@ def test_without_a_signal_nothing_is_recorded_and_the_handlers_are_restored():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert stop.received is None
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_run_without_a_folder_ends_as_any_program(fork):
+    def run(pipe):
+        def at(*moment):
+            if moment == ("step", 0, 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        InputRecorder(setattr, at)
+        with few_digits():
+            try:
+                run_command(lambda: run_main(*TINY, "--preset", "released"))
+            except SystemExit as stop:
+                pipe.send(stop.code)
+
+    process, pipe = fork(run)
+    assert receive(pipe, 60) == 128 + signal.SIGTERM
+    assert exit_code(process) == 0
 
 
 # Agreement
