@@ -161,12 +161,13 @@ def test_best_weights_that_could_not_be_written_are_written_with_the_next_save(t
     assert not saver.unwritten_best
 
 
-def test_a_last_save_that_fails_ends_the_run_with_an_error(tmp_path, monkeypatch):
+def test_a_last_save_that_fails_ends_the_run_with_an_error(tmp_path, monkeypatch, capsys):
     saver = saver_of(state_of(steps=1), tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     saver.end_epoch([])
     with pytest.raises(SystemExit, match=r"error: the last checkpoint could not be written: .*No space left"):
         saver.close()
+    assert capsys.readouterr().err.count("no checkpoint saved") == 1  # the second attempt is that of the last line
 
 
 def full(*_):
