@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from reports.run_folders import read_log
+from reports.run_folders import place_in_study, read_log
 from training.records import LOG
 from utils import atomic_write
 
@@ -37,6 +37,23 @@ plt.rcParams.update(
 def curve_styles() -> Iterator[dict]:
     """Colour and line style of one curve after the other: all colours, then again in the next style."""
     return itertools.cycle([{"color": colour, "linestyle": style} for style in STYLES for colour in COLOURS])
+
+
+def study_styles(folders: list[Path | None]) -> list[dict]:
+    """Colour and line style of each configuration, the same in all figures of a study.
+
+    Args:
+        folders: a run folder of each configuration; None for one that is not of a study, which gets a style that is
+            left, as does one whose style is used already.
+    """
+    first = [*itertools.islice(curve_styles(), 2 * len(COLOURS))]  # more rows than that are no study
+    styles = []
+    for folder in folders:
+        place = len(first) if folder is None else place_in_study(folder)
+        is_free = place < len(first) and first[place] not in styles
+        styles.append(first[place] if is_free else None)
+    free = (style for style in curve_styles() if style not in styles)
+    return [next(free) if style is None else style for style in styles]
 
 
 def panels(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -97,22 +114,28 @@ def _draw(axis, records: list[dict], columns: dict[str, str]):
             axis.plot(*zip(*points, strict=True), **style, label=label, marker=marker, markersize=3)
 
 
-def training_curves(runs: list[tuple[str, list[dict], bool]]) -> Figure:
-    """Test accuracy, raw and EMA, and training loss of several runs against the epoch, one colour per configuration.
+def training_curves(runs: list[tuple[str, list[dict], bool]], styles: list[dict] | None = None) -> Figure:
+    """Test accuracies, raw and EMA, and classification losses of several runs against the epoch.
 
-    Thin lines are runs, thick ones the mean over a configuration's finished runs. A quantity that no run has is left
-    out. `runs` has for each run its configuration, its log.txt's records in order, and whether it has finished.
+    The losses are cross-entropies, of the test set and of the class tokens in training: sums of different objectives
+    are not compared. Thin lines are runs, thick ones the mean over a configuration's finished runs. A
+    quantity that no run has is left out.
+
+    Args:
+        runs: of each run its configuration, its log.txt's records in order, and whether it has finished.
+        styles: of the configurations, in their order; by default all colours in turn.
     """
     shown = {
         "test_acc1": ("Test accuracy, raw weights", "top-1, percent"),
         "test_acc1_ema": ("Test accuracy, EMA", "top-1, percent"),
-        "train_loss": ("Training loss, all terms", "nats per image"),
+        "test_loss": ("Test loss, raw weights", "nats per image"),
+        "train_cls_ce": ("Training loss, classification", "nats per image"),
     }
     shown = {name: text for name, text in shown.items() if any(name in r for _, records, _ in runs for r in records)}
     marker = "o" if max(len(records) for _, records, _ in runs) < 20 else None
     figure, axes = panels(1, len(shown), 4.2 * len(shown) + 2, 3.8)
     names, handles = dict.fromkeys(name for name, _, _ in runs), []
-    for name, style in zip(names, curve_styles(), strict=False):
+    for name, style in zip(names, styles or curve_styles(), strict=False):
         of_name = [(records, has_finished) for other, records, has_finished in runs if other == name]
         for axis, column in zip(axes[0], shown, strict=True):
             finished = []

@@ -106,7 +106,8 @@ def analyze(
             write_json(report, own[subject.run])
         configurations[name].append(report)
     notes = [f"{data[0]}, the first {sources[0].measured_on['images']} images", *training_notes(names, subjects)]
-    write_all(configurations, notes, folder)
+    folders = {name: subject.folder for name, subject in zip(names, subjects, strict=True)}
+    write_all(configurations, notes, figures.study_styles([*folders.values()]), folder)
 
 
 def other_report(folder: Path, measured_on: dict) -> str:
@@ -133,16 +134,16 @@ def training_notes(names: list[str], subjects: list[Subject]) -> list[str]:
     return [*lines, *comparisons.differing("the last epoch of training", epochs), *comparisons.notes(runs)]
 
 
-def write_all(configurations: dict[str, list[dict]], notes: list[str], output_dir: Path):
+def write_all(configurations: dict[str, list[dict]], notes: list[str], styles: list[dict], output_dir: Path):
     """Write reports, tables and figures of all configurations."""
     reports = [report for of_runs in configurations.values() for report in of_runs]
     write_json(reports[0] if len(reports) == 1 else {"cells": configurations}, output_dir / REPORT)
     text = comparison(configurations, notes)
     (output_dir / "redundancy.md").write_text(text)
-    figures.save(redundancy_figures.redundancy_depth(configurations), output_dir / "depth")
-    figures.save(redundancy_figures.weight_depth(configurations), output_dir / "weights")
-    figures.save(redundancy_figures.weight_spectra(configurations), output_dir / "spectra")
-    figures.save(redundancy_figures.variance(configurations), output_dir / "variance")
+    figures.save(redundancy_figures.redundancy_depth(configurations, styles), output_dir / "depth")
+    figures.save(redundancy_figures.weight_depth(configurations, styles), output_dir / "weights")
+    figures.save(redundancy_figures.weight_spectra(configurations, styles), output_dir / "spectra")
+    figures.save(redundancy_figures.variance(configurations, styles), output_dir / "variance")
     print("\n\n".join(text.split("\n\n")[:2]))
     drawn = "depth, heads, spectra, variance and weights"
     print(f"written to {output_dir}: {REPORT}, redundancy.md, and the figures {drawn} (png, pdf)")

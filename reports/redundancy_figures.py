@@ -1,7 +1,7 @@
 """Figures of what `measure_redundancy` returned, for one model or for several configurations, and of attention maps.
 
 `configurations` is everywhere {name: the reports of its runs}: runs that differ only in their seed, all of one
-architecture. A configuration has one curve, the mean over its runs.
+architecture. A configuration has one curve, the mean over its runs. `styles` are `figures.curve_styles` of their names.
 """
 
 import math
@@ -21,7 +21,7 @@ MAX_COLUMNS = 5
 HEADS_PER_LINE = 6
 
 
-def redundancy_depth(configurations: dict[str, list[dict]]) -> Figure:
+def redundancy_depth(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
     """The measures of embeddings over the layers, and below them those of attention over the blocks."""
     levels = {level: measures_of(level) for level in ("embedding", "attention")}
     lines = {level: math.ceil(len(measures) / MAX_COLUMNS) for level, measures in levels.items()}
@@ -34,7 +34,7 @@ def redundancy_depth(configurations: dict[str, list[dict]]) -> Figure:
     for level, measures in levels.items():
         for (key, measure), axis in zip(measures.items(), free, strict=False):
             values = _of_runs(configurations, lambda report, level=level, key=key: report[level][key])
-            _draw_depth(axis, configurations, values, [i + (level == "embedding") for i in stages], measure)
+            _draw_depth(axis, configurations, styles, values, [i + (level == "embedding") for i in stages], measure)
             axis.set_title(_title(measure, width=28), fontsize=9)
             axis.set(xlabel="layer (0: input of block 0)" if level == "embedding" else "block", ylabel=measure.unit)
         for _ in range(-len(measures) % columns):
@@ -43,7 +43,7 @@ def redundancy_depth(configurations: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def weight_depth(configurations: dict[str, list[dict]]) -> Figure:
+def weight_depth(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
     """The measures of weights over the blocks, one row for each measure and one column for each matrix."""
     matrices, measures = list(_first_report(configurations)["weight"]), measures_of("weight")
     rows, columns = len(measures), len(matrices)
@@ -52,7 +52,7 @@ def weight_depth(configurations: dict[str, list[dict]]) -> Figure:
     for line, (key, measure) in zip(axes, measures.items(), strict=True):
         for axis, matrix in zip(line, matrices, strict=True):
             values = _of_runs(configurations, lambda report, matrix=matrix, key=key: report["weight"][matrix][key])
-            _draw_depth(axis, configurations, values, stages, measure)
+            _draw_depth(axis, configurations, styles, values, stages, measure)
         scale = "\n(log scale,\ngeometric mean)" if measure.geometric else ""
         line[0].set_ylabel(_title(measure, width=20) + scale)
     _titles(axes, matrices, "block")
@@ -60,7 +60,7 @@ def weight_depth(configurations: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def weight_spectra(configurations: dict[str, list[dict]]) -> Figure:
+def weight_spectra(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
     """Singular values of every matrix over the largest; below, several configurations' over the first one's.
 
     A curve is the geometric mean over blocks and runs, its band reaches from the least to the greatest. Of a Swin, only
@@ -74,9 +74,9 @@ def weight_spectra(configurations: dict[str, list[dict]]) -> Figure:
     for column, matrix in zip(axes.T, matrices, strict=True):
         values = _of_runs(configurations, lambda report, matrix=matrix: _spectra(report, matrix))
         values = [np.concatenate(of_configuration) for of_configuration in values]
-        curves = _draw_curves(column[0], configurations, values, start=1, geometric=True)
+        curves = _draw_curves(column[0], configurations, styles, values, start=1, geometric=True)
         column[0].set_yscale("log")
-        for style, curve in zip(curve_styles(), curves if compared else (), strict=False):
+        for style, curve in zip(styles or curve_styles(), curves if compared else (), strict=False):
             column[1].plot(np.arange(1, len(curve) + 1), curve / curves[0], **style)
     axes[0, 0].set_ylabel("over the largest (log scale)")
     if compared:
@@ -91,14 +91,14 @@ def weight_spectra(configurations: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def variance(configurations: dict[str, list[dict]]) -> Figure:
+def variance(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
     """Fraction of the variance of all tokens in the first principal components, in the first, middle and last layer."""
     depth = len(_first_report(configurations)["variance"]) - 1
     layers = list(dict.fromkeys((0, depth // 2, depth)))
     figure, axes = panels(1, len(layers), 4 * len(layers), 3.8, sharey=True)
     for axis, layer in zip(axes[0], layers, strict=True):
         values = _of_runs(configurations, lambda report, layer=layer: 100 * np.cumsum(report["variance"][layer]))
-        _draw_curves(axis, configurations, values, start=1)
+        _draw_curves(axis, configurations, styles, values, start=1)
         axis.axhline(90, color="grey", linewidth=0.8, linestyle=":")
         axis.annotate("90 %", (1.01, 90), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="#555555")
         place = f"output of block {layer - 1}" if layer else "input of block 0"
@@ -156,14 +156,20 @@ def _of_runs(configurations: dict[str, list[dict]], read: Callable[[dict], list]
 
 
 def _draw_curves(
-    axis: Axes, configurations: dict[str, list[dict]], rows: list, start: int = 0, geometric: bool = False, **options
+    axis: Axes,
+    configurations: dict[str, list[dict]],
+    styles: list[dict] | None,
+    rows: list,
+    start: int = 0,
+    geometric: bool = False,
+    **options,
 ) -> list[np.ndarray]:
     """One curve for each configuration: the mean of its rows [n, points], with a light band from least to greatest.
 
     A None breaks a curve. `start` is x of the first point. Returns the curves, each [points].
     """
     curves = []
-    for style, (name, reports), values in zip(curve_styles(), configurations.items(), rows, strict=False):
+    for style, (name, reports), values in zip(styles or curve_styles(), configurations.items(), rows, strict=False):
         values = np.array(values, dtype=float)
         curve = np.exp(np.log(values).mean(axis=0)) if geometric else values.mean(axis=0)
         index = np.arange(start, start + len(curve))
@@ -176,9 +182,16 @@ def _draw_curves(
     return curves
 
 
-def _draw_depth(axis: Axes, configurations: dict[str, list[dict]], rows: list, borders: list[int], measure: Measure):
+def _draw_depth(
+    axis: Axes,
+    configurations: dict[str, list[dict]],
+    styles: list[dict] | None,
+    rows: list,
+    borders: list[int],
+    measure: Measure,
+):
     """Curves of a measure over layers or blocks, with a line before each of those that begin a stage."""
-    curves = _draw_curves(axis, configurations, rows, geometric=measure.geometric, marker="o", markersize=3)
+    curves = _draw_curves(axis, configurations, styles, rows, geometric=measure.geometric, marker="o", markersize=3)
     for first in borders:
         axis.axvline(first - 0.5, color="#777777", linewidth=0.9, zorder=0)
     if all(np.isnan(curve).all() for curve in curves):

@@ -129,6 +129,14 @@ def without_seed(path: Path) -> Path:
     return path.with_name(re.sub(r"[-_]seed\d+$", "", path.name)) if path.name else path
 
 
+def place_in_study(folder: Path) -> int:
+    """The place of a run's configuration among those beside it, plain first, then in the order of their names."""
+    own = without_seed(folder.resolve())
+    found = [*own.parent.glob("*/args.yaml"), *own.parent.glob("*/seed*/args.yaml")]
+    rows = {own, *(without_seed(path.parent) for path in found)}
+    return sorted(rows, key=lambda path: (path.name != "plain", _natural(path))).index(own)
+
+
 def read_log(path: Path, notices: TextIO | None = None) -> list[dict]:
     """The epochs of a log.txt, in order.
 

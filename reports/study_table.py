@@ -74,7 +74,9 @@ def draw_curves(runs: list[Run], path: Path):
 
     if not any(run.records for run in runs):
         raise SystemExit(f"error: --curves {path} has nothing to draw: no run has finished an epoch")
-    figure = figures.training_curves([(run.configuration, run.records, not run.problem) for run in runs])
+    folders = {run.configuration: run.folder for run in runs}
+    of_runs = [(run.configuration, run.records, not run.problem) for run in runs]
+    figure = figures.training_curves(of_runs, figures.study_styles([*folders.values()]))
     figures.save(figure, path.with_suffix(""))
 
 

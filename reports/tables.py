@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from diversity.measures import measures_of, summary_measures
 
 LATEX_SYMBOLS = {"±": r"$\pm$", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "|": r"\textbar{}"}
+ONE_COLUMN = 45  # characters of a row that fit into one of the two columns of a page
 
 
 def markdown(tables: list[dict[str, list[str]]], notes: list[str]) -> str:
@@ -52,20 +53,37 @@ def print_rows(heading: str, names: list[str], rows: Iterable[dict], columns: di
 
 
 def latex(tables: list[dict[str, list[str]]], notes: list[str]) -> str:
-    """Booktabs tables of texts, names in the first column, no wider than a line, and the notes in small print."""
+    """Booktabs tables of texts as floats, names in the first column, and the notes in small print below the last one.
+
+    A wide table is a `table*`, which spans both columns of a page, and no table is wider than its place. Numbers are
+    aligned on the right; what follows them in parentheses has its own column.
+    """
     import pandas as pd
 
-    blocks = [r"% needs \usepackage{booktabs,adjustbox}"]
-    for columns in tables:
-        heads = pd.MultiIndex.from_tuples([head.rpartition(", ")[::2] for head in columns])  # on two lines
-        style = pd.DataFrame(zip(*columns.values(), strict=True), columns=heads).style.hide(axis="index")
-        style.format(escape="latex").format(_latex_number, subset=heads[1:], escape="latex")
-        text = style.format_index(axis="columns", escape="latex").to_latex(hrules=True, sparse_columns=False)
-        blocks.append(f"\\begin{{adjustbox}}{{max width=\\linewidth}}\n{text}\\end{{adjustbox}}")
     style = pd.DataFrame({"note": notes}).style.hide(axis="index").hide(axis="columns").format(escape="latex")
-    text = style.to_latex(column_format=r"p{\linewidth}")
-    blocks.append(f"{{\\footnotesize\n{text}}}\n")
-    return "\n\n".join(blocks).translate(str.maketrans(LATEX_SYMBOLS))
+    small_print = "{\\footnotesize\n" + style.to_latex(column_format=r"@{}p{\linewidth}@{}") + "}\n"
+    blocks = [r"% needs \usepackage{booktabs,adjustbox}"]
+    for number, columns in enumerate(tables, 1):
+        name, *others = columns
+        cells = {name.rpartition(", ")[::2]: columns[name]}  # headings are on two lines
+        alignment = "l"
+        for head in others:
+            values, remarks = zip(*(text.partition(" (")[::2] for text in columns[head]), strict=True)
+            cells[head.rpartition(", ")[::2]] = values
+            alignment += "r"
+            if any(remarks):
+                cells["", " " * len(cells)] = [f"({remark}" if remark else "" for remark in remarks]
+                alignment += "@{ }l"
+        style = pd.DataFrame(cells.values(), pd.MultiIndex.from_tuples(cells)).T.style.hide(axis="index")
+        style.format(escape="latex").format(_latex_number, subset=[*cells][1:], escape="latex")
+        style.format_index(axis="columns", escape="latex")
+        text = style.to_latex(hrules=True, sparse_columns=False, column_format=alignment)
+        widest = [max(map(len, [*head.rpartition(", ")[::2], *texts])) for head, texts in columns.items()]
+        kind = "table*" if sum(widest) > ONE_COLUMN else "table"
+        text = f"\\begin{{adjustbox}}{{max width=\\linewidth}}\n{text}\\end{{adjustbox}}\n"
+        text += f"\n{small_print}" if number == len(tables) else ""
+        blocks.append(f"\\begin{{{kind}}}[t]\n\\centering\n% \\caption{{}}\n{text}\\end{{{kind}}}")
+    return ("\n\n".join(blocks) + "\n").translate(str.maketrans(LATEX_SYMBOLS))
 
 
 def _latex_number(text: str) -> str:

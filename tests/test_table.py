@@ -63,28 +63,39 @@ def test_the_markdown_table(study, capsys):
 
 def test_the_latex_tables(study, capsys):
     lines = tabulated(capsys, study, "--format", "latex").out.splitlines()
-    assert lines[:5] == [r"% needs \usepackage{booktabs,adjustbox}", "", r"\begin{adjustbox}{max width=\linewidth}",
-                         r"\begin{tabular}{lllll}", r"\toprule"]  # fmt: skip
-    assert lines[5:7] == [
-        r" &  & top-1 raw & top-1 EMA &  \\",
-        r"configuration & n & \% $\uparrow$ & \% $\uparrow$ & images/s \\",
+    assert lines[:8] == [r"% needs \usepackage{booktabs,adjustbox}", "", r"\begin{table*}[t]", r"\centering",
+                         r"% \caption{}", r"\begin{adjustbox}{max width=\linewidth}",
+                         r"\begin{tabular}{lrr@{ }lr@{ }lr}", r"\toprule"]  # fmt: skip
+    assert [squeezed(line) for line in lines[8:10]] == [
+        r" & & top-1 raw & & top-1 EMA & & \\",
+        r"configuration & n & \% $\uparrow$ & & \% $\uparrow$ & & images/s \\",
     ]
-    assert lines[7:13] == [
+    assert lines[10:18] == [
         r"\midrule",
-        r"plain & 2 & 90.50 $\pm$ 0.71 & \textbf{91.25 $\pm$ 0.35} & 100 \\",
-        r"broken (failed) & 0 & -- & -- & -- \\",
-        r"emb\_cos & 2 & \textbf{92.25 $\pm$ 0.35} (+1.75) & 91.00 $\pm$ 0.00 ($-$0.25) & 100 \\",
+        r"plain & 2 & 90.50 $\pm$ 0.71 &  & \textbf{91.25 $\pm$ 0.35} &  & 100 \\",
+        r"broken (failed) & 0 & -- &  & -- &  & -- \\",
+        r"emb\_cos & 2 & \textbf{92.25 $\pm$ 0.35} & (+1.75) & 91.00 $\pm$ 0.00 & ($-$0.25) & 100 \\",
         r"\bottomrule",
         r"\end{tabular}",
+        r"\end{adjustbox}",
+        r"\end{table*}",
     ]
-    second = lines[lines.index(r"\begin{tabular}{llllllll}") :]
-    assert second[2].startswith(r" &  & token cosine & absolute token cosine & effective rank")
-    assert second[3].endswith(r" & first block $\downarrow$ & q k v $\downarrow$ & q k v $\downarrow$ \\")
-    assert r"\textbf{$-$0.200 $\pm$ 0.000} ($-$0.750) & 0.620 (+0.020, n = 1)" in second[7]
-    assert all(row.count("&") == 7 and row.endswith(r" \\") for row in second[2:4] + second[5:8])
-    assert lines[-3:] == [r"emb\_cos/seed2, unfinished: epoch 1 of 2 \\", r"\end{tabular}", "}"]
+    second = lines[lines.index(r"\begin{tabular}{lr" + 6 * "r@{ }l" + "}") :]
+    assert second[2].startswith(r" &  & token cosine &  & absolute token cosine &  & effective rank")
+    assert squeezed(second[3]).endswith(
+        r" & first block $\downarrow$ & & q k v $\downarrow$ & & q k v $\downarrow$ & \\"
+    )
+    assert r"\textbf{$-$0.200 $\pm$ 0.000} & ($-$0.750) & 0.620 & (+0.020, n = 1)" in second[7]
+    assert all(row.count("&") == 13 and row.endswith(r" \\") for row in second[2:4] + second[5:8])
+    assert lines[-4:] == [r"emb\_cos/seed2, unfinished: epoch 1 of 2 \\", r"\end{tabular}", "}", r"\end{table*}"]
     assert "**" not in "".join(lines)
-    assert len([line for line in lines if line.startswith(r"\end")]) == 5
+    assert len([line for line in lines if line.startswith(r"\end")]) == 7
+
+
+def test_a_narrow_latex_table_fits_into_a_column():
+    columns = {"configuration": ["plain"], "n": ["1"], "top-1 raw, % ↑": ["90.00"]}
+    lines = tables.latex([columns], []).splitlines()
+    assert r"\begin{table}[t]" in lines and r"\begin{tabular}{lrr}" in lines and r"plain & 1 & 90.00 \\" in lines
 
 
 @pytest.mark.parametrize(
