@@ -29,7 +29,7 @@ from training.log import (
 from training.output import tolerant_output
 from training.preprocessing import normalisation_warnings
 from training.progress import Progress
-from training.provenance import add_start, environment_lines
+from training.provenance import add_start, check_files, environment_lines
 from training.resuming import Checkpoint, find_checkpoint, find_evaluated, load, resume
 from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
 from training.saving import Saver
@@ -106,6 +106,8 @@ def train(args: Namespace, world: World, folder: Path | None):
                 "--resume-with-changes, or use --eval"
             )
         if world.is_main:
+            for note in check_files(folder, data, args.data_set, args.data_path):
+                print(f"warning: {note}")
             print(f"{args.output_dir} has finished its {num_epochs} epochs")
         return
 

@@ -139,7 +139,7 @@ def write_all(configurations: dict[str, list[dict]], notes: list[str], styles: l
     reports = [report for of_runs in configurations.values() for report in of_runs]
     write_json(reports[0] if len(reports) == 1 else {"cells": configurations}, output_dir / REPORT)
     text = comparison(configurations, notes)
-    (output_dir / "redundancy.md").write_text(text)
+    (output_dir / "redundancy.md").write_text(text, encoding="utf-8")
     figures.save(redundancy_figures.redundancy_depth(configurations, styles), output_dir / "depth")
     figures.save(redundancy_figures.weight_depth(configurations, styles), output_dir / "weights")
     figures.save(redundancy_figures.weight_spectra(configurations, styles), output_dir / "spectra")

@@ -61,13 +61,23 @@ def add_start(
                 "data": fingerprint(data, data_set, data_path),
             }
             write_json([*entries, entry], folder / ENVIRONMENT)
-            before = entries[-1]["data"] if entries else entry["data"]
-            notes = [
-                f"the {text} are not those of the last start: {before[key]} -> {entry['data'][key]} ({ENVIRONMENT})"
-                for key, text in DIGESTS.items()
-                if before[key] != entry["data"][key]
-            ]
+            notes = _other_files(entries, entry["data"])
     return notes
+
+
+def check_files(folder: Path, data: Data, data_set: str, data_path: str) -> list[str]:
+    """The same lines for a finished run, which does not start again."""
+    with errors_of("--output-dir:"):
+        return _other_files(read_starts(folder), fingerprint(data, data_set, data_path))
+
+
+def _other_files(starts: list[dict], now: dict) -> list[str]:
+    before = starts[-1]["data"] if starts else now
+    return [
+        f"the {text} are not those of the last start: {before[key]} -> {now[key]} ({ENVIRONMENT})"
+        for key, text in DIGESTS.items()
+        if before[key] != now[key]
+    ]
 
 
 def read_starts(folder: Path) -> list[dict]:

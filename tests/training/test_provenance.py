@@ -39,6 +39,9 @@ def test_other_files_are_reported_when_a_run_continues(tmp_path, capsys):
     assert first["train_digest"] == second["train_digest"]
     digests = f"{first['val_digest']} -> {second['val_digest']}"
     assert f"warning: the validation files are not those of the last start: {digests}" in capsys.readouterr().out
+    (images / "val" / "cat" / "0.png").rename(images / "val" / "cat" / "9.png")
+    run_main(*words, "--epochs", 2, "--resume", "auto")  # which has finished
+    assert "warning: the validation files are not those of the last start" in capsys.readouterr().out
 
 
 def test_a_damaged_file_is_not_replaced(tmp_path, refused):
