@@ -89,13 +89,13 @@ def by_configuration(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return {run.configuration: rows[run.configuration] for run in runs}
 
 
-def compared(runs: list[Run]) -> str:
+def compared(runs: list[Run], owner: str = "all runs") -> str:
     """What comparable runs have in common."""
     values = {}
     for run in runs:
         values |= {words: value for words, value in setting(run).items() if value is not None}
     known = [f"{words} {value}" for words, value in values.items() if words not in DIGESTS.values()]
-    return f"all runs: {', '.join(known)}"
+    return f"{owner}: {', '.join(known)}"
 
 
 def notes(runs: list[Run]) -> list[str]:

@@ -48,7 +48,8 @@ def write_table(
         texts += text_tables(tables[-1], chosen, baseline)
         if group is not groups[0]:
             notes.append(f"another table, as {conflict(groups[0][0], group[0])}")
-        notes += [compared(group), *notes_on_measures, *comparisons.notes(group)]
+        owner = "all runs" if len(groups) == 1 else f"table of {group[0].configuration}"
+        notes += [compared(group, owner), *notes_on_measures, *comparisons.notes(group)]
     notes = [*dict.fromkeys(notes), *(f"{run.name}, {run.problem}" for run in runs if run.problem)]
     if form == "csv":
         text = pd.concat(tables).to_csv(index_label="cell")

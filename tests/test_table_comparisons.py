@@ -47,6 +47,10 @@ def test_unequal_runs_are_two_tables_without_a_difference(change, words, tmp_pat
     out = tabulated(capsys, tmp_path).out
     assert out.count("| configuration ") == 2 and "(+2.00)" not in out and "**" not in out
     assert f"another table, as {ours} and {theirs} differ in {words}" in notes_of(out)
+    assert [note.partition(":")[0] for note in notes_of(out) if note.startswith("table of")] == [
+        "table of plain",
+        "table of all",
+    ]
     table = pd.read_csv(io.StringIO(tabulated(capsys, tmp_path, "--format", "csv").out), index_col="cell")
     assert [*table.index] == ["plain", "all"] and table.loc["all"].filter(like="difference").isna().all()
 
