@@ -26,6 +26,7 @@ import socket
 import struct
 import sys
 import sysconfig
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -168,9 +169,14 @@ def drop_unwritten(stream: TextIO, text: str = "") -> OSError | None:
 
 
 def _exit(number: int, _frame):
+    if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # another thread received it
+        return signal.pthread_kill(threading.get_ident(), number)  # arrives when it is no longer blocked
     signal.signal(number, signal.SIG_DFL)
-    for process in multiprocessing.active_children():  # before the files that they read are removed
+    processes = multiprocessing.active_children()
+    for process in processes:
         process.terminate()
+    for process in processes:  # before the files that they read are removed
+        process.join(1)
     sys.exit(128 + number)
 
 

@@ -101,6 +101,29 @@ def test_sigterm_ends_a_program_its_workers_and_its_temporary_files(fork, tmp_pa
     assert capfd.readouterr().err == ""
 
 
+def block(pipe):
+    """A program that blocks SIGTERM for a while, as at the start of workers, but has a thread that does not."""
+
+    def wait():
+        threading.Thread(target=time.sleep, args=(20,), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        pipe.send("blocked")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        pipe.send("not ended")
+
+    run_command(wait)
+
+
+def test_sigterm_waits_for_what_blocks_it(fork):
+    process, pipe = fork(block)
+    assert receive(pipe) == "blocked"
+    assert exit_code(process) == 128 + signal.SIGTERM
+    with pytest.raises(EOFError):
+        pipe.recv()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_workers_end_when_their_parent_is_killed(method, fork, monkeypatch):
     monkeypatch.setattr(torch.utils.data._utils.worker, "MP_STATUS_CHECK_INTERVAL", 0.2)  # 5 s
