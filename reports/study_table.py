@@ -47,7 +47,8 @@ def write_table(
         tables.append(statistics_table(group, source, chosen, baseline))
         texts += text_tables(tables[-1], chosen, baseline)
         if group is not groups[0]:
-            notes.append(f"another table, as {conflict(groups[0][0], group[0])}")
+            reasons = (conflict(other, group[0]) for other in groups[0])
+            notes.append(f"another table, as {next(filter(None, reasons))}")
         owner = "all runs" if len(groups) == 1 else f"table of {group[0].configuration}"
         notes += [compared(group, owner), *notes_on_measures, *comparisons.notes(group)]
     notes = [*dict.fromkeys(notes), *(f"{run.name}, {run.problem}" for run in runs if run.problem)]
@@ -63,7 +64,8 @@ def write_table(
     try:
         if output:
             output.write_text(text, encoding="utf-8")
-        for number, group in enumerate(groups if curves else (), 1):
+        drawn = [group for group in groups if any(run.records for run in group)] or groups[:1]
+        for number, group in enumerate(drawn if curves else (), 1):
             draw_curves(group, curves if number == 1 else curves.with_stem(f"{curves.stem}_{number}"))
     except OSError as error:
         raise SystemExit(f"error: {error.filename or output or curves} cannot be written: {error.strerror}") from None

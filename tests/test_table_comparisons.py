@@ -55,6 +55,14 @@ def test_unequal_runs_are_two_tables_without_a_difference(change, words, tmp_pat
     assert [*table.index] == ["plain", "all"] and table.loc["all"].filter(like="difference").isna().all()
 
 
+def test_a_row_is_compared_with_all_rows_of_a_table(tmp_path, capsys):
+    make_run(tmp_path / "plain")  # of an earlier version: its batch is not known
+    ours = start(make_run(tmp_path / "all"))
+    theirs = start(make_run(tmp_path / "more"), global_batch=32)
+    note = f"another table, as {ours} and {theirs} differ in images per optimizer step 64 and 32"
+    assert note in notes_of(tabulated(capsys, tmp_path).out)
+
+
 def test_the_same_files_in_another_folder_are_the_same_data(tmp_path, capsys):
     start(make_run(tmp_path / "plain"))
     start(make_run(tmp_path / "all"), data={"name": "copy", "path": "/scratch/copy"})
