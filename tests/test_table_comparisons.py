@@ -56,7 +56,7 @@ def test_unequal_runs_are_two_tables_without_a_difference(change, words, tmp_pat
 
 
 def test_a_row_is_compared_with_all_rows_of_a_table(tmp_path, capsys):
-    make_run(tmp_path / "plain")  # of an earlier version: its batch is not known
+    make_run(tmp_path / "plain", data_set="cifar")  # of an earlier version: its batch is not known
     ours = start(make_run(tmp_path / "all"))
     theirs = start(make_run(tmp_path / "more"), global_batch=32)
     note = f"another table, as {ours} and {theirs} differ in images per optimizer step 64 and 32"
