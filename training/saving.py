@@ -131,7 +131,7 @@ class Saver:
         raise SystemExit(RESUMABLE)
 
     def _submit_once(self):
-        """Save the state, unless that was the last thing done."""
+        """Save the state, unless the last save has it already."""
         if self.submitted != (self.state.epoch, self.state.step):
             self._submit([])
 
