@@ -28,7 +28,8 @@ def setting(run: Run) -> dict[str, object]:
     """{words: value} of what must be equal; None for a value that is not known."""
     start, flags = run.starts[-1] if run.starts else {}, run.flags
     kwargs = flags.get("model_kwargs") or {}
-    details = [f"{key}={value}" for key, value in {"patch_size": flags.get("patch_size"), **kwargs}.items() if value]
+    kwargs = {"patch_size": flags.get("patch_size")} | kwargs
+    details = [f"{key}={value}" for key, value in kwargs.items() if value is not None]
     return {
         "data": run.data_name,
         **{words: start.get("data", {}).get(key) for key, words in DATA.items()},

@@ -162,7 +162,10 @@ def read_run(folder: Path, configuration: str) -> Run:
         run.flags = flags
         run.records = read_log(folder / LOG, sys.stderr) if (folder / LOG).exists() else []
         run.starts = read_starts(folder)
-        run.changes = [*filter(None, read_records(folder / CHANGES))] if (folder / CHANGES).exists() else []
+        changes = read_records(folder / CHANGES) if (folder / CHANGES).exists() else []
+        if not all(isinstance(change, dict) and "epoch" in change for change in changes):
+            raise ValueError(f"{CHANGES} is damaged")
+        run.changes = changes
         sources = {REPORT: _reported(_read_json(folder / REPORT)), LOG: _logged(run)}
         run.redundancy = {source: measured for source, measured in sources.items() if measured.measures}
         run.problem = _problem(run, _read_json(folder / SUMMARY))

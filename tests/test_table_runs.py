@@ -70,7 +70,9 @@ def test_a_last_epoch_without_a_step_failed(tmp_path, capsys):
     assert "- plain/seed3, failed: no step taken in epoch 1" in tabulated(capsys, tmp_path).out
 
 
-@pytest.mark.parametrize("name", ["args.yaml", "log.txt", "summary.json", "redundancy.json"])
+@pytest.mark.parametrize(
+    "name", ["args.yaml", "log.txt", "summary.json", "redundancy.json", "environment.json", "changes.jsonl"]
+)
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"[1, 2", b"3", b"{}"])
 def test_unreadable_files_make_a_failed_run(name, content, tmp_path, capsys):
     make_run(tmp_path / "plain" / "seed0", 0, 90.0)

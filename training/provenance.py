@@ -88,9 +88,12 @@ def read_starts(folder: Path) -> list[dict]:
     """
     path = folder / ENVIRONMENT
     try:
-        return json.loads(path.read_text()) if path.exists() else []
-    except json.JSONDecodeError:
-        raise ValueError(f"{path} is not complete JSON; move it away") from None
+        starts = json.loads(path.read_text()) if path.exists() else []
+    except ValueError:
+        starts = None
+    if not isinstance(starts, list) or not all(isinstance(start, dict) and "data" in start for start in starts):
+        raise ValueError(f"{path} is not a complete list of starts; move it away")
+    return starts
 
 
 def versions() -> dict[str, str]:

@@ -46,7 +46,7 @@ def test_other_files_are_reported_when_a_run_continues(tmp_path, capsys):
 
 def test_a_damaged_file_is_not_replaced(tmp_path, refused):
     (tmp_path / "environment.json").write_text("[{")
-    assert "environment.json is not complete JSON" in refused("--output-dir", tmp_path)
+    assert "environment.json is not a complete list" in refused("--output-dir", tmp_path)
     assert (tmp_path / "environment.json").read_text() == "[{"
 
 
