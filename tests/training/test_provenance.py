@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+from data_files import write_inat, write_webdataset
 from helpers import FOLDER, TINY, data_options, few_digits, log_of, make_image_folder, run_main, world
 from ranks import run_ranks
 from torchvision.datasets import ImageFolder
@@ -91,3 +92,27 @@ def test_two_processes_write_one_entry(tmp_path):
     assert result.returncode == 0, result.stderr
     (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert (start["processes"], start["global_batch"]) == (2, 32)
+
+
+def test_images_of_lists_are_known_by_their_files(tmp_path):
+    def found():
+        data = build_data(data_options("--data-set", "INAT", "--data-path", tmp_path, "--batch-size", 2), world())
+        return provenance.fingerprint(data, "INAT", str(tmp_path))
+
+    write_inat(tmp_path, 2018, flattened=True)
+    before = found()
+    assert before == found() and before["train_digest"] != before["val_digest"]
+    for path in tmp_path.rglob("val*.jpg"):
+        path.write_bytes(path.read_bytes() + b"0")
+    assert {name for name, value in found().items() if value != before[name]} == {"val_digest"}
+
+
+def test_a_stream_is_known_by_its_shards(tmp_path):
+    words = write_webdataset(tmp_path, train=[4, 4], validation=[3])
+    options = data_options(*words, "--num-classes", 3, "--batch-size", 2, "--no-repeated-aug")
+    before = provenance.fingerprint(build_data(options, world()), "wds/any", str(tmp_path))
+    assert (before["train_images"], before["val_images"]) == (8, 3)
+    with open(tmp_path / "train-1.tar", "ab") as file:
+        file.write(b"0" * 512)
+    after = provenance.fingerprint(build_data(options, world()), "wds/any", str(tmp_path))
+    assert {name for name, value in after.items() if value != before[name]} == {"train_digest"}
