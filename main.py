@@ -1,9 +1,13 @@
 """Train or evaluate a timm vision transformer with the diversity regularizers of "The Principle of Diversity"."""
 
 import datetime
+import signal
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of an import; see `run_command`
 
 import torch
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from reports.study_table import DEFAULT_MEASURES, write_table
 from training.parsing import Parser
+from utils import run_command
 
 
 def main(argv: list[str] | None = None):
@@ -30,4 +31,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -238,12 +238,20 @@ def init_world(device: str = "auto", dist_url: str = "env://") -> World:
         on_gpu = device.startswith("cuda")
         backend, options = ("nccl", {"device_id": torch.device(device)}) if on_gpu else ("gloo", {})
         meeting = {"init_method": dist_url}
-        if dist_url == "env://" and local_size == size:
-            # torchrun's store outlives a restart of its ranks, and with it the addresses of those that died
-            store, _, _ = next(rendezvous(dist_url, rank, size))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            meeting = {"store": dist.PrefixStore(f"attempt {attempt}", store)}
-        dist.init_process_group(backend, **meeting, rank=rank, world_size=size, **options)
+        try:
+            if dist_url == "env://" and local_size == size:
+                # torchrun's store outlives a restart of its ranks, and with it the addresses of those that died
+                store, _, _ = next(rendezvous(dist_url, rank, size))
+                attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                meeting = {"store": dist.PrefixStore(f"attempt {attempt}", store)}
+            dist.init_process_group(backend, **meeting, rank=rank, world_size=size, **options)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:  # a port in use, a process that does not come
+            place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            place = place if dist_url == "env://" else dist_url
+            raise SystemExit(
+                f"error: the {size} processes cannot meet at {place}; choose another port, or use torchrun "
+                f"--standalone. The message: {' '.join(str(error).split())}"
+            ) from None
     return World(rank, size, local_rank, local_size, torch.device(device))
 
 

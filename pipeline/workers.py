@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 import traceback
@@ -28,6 +29,8 @@ HINTS = {
     r"DataLoader worker \(pid": DEAD_WORKER,
 }
 """{pattern of a message of torch's loader: what happened and what to do}; the first that matches is reported."""
+
+LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes that the name of a socket can have, less its own
 
 
 @contextlib.contextmanager
@@ -81,6 +84,8 @@ class StoppableLoader(DataLoader):
 
     def __init__(self, *args, **settings):
         super().__init__(*args, worker_init_fn=_ignore_signals, **settings)
+        if self.num_workers:
+            _check_temporary_folder()
 
     def __iter__(self):
         # Workers, and the server that forks them with the start method forkserver, start with these signals blocked:
@@ -93,6 +98,23 @@ class StoppableLoader(DataLoader):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _check_temporary_folder():
+    """Workers send batches through sockets in the temporary folder; without one, the first batch would never come.
+
+    Raises:
+        SystemExit: there is none, or its name is too long.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except OSError as error:
+        raise SystemExit(f"error: loader processes need a temporary folder; set TMPDIR to one ({error})") from None
+    if len(os.fsencode(folder)) > LONGEST_FOLDER:
+        raise SystemExit(
+            f"error: the temporary folder {folder} has a name of more than {LONGEST_FOLDER} bytes, so loader processes "
+            "cannot send batches; set TMPDIR to a shorter one, such as /tmp"
+        )
 
 
 def _ignore_signals(worker_id: int):

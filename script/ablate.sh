@@ -16,6 +16,7 @@
 # run that was trained with other flags or data is refused, finished or not: main.py compares them with the checkpoint.
 # A run that fails does not stop the others; the last line names all that failed, and the exit status is 1.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 if [ $# -lt 2 ]; then
   echo "usage: $0 OUT PROGRAM [arguments]" >&2
   exit 2

@@ -9,6 +9,7 @@
 # SEEDS, TASK, TASKS and DRY_RUN see script/ablate.sh. The averaged weights (--model-ema-decay 0.999) need several
 # thousand optimizer steps; for a shorter run, pass a lower decay.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 if [ $# -lt 2 ]; then
   echo "usage: $0 DATA OUT [flags of main.py]" >&2
   exit 2

@@ -7,6 +7,7 @@
 # DATA is a folder with train/ and val/, one folder per class. Run folders are OUT/CONFIGURATION/seedK. For CONFIGS,
 # SEEDS, TASK, TASKS and DRY_RUN see script/ablate.sh. On a cluster use script/slurm_ablate.sbatch.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 if [ $# -lt 2 ]; then
   echo "usage: $0 DATA OUT [flags of main.py]" >&2
   exit 2

@@ -6,6 +6,7 @@
 #
 # Run folders are OUT/CONFIGURATION/seedK. For CONFIGS, SEEDS, TASK, TASKS and DRY_RUN see script/ablate.sh.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 if [ $# -lt 1 ]; then
   echo "usage: $0 OUT [flags of main.py]" >&2
   exit 2

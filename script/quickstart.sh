@@ -2,6 +2,7 @@
 # Train a small ViT with all five terms on the scanned digits that ship with scikit-learn. After the installation it
 # takes a few minutes on two CPU cores. Further arguments are passed to main.py.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/.."
 script/setup.sh
 

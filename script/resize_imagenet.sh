@@ -7,6 +7,7 @@
 # SRC are copied. The same command continues an interrupted copy. pipeline/resize.py says what the copy changes in
 # training.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 if [ $# -lt 2 ] || [ $# -gt 3 ]; then
   echo "usage: $0 SRC DST [SIDE]" >&2
   exit 2

@@ -2,6 +2,7 @@
 # Create .venv and install the pinned requirements into it. If they are installed already, it changes nothing.
 # PYTHON=... selects the interpreter (>= 3.11) of .venv.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}

@@ -6,6 +6,7 @@
 #
 # 200 kills, seed 0 and one process for each run by default. See tests/stress.py.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/.."
 script/setup.sh
 export OMP_NUM_THREADS=1  # the runs are forked, and a fork has no other threads

@@ -6,6 +6,7 @@
 #
 # --slow also runs the tests that are marked slow, which take minutes each.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 cd "$(dirname "$0")/.."
 script/setup.sh
 .venv/bin/ruff check .

@@ -5,10 +5,11 @@
 #   script/train_paper.sh MODEL DATA [flags of main.py]
 #
 # DATA is a folder with train/ and val/, one folder per class. The script starts one process per GPU, or NGPU=n
-# processes; without a GPU, one process on the CPU. TORCHRUN_ARGS replaces torchrun's --standalone, for several machines.
+# processes, with torchrun; a single process without it. TORCHRUN_ARGS replaces torchrun's --standalone, for several machines.
 # The run folder is runs/MODEL unless --output_dir names another. The same command again continues the run from its
 # newest complete checkpoint.
 set -euo pipefail
+[[ ${1:-} != --help ]] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit; }
 if [ $# -lt 2 ]; then
   echo "usage: $0 MODEL DATA [flags of main.py]" >&2
   exit 2
@@ -22,6 +23,9 @@ terms=()
 python=python3
 [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 NGPU=${NGPU:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
-exec "$python" -m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$((NGPU > 0 ? NGPU : 1))" "$root/main.py" \
+NGPU=$((NGPU > 0 ? NGPU : 1))
+launch=(-m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$NGPU")
+[[ $NGPU -gt 1 || -n ${TORCHRUN_ARGS:-} ]] || launch=()
+exec "$python" ${launch[@]+"${launch[@]}"} "$root/main.py" \
   --model "$model" --data-path "$data" --batch-size 128 --epochs 300 --lr 5e-4 \
   --output_dir "runs/$model" --resume auto ${terms[@]+"${terms[@]}"} "$@"

@@ -50,6 +50,7 @@ def weights(path, **kwargs):
         ("--no-such-flag", "--no-such-flag"),
         ("--preset paper", "--preset paper released corrected"),
         ("--preset", "--preset"),
+        ("--output-dir caf\udce9", "caf UTF-8"),
         ("--mixing-balance half", "--mixing-balance tokens equal"),
         ("--emb-layers -1", "--emb-layers"),
         ("--emb-layers middle", "--emb-layers middle 0,5,11"),

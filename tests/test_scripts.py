@@ -48,6 +48,15 @@ def test_scripts_are_valid_shell(path):
     assert path.suffix == ".sbatch" or os.access(path, os.X_OK)
 
 
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "script").glob("*.sh")), ids=lambda path: path.name)
+def test_help_of_a_script_is_its_head_comment(path):
+    head = path.read_text().split("\n", 1)[1]
+    head = re.match(r"(?:#.*\n)+", head)[0]
+    result = subprocess.run(["bash", path, "--help"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == re.sub(r"^# ?", "", head, flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize(("script", "model"), LAUNCHERS.items())
 def test_launchers_start_the_papers_recipe(script, model, tmp_path):
     words = launch(script, "/data", "--seed", "3", "--batch-size", "64", tmp_path=tmp_path).stdout.split("\n")[:-1]
@@ -63,6 +72,11 @@ def test_launchers_start_the_papers_recipe(script, model, tmp_path):
 def test_ngpu_overrides_the_number_of_processes(tmp_path):
     result = launch("run_deit_tiny_diverse.sh", "/data", tmp_path=tmp_path, NGPU="5")
     assert "--nproc_per_node=5" in result.stdout
+
+
+def test_one_process_starts_without_torchrun(tmp_path):
+    words = launch("run_deit_tiny_diverse.sh", "/data", tmp_path=tmp_path, NGPU="1").stdout.splitlines()
+    assert words[0].endswith("/main.py") and words[1:3] == ["--model", "deit_tiny_patch16_224_diverse"]
 
 
 def test_a_launcher_without_data_prints_its_usage(tmp_path):

@@ -2,13 +2,14 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import REPOSITORY, TINY, run_main
+from helpers import REPOSITORY, TINY, run_main, run_process
 
 from training.meters import Meters
 from utils import World, cpu_count, init_world, one_line_errors
@@ -117,6 +118,30 @@ def test_a_failed_exchange_keeps_its_message(monkeypatch):
     line = str(caught.value)
     assert line.startswith("error: processes could not exchange data") and "\n" not in line
     assert line.endswith(" ".join(message.split()))
+
+
+def test_a_port_in_use_is_one_line(monkeypatch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        variables = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+        for name, value in {**variables, "MASTER_PORT": listener.getsockname()[1]}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit, match=r"error: the 2 processes cannot meet at 127.0.0.1:\d+; .*EADDRINUSE"):
+            init_world("cpu")
+
+
+def test_output_that_the_encoding_lacks_is_escaped():
+    code = "from utils import run_command; run_command(lambda: print('\u2191'))"
+    assert run_process("-c", code, environment={"PYTHONIOENCODING": "ascii"}).stdout == "\\u2191\n"
+
+
+def test_ctrl_c_is_one_line():
+    code = (
+        "import os, time; from utils import run_command; run_command(lambda: (os.kill(os.getpid(), 2), time.sleep(9)))"
+    )
+    process = run_process("-c", code)
+    assert (process.returncode, process.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("message", ["NCCL error in: ProcessGroupNCCL.cpp:77, unhandled", "of a gloomy term"])

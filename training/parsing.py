@@ -41,6 +41,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             SystemExit: a flag that is unknown or out of range, or a file that cannot be read.
         """
+        if garbled := next((word for word in argv if not _is_text(word)), None):
+            self.error(f"{garbled!a} is not UTF-8, and the files of a run could not name it; use another name")
         argv = [with_hyphens(word) for word in argv]
         try:
             first, _ = self.first.parse_known_args(argv)
@@ -117,6 +119,11 @@ class KeyValues(ParseKwargs):
         if without_equals:
             parser.error(f"argument {option_string}: needs KEY=VALUE; got {without_equals[0]!r}")
         super().__call__(parser, namespace, values, option_string)
+
+
+def _is_text(word: str) -> bool:
+    """Whether a word of the command line was in the encoding of the system."""
+    return not any("\udc80" <= character <= "\udcff" for character in word)
 
 
 def flag_of(name: str) -> str:

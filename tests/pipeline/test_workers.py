@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import tempfile
 import time
 
 import pytest
@@ -109,6 +110,17 @@ def test_a_death_whose_signal_arrives_while_an_error_is_handled(monkeypatch):
         loader_errors(),
     ):
         raise ConnectionResetError("reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"), [("/" + "x" * 80, "a shorter one, such as /tmp"), (None, "need a temporary folder; set TMPDIR")]
+)
+def test_a_temporary_folder_that_cannot_serve(folder, line, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/dev/null"])
+    with pytest.raises(SystemExit, match=line):
+        workers.StoppableLoader([1], num_workers=1)
+    workers.StoppableLoader([1], num_workers=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
