@@ -1,6 +1,5 @@
 """Train or evaluate a timm vision transformer with the diversity regularizers of "The Principle of Diversity"."""
 
-import datetime
 import signal
 from argparse import Namespace
 from functools import partial
@@ -17,25 +16,19 @@ from models.execution import set_backends
 from pipeline.transforms import preprocessing_line
 from pipeline.workers import loader_errors
 from training import arguments, build
+from training.begin_and_end import begin_run, end_run
 from training.changes import find_changes
 from training.check_data import check_data
 from training.checkpoint import TrainState
 from training.evaluation import RedundancyMonitor, evaluate_both
 from training.guard import FiniteGuard
-from training.log import (
-    RunLog,
-    accuracy_line,
-    epoch_line,
-    evaluation_table,
-    final_records,
-    terms_table,
-)
+from training.log import epoch_line, evaluation_lines
 from training.output import tolerant_output
 from training.preprocessing import normalisation_warnings
 from training.progress import Progress
-from training.provenance import add_start, check_files, environment_lines
-from training.resuming import Checkpoint, find_checkpoint, find_evaluated, load, resume
-from training.run_folder import lock_run_folder, needs_summary, write_description, write_summary
+from training.provenance import check_files, environment_lines
+from training.resuming import Checkpoint, find_checkpoint, find_evaluated, is_finished, load, resume
+from training.run_folder import lock_run_folder
 from training.saving import Saver
 from training.stopping import StopSignals
 from training.update import GuardedUpdate
@@ -66,13 +59,9 @@ def evaluate_only(args: Namespace, world: World):
     start = resume(state, checkpoint, world, finetune=args.finetune)
     stats = evaluate_both(state.model, state.model_ema, data, world, autocast_dtype(args.amp, world.device))
     if world.is_main:
-        epoch = "" if origin.epoch is None else f", trained until epoch {origin.epoch}"
-        names = "" if origin.classes else ", whose order is taken from the data"
-        what = f"{file}{epoch}: {stats['images']} images, {data.num_classes} classes{names}"
         warnings = (f"warning: {line}" for line in normalisation_warnings(args))
         lines = [*environment_lines(world, args.seed), preprocessing_line(options), *data.lines(), *warnings]
-        lines += [*start.notes, what, evaluation_table(stats)]
-        print("\n".join([*lines, accuracy_line(stats)]))
+        print("\n".join([*lines, *start.notes, evaluation_lines(file, origin, data.num_classes, stats)]))
 
 
 def train(args: Namespace, world: World, folder: Path | None):
@@ -103,54 +92,25 @@ def train(args: Namespace, world: World, folder: Path | None):
         schedule.start(args.start_epoch)
     start = resume(state, checkpoint, world, finetune=args.finetune, classes=data.classes, global_batch=global_batch)
     data.earlier_bad_images = start.bad_images
-    if checkpoint.path and state.epoch >= num_epochs and not needs_summary(args.output_dir, checkpoint.path):
-        if args.resume != "auto":
-            raise SystemExit(
-                f"error: --resume {checkpoint.path} has finished its {num_epochs} epochs; raise --epochs with "
-                "--resume-with-changes, or use --eval"
-            )
+    if is_finished(checkpoint, state, args.resume, args.output_dir):
         if world.is_main:
             for note in check_files(folder, data, args.data_set, args.data_path):
                 print(f"warning: {note}")
             print(f"{args.output_dir} has finished its {num_epochs} epochs")
         return
 
-    tables = [args.preset and f"preset {args.preset}", diverse_loss.objective.table(), diverse_loss.tapped.table()]
-    tables = "\n".join(filter(None, tables))
-    since = {"epoch": state.epoch, "step": state.step}
-    write_description(
-        folder, arguments.repeatable(args), tables, world, [since | change._asdict() for change in changes]
-    )
-    precision = str(amp_dtype or torch.float32).removeprefix("torch.")
+    flags, objective = arguments.repeatable(args), diverse_loss.objective
+    tables = [args.preset and f"preset {args.preset}", objective.table(), diverse_loss.tapped.table()]
     numbers = {"global_batch": global_batch, "accum_steps": args.accum_steps, "learning_rate": lr}
-    notes = add_start(folder, world, data, args.data_set, args.data_path, **since, **numbers, precision=precision)
-    # After the last step of an epoch was saved, its line and its points are written again.
-    first_step = state.epoch * data.num_steps + min(state.step, data.num_steps - 1)
-    log = RunLog(folder, world, args.tensorboard, state.epoch, first_step, start.unwritten_log)
-    num_parameters = sum(p.numel() for p in model.parameters())
-    from_step = f" from step {state.step} of {data.num_steps} on" if state.step else ""
-    log.print("\n".join([
-        *environment_lines(world, args.seed),
-        f"model {args.model}: {num_parameters:,} parameters, {data.num_classes} classes, "
-        f"autocast {str(amp_dtype).removeprefix('torch.') if amp_dtype else 'off'}",
+    numbers |= {"precision": str(amp_dtype or torch.float32).removeprefix("torch.")}
+    lines = [
         preprocessing_line(options),
-        *data.lines(),
-        f"{global_batch} images per optimizer step, learning rate {lr:g}, "
-        f"epochs {state.epoch}{from_step} to {num_epochs - 1}",
-        *start.notes,
-        *(f"warning: {note}" for note in notes),
-        *(f"changed since the checkpoint: {change}" for change in changes),
-        f"fast path: {', '.join(build.fast_path(args, world, diverse_loss.objective, data)) or 'off'}",
-        *(f"warning: {line}" for line in arguments.without_effect(args, amp_dtype)),
-        *(f"warning: {line}" for line in normalisation_warnings(args)),
-        *(f"warning: {line}" for line in build.unusual_settings(args, lr, data.num_steps)),
-        tables,
-    ]))  # fmt: skip
-    flags = "\n".join(f"{name}: {value}" for name, value in arguments.repeatable(args).items())
-    log.texts({"flags": flags, "objective": tables}, first_step)
+        f"fast path: {', '.join(build.fast_path(args, world, objective, data)) or 'off'}",
+        *(f"warning: {line}" for line in build.warnings(args, amp_dtype, lr, data.num_steps)),
+    ]
+    log = begin_run(folder, world, state, data, start, changes, flags, numbers, lines, "\n".join(filter(None, tables)))
     if diverse_loss.compiled:
         log.print("compiling the training step: the first step takes longer, and nothing is printed meanwhile")
-
     if args.dry_run:
         log.print("dry run: one optimizer step, and an evaluation on all validation images; no file is written")
         data.end_epochs_after(state.step + 1)
@@ -161,10 +121,8 @@ def train(args: Namespace, world: World, folder: Path | None):
     skipped_in = "" if args.dry_run else args.output_dir
     report = partial(log.print, on_all_ranks=True)
     guard = FiniteGuard(args.max_nonfinite_steps, world, model, skipped, data.step_images, report, skipped_in)
-    num_updates = state.epoch * data.num_steps + state.step
-    update = GuardedUpdate(
-        model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad, num_updates
-    )  # fmt: skip
+    steps = state.epoch * data.num_steps + state.step
+    update = GuardedUpdate(model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad, steps)
     progress = Progress(state, data.num_steps, log, world, args.log_interval)
     with StopSignals(has_folder=bool(args.output_dir)) as signals:
         saver = Saver(
@@ -188,7 +146,7 @@ def train(args: Namespace, world: World, folder: Path | None):
             schedule.step(test_stats["acc1"])
             record = {f"train_{name}": value for name, value in train_stats.items()}
             record |= {f"test_{name}": value for name, value in test_stats.items()}
-            record |= {"epoch": epoch, "n_parameters": num_parameters, "bad_images": len(data.bad_images(world))}
+            record |= {"epoch": epoch, "n_parameters": state.num_parameters, "bad_images": len(data.bad_images(world))}
             record |= redundancy.measure(epoch, epoch + 1 == num_epochs, log, last_step)
             log.epoch(record, last_step)  # before the save: a run that resumes from it does not repeat the epoch
             saver.end_epoch(state.next_epoch(test_stats))
@@ -196,18 +154,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         saver.close()
 
         test_stats = test_stats or evaluate_both(model, model_ema, data, world, amp_dtype)
-        seconds = round(state.seconds)
-        lines = [terms_table(record), f"training time {datetime.timedelta(seconds=seconds)}", accuracy_line(test_stats)]
-        log.print("\n".join(filter(None, lines)))
-        if folder:
-            from reports import figures  # here, as matplotlib takes a second to import
-
-            with final_records(folder):
-                log.hyperparameters(arguments.repeatable(args), test_stats, num_epochs * data.num_steps - 1)
-                log.close()
-                figures.curves(folder, list(diverse_loss.objective.coefs))
-                write_summary(folder, num_epochs, seconds, test_stats)
-            log.print(f"run folder: {folder}")
+        end_run(folder, log, state, data, flags, [*objective.coefs], record, test_stats)
 
 
 def redundancy_figure(epoch: int, report: dict):

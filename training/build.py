@@ -28,6 +28,7 @@ from pipeline.batch_augmentation import BatchAugmentation, BatchErasing, Normali
 from pipeline.transforms import Preprocessing
 from training import arguments
 from training.parsing import flag_of
+from training.preprocessing import normalisation_warnings
 from training.schedule import Schedule
 from utils import World, errors_of, is_bug
 
@@ -223,6 +224,12 @@ def build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Schedul
     with errors_of(f"--sched {args.sched} refuses its settings (--decay-rate ...):"):
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     return Schedule(scheduler, args.epochs, args.cooldown_epochs, args.min_lr)
+
+
+def warnings(args: Namespace, amp_dtype: torch.dtype | None, lr: float, num_steps: int) -> list[str]:
+    """One line for each setting that has no effect, or that a run hardly can mean."""
+    lines = [*arguments.without_effect(args, amp_dtype), *normalisation_warnings(args)]
+    return [*lines, *unusual_settings(args, lr, num_steps)]
 
 
 def unusual_settings(args: Namespace, lr: float, num_steps: int) -> list[str]:

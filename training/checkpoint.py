@@ -50,6 +50,11 @@ class TrainState:
     started: float = field(default_factory=time.monotonic)
 
     @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
     def seconds(self) -> float:
         """Training time of this run, that of earlier processes included."""
         return self.earlier_seconds + time.monotonic() - self.started

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from models.weights import Origin
 from training.records import LOG, GrowingFile, parse_records
 from utils import World, atomic_write
 
@@ -163,14 +164,22 @@ def epoch_line(record: dict[str, float], num_epochs: int) -> str:
     return f"epoch {record['epoch']} of {num_epochs}: {loss}, accuracy {accuracies}, {speed}"
 
 
-def evaluation_table(stats: dict[str, float]) -> str:
-    """Loss in nats and accuracies in percent of `evaluate_both`, one line for each kind of weights."""
+def evaluation_lines(file: str, origin: Origin, num_classes: int, stats: dict[str, float]) -> str:
+    """What was evaluated; loss in nats and accuracies in percent, one line for each kind of weights.
+
+    Args:
+        file: of the weights; `origin` is what it contains about their training.
+        stats: of `evaluate_both`.
+    """
+    epoch = "" if origin.epoch is None else f", trained until epoch {origin.epoch}"
+    names = "" if origin.classes else ", whose order is taken from the data"
+    what = f"{file}{epoch}: {stats['images']} images, {num_classes} classes{names}"
     kinds = {"raw": "", "EMA": "_ema"} if "acc1_ema" in stats else {"raw": ""}
     rows = [
         f"{kind:<10}{stats[f'loss{end}']:>10.4g}{stats[f'acc1{end}']:>10.2f} %{stats[f'acc5{end}']:>10.2f} %"
         for kind, end in kinds.items()
     ]
-    return "\n".join([f"{'weights':<10}{'loss':>10}{'top-1':>12}{'top-5':>12}", *rows])
+    return "\n".join([what, f"{'weights':<10}{'loss':>10}{'top-1':>12}{'top-5':>12}", *rows, accuracy_line(stats)])
 
 
 def accuracy_line(stats: dict[str, float]) -> str:

@@ -9,6 +9,7 @@ from models.weights import Origin, is_weights, load_weights, local_file, origin,
 from training import checkpoint_files
 from training.checkpoint import LAST, TrainState, load_model_and_ema
 from training.records import LOG, SUMMARY, read_records
+from training.run_folder import needs_summary
 from utils import World, errors_of
 
 
@@ -129,6 +130,28 @@ def resume(
     elif finetune and state.model_ema is not None:
         state.model_ema.set(state.model)
     return Start(notes)
+
+
+def is_finished(checkpoint: Checkpoint, state: TrainState, path: str, folder: str) -> bool:
+    """Whether nothing is left to train, and no summary.json to write.
+
+    Args:
+        checkpoint: from which `state` was restored.
+        path: the value of `--resume`.
+        folder: the run folder.
+
+    Raises:
+        SystemExit: nothing is left, and `path` names the file.
+    """
+    num_epochs = state.scheduler.num_epochs
+    if not checkpoint.path or state.epoch < num_epochs or needs_summary(folder, checkpoint.path):
+        return False
+    if path != "auto":
+        raise SystemExit(
+            f"error: --resume {checkpoint.path} has finished its {num_epochs} epochs; raise --epochs with "
+            "--resume-with-changes, or use --eval"
+        )
+    return True
 
 
 def find_newest(folder: Path, rename: bool = True) -> Path | None:
