@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import hashlib
 import pickletools
 import re
 import sys
+import urllib.parse
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
+from filelock import FileLock
 from torch import nn
 
 _numpy_scalar = np.float64().__reduce__()[0]
@@ -171,18 +174,23 @@ def _differs(name: str, weights: dict, own: dict) -> bool:
 
 
 def local_file(path: str) -> str:
-    """A file on this machine: `path`, or for an https URL its download in the cache folder of torch.hub."""
+    """A file on this machine: `path`, or for an https URL its download in the cache folder of torch.hub.
+
+    The name in the cache contains a digest of the URL. Of several processes one downloads, while the others wait.
+    """
     if not path.startswith("https://"):
         if not Path(path).is_file():
             raise ValueError(f"{path}: there is no such file")
         return path
-    local = Path(torch.hub.get_dir()) / "checkpoints" / path.rsplit("/", 1)[-1]
-    if not local.is_file():
+    digest, name = hashlib.sha256(path.encode()).hexdigest()[:12], Path(urllib.parse.urlparse(path).path).name
+    local = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}-{name}"
+    try:
         local.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(path, str(local), progress=False)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be downloaded: {error}") from None
+        with FileLock(f"{local}.lock"):
+            if not local.is_file():
+                torch.hub.download_url_to_file(path, str(local), progress=False)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be downloaded: {error}") from None
     return str(local)
 
 

@@ -7,6 +7,7 @@ from ranks import run_forked
 
 from diversity import PRESETS, REGULARIZERS
 from models import build_model
+from training.flags import DEIT_3
 
 
 def weights(path, **kwargs):
@@ -50,6 +51,8 @@ def weights(path, **kwargs):
         ("--no-such-flag", "--no-such-flag"),
         ("--preset paper", "--preset paper released corrected"),
         ("--preset", "--preset"),
+        *((f"{flag} 1", f"{flag} DeiT III") for flag in DEIT_3),
+        ("--scale_lr_flag --unscale-lr", "--scale-lr-flag --unscale-lr"),
         ("--output-dir caf\udce9", "caf UTF-8"),
         ("--mixing-balance half", "--mixing-balance tokens equal"),
         ("--emb-layers -1", "--emb-layers"),

@@ -182,6 +182,8 @@ def _check(parser, args):
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path")
     if args.dry_run and (args.eval or args.check_data):
         parser.error(f"--dry-run takes a step of training; leave out {'--eval' if args.eval else '--check-data'}")
+    if args.scale_lr_flag and args.unscale_lr:
+        parser.error("--scale-lr-flag and --unscale-lr contradict each other; leave one of them out")
     if args.eval and not (args.resume or args.finetune):
         parser.error("--eval needs the weights to evaluate: --resume or --finetune")
     if args.resume == "auto" and not args.output_dir:

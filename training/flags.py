@@ -32,6 +32,9 @@ REMOVED = {
     "--decode-once": "an image is always decoded once for its repeated augmentations in a batch",
 }
 
+DEIT_3 = ("--bce-loss", "--ThreeAugment", "--src", "--attn-only", "--layer-decay", "--cosub")
+"""Flags of later recipes in DeiT's repository, which are refused by name."""
+
 
 def build_parser() -> Parser:
     """The parser of every flag, with the presets' defaults."""
@@ -45,6 +48,7 @@ def build_parser() -> Parser:
             for name, preset in PRESETS.items()
         },
         removed=REMOVED,
+        refused=dict.fromkeys(DEIT_3, "it belongs to DeiT III; this program has the recipe of DeiT of 2021"),
     )
     for add_group in (
         _run, _speed, _model, _diversity, _optimizer, _schedule, add_augmentation, add_preprocessing, _distillation,

@@ -25,11 +25,18 @@ class Parser(argparse.ArgumentParser):
     Args:
         presets: {value of `--preset`: {flag: its default}}; None for a program without presets.
         removed: {flag that earlier versions had: what to do instead}.
+        refused: {flag of another program: why this one does not have it}.
     """
 
-    def __init__(self, presets: Mapping[str, dict] | None = None, removed: Mapping[str, str] | None = None, **kwargs):
+    def __init__(
+        self,
+        presets: Mapping[str, dict] | None = None,
+        removed: Mapping[str, str] | None = None,
+        refused: Mapping[str, str] | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
-        self.presets, self.removed = presets or {}, removed or {}
+        self.presets, self.removed, self.refused = presets or {}, removed or {}, refused or {}
         self.first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         self.first.add_argument("--config")
         self.first.add_argument("--preset")
@@ -62,6 +69,8 @@ class Parser(argparse.ArgumentParser):
         flag = unknown[0].split("=")[0]
         if hint := self.removed.get(flag.replace("--no-", "--", 1)):
             self.error(f"{flag} was removed: {hint}")
+        if hint := self.refused.get(flag.replace("--no-", "--", 1)):
+            self.error(f"{flag} is not implemented: {hint}")
         hint = self._used_up(words + argv, unknown[0]) or did_you_mean(flag, self._option_string_actions)
         self.error(f"unknown argument {unknown[0]}{hint}")
 

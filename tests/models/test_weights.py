@@ -2,6 +2,9 @@
 
 import argparse
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 from urllib.error import URLError
 
@@ -251,3 +254,34 @@ def test_an_address_out_of_reach(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=URLError("no route")))
     with pytest.raises(ValueError, match=f"^{ADDRESS} cannot be downloaded: .*no route"):
         weights.load_weights(model_of(), ADDRESS)
+
+
+def test_two_addresses_that_end_alike_are_two_files(tmp_path, monkeypatch):
+    downloaded = []
+
+    def download(url, path, progress):
+        downloaded.append(url)
+        Path(path).write_text(url)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    addresses = [f"https://example.org/{name}/checkpoint.safetensors?download=true" for name in ("a", "b")]
+    for _ in range(2):
+        assert [Path(weights.local_file(address)).read_text() for address in addresses] == addresses
+    assert downloaded == addresses
+    assert all(weights.local_file(address).endswith("-checkpoint.safetensors") for address in addresses)
+
+
+def test_processes_that_need_one_address_download_it_once(tmp_path, monkeypatch):
+    count = []
+
+    def download(url, path, progress):
+        count.append(url)
+        time.sleep(0.2)
+        Path(path).write_text(url)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with ThreadPoolExecutor(4) as pool:
+        files = {*pool.map(weights.local_file, [ADDRESS] * 4)}
+    assert len(files) == len(count) == 1
