@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .cross_entropy import token_cross_entropy
 from .mixing import MixedTarget
@@ -85,7 +86,8 @@ class DiversityObjective(nn.Module):
 
         Args:
             output: from a `TappedViT` built with this objective's `reads` and `patch_logits`.
-            target: from `PatchMixup`.
+            target: from `PatchMixup`; or, without mixing, integer labels [B] or soft ones [B, C] such as those of
+                timm's Mixup. Smoothing applies to all of them.
             samples: [B, 3, S, S], the mixed images; only read by `distillation`.
             probes: {term: start vectors} for terms that draw random ones, to fix them.
 
@@ -95,9 +97,10 @@ class DiversityObjective(nn.Module):
             name with "_share" appended is the component's or term's fraction of the loss; these fractions sum to 1.
 
         Raises:
-            TypeError: `output` is the plain logits of eval mode, or lacks what a term reads.
-            ValueError: a term reads the gradient at tokens that need none; or mixing is on, and patch logits and patch
-                labels are not there for the same patches.
+            TypeError: `output` is the plain logits of eval mode, or lacks what a term reads; or mixing is on, and
+                `target` has no patch labels.
+            ValueError: labels that do not fit the logits; a term reads the gradient at tokens that need none; or mixing
+                is on, and patch logits and patch labels are not there for the same patches.
         """
         loss, values = self.loss_and_values(output, target, samples, probes)
         return loss, dict(zip(self.names, values.unbind(), strict=True))
@@ -130,13 +133,25 @@ class DiversityObjective(nn.Module):
 
     def _classification(self, output, target, samples):
         """The classification loss, and the raw and the weighted values of its components."""
-        cross_entropy = partial(
-            token_cross_entropy, labels=target.labels, partner=target.partner, smoothing=self.smoothing
-        )
-        cls_logits, cls_lam = output.logits[:, None], target.lam[:, None]
+        is_mixed = isinstance(target, MixedTarget)
+        _check_labels(target.labels if is_mixed else target, output.logits)
+        if is_mixed:
+            cross_entropy = partial(
+                token_cross_entropy, labels=target.labels, partner=target.partner, smoothing=self.smoothing
+            )
+            cls_logits, cls_lam = output.logits[:, None], target.lam[:, None]
         if MIXING not in self.coefs:
-            raw, weights = {"cls_ce": cross_entropy(cls_logits, lam=cls_lam).mean()}, {"cls_ce": 1.0}
-            ce = raw["cls_ce"]
+            if is_mixed:
+                ce = cross_entropy(cls_logits, lam=cls_lam).mean()
+            else:
+                with torch.autocast(device_type=target.device.type, enabled=False):
+                    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+                    ce = F.cross_entropy(logits, target, label_smoothing=self.smoothing)
+            raw, weights = {"cls_ce": ce}, {"cls_ce": 1.0}
+        elif not is_mixed:
+            raise TypeError(
+                "mixing needs a label for every patch: the MixedTarget of a PatchMixup, not labels of the images alone"
+            )
         else:
             logits, lam = (None if t is None else [*t.shape[:2]] for t in (output.patch_logits, target.patch_lam))
             if logits is None or logits != lam:
@@ -218,6 +233,24 @@ def _check(coefs, smoothing, mixing_balance, options):
     unknown = sorted(set(options) - {option for term in REGULARIZERS.values() for option in term.options})
     if unknown:
         raise TypeError(f"no term has an option {unknown[0]!r}")
+
+
+def _check_labels(labels: torch.Tensor, logits: torch.Tensor):
+    """Raise for labels that do not fit the logits [B, C]; the range is checked on a CPU alone, as a GPU would wait."""
+    soft = labels.is_floating_point()
+    if labels.shape != (logits.shape if soft else logits.shape[:1]):
+        raise ValueError(
+            f"logits of shape {[*logits.shape]} need labels [B], integers, or [B, C], floats; got "
+            f"{labels.dtype} of shape {[*labels.shape]}"
+        )
+    if soft or labels.device.type != "cpu" or torch.compiler.is_compiling() or not len(labels):
+        return
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= logits.shape[1]:
+        raise ValueError(
+            f"labels must be from 0 to {logits.shape[1] - 1} for logits of {logits.shape[1]} classes; got "
+            f"{low if low < 0 else high}. Build the model with the num_classes of the data, and count labels from 0"
+        )
 
 
 def _token_gradient(classification: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

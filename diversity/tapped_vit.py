@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from timm.layers import Attention
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from .backbones import Backbone, parse_weight_groups
 from .hooks import ModelHooks
@@ -32,6 +34,7 @@ class TappedViT(nn.Module):
 
     Raises:
         ValueError: an unknown tap name, or layers or groups that cannot be read.
+        TypeError: a model that DistributedDataParallel, DataParallel or torch.compile wraps.
         TapError: the model lacks what a tap needs, or has no such layer.
 
     Attributes:
@@ -52,6 +55,11 @@ class TappedViT(nn.Module):
         weight_groups: str | Sequence[str] = "qkv",
     ):
         super().__init__()
+        if isinstance(model, (DistributedDataParallel, nn.DataParallel, OptimizedModule)):
+            raise TypeError(
+                f"the stock timm model is needed, not the {type(model).__name__} around it; wrap or compile what is "
+                "built from it, a TappedViT or a DiverseLoss"
+            )
         reads = (reads,) if isinstance(reads, str) else reads
         unknown = sorted(set(reads) - set(TAPS))
         if unknown:
@@ -106,6 +114,12 @@ class TappedViT(nn.Module):
         """Remove the hooks and restore fused attention; from then on the wrapper returns logits only."""
         self._hooks.remove()
         self.reads, self.patch_logits = (), False
+
+    def __reduce__(self):  # which copy.copy and copy.deepcopy call too
+        raise TypeError(
+            "a TappedViT cannot be copied or pickled, since its hooks belong to this object; save the state_dict of "
+            "its stock model (.model), load it into another model, and build a new TappedViT around that"
+        )
 
     def __enter__(self):
         return self

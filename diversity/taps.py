@@ -125,6 +125,16 @@ def _maps(backbone: Backbone, name: str, indices: Sequence[int]) -> list[Source]
 
 _fields = ["logits", "dist_logits", "patch_logits", *TAPS, "token_logits", "with_prefix", "num_prefix_tokens"]
 TapOutput = namedtuple("TapOutput", _fields, defaults=[None] * (len(_fields) - 1))
+
+
+def _no_logits(self, name: str):
+    raise AttributeError(
+        f"a TappedViT in train mode returns a TapOutput, which has no {name!r}; its class logits are the attribute "
+        "`logits`, and after `.eval()` the model returns them alone"
+    )
+
+
+TapOutput.__getattr__ = _no_logits
 TapOutput.__doc__ = """What a `TappedViT` returns in train mode; a field that was not asked for is None.
 
 Beside the attributes below it has one for every entry of `TAPS`.
