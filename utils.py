@@ -41,6 +41,7 @@ from filelock import FileLock, Timeout
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
+os.environ["MPLBACKEND"] = "agg"  # figures are files; the backend that a notebook sets for it may not be installed
 STOP_SIGNALS = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU),

@@ -131,6 +131,12 @@ def test_a_port_in_use_is_one_line(monkeypatch):
             init_world("cpu")
 
 
+def test_a_notebooks_backend_of_matplotlib_is_not_used():
+    code = "import utils, reports.figures, matplotlib; print(matplotlib.get_backend().lower())"
+    process = run_process("-c", code, environment={"MPLBACKEND": "module://not_there"})
+    assert process.stdout == "agg\n", process.stderr
+
+
 def test_output_that_the_encoding_lacks_is_escaped():
     code = "from utils import run_command; run_command(lambda: print('\u2191'))"
     assert run_process("-c", code, environment={"PYTHONIOENCODING": "ascii"}).stdout == "\\u2191\n"
