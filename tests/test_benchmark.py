@@ -11,7 +11,7 @@ from benchmarks import loader
 
 SMALL_STEP = (
     *("--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=2", "--device", "cpu"),
-    *("--batch-size", "2", "--rounds", "1"),
+    *("--batch-size", "2", "--rounds", "1", "--input-size", "64"),
 )
 
 
