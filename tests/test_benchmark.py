@@ -11,7 +11,7 @@ from benchmarks import loader
 
 SMALL_STEP = (
     *("--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=2", "--device", "cpu"),
-    *("--batch-size", "2", "--rounds", "1", "--input-size", "64"),
+    *("--batch-size", "2", "--rounds", "1"),
 )
 
 
@@ -23,7 +23,16 @@ def table(text):
 
 
 def test_steps(capsys, tmp_path):
-    flags = ["--variant=--no-fused-attn", "--patch-product", "--amp", "bf16", "--residual-dtype", "bfloat16"]
+    flags = [
+        "--input-size",
+        "64",
+        "--variant=--no-fused-attn",
+        "--patch-product",
+        "--amp",
+        "bf16",
+        "--residual-dtype",
+        "bfloat16",
+    ]
     benchmark.main(["step", *SMALL_STEP, *flags, "--json", str(tmp_path / "step.json")])
     paper = [f"only {name}" for name in ("mixing", *(n for n, term in diversity.REGULARIZERS.items() if term.coef))]
     names = ["plain timm", "diversified", "diversified, --no-fused-attn", *paper, "textbook"]
