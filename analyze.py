@@ -10,7 +10,11 @@ checkpoints bring their own.
 """
 
 import argparse
+import signal
 import sys
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of an import; see `run_command`
 
 from diversity import TapError
 from pipeline.workers import loader_errors

@@ -7,7 +7,11 @@ A configuration of the study, one row, is a set of runs that differ only in thei
 measured in the same way: by analyze.py, else by main.py in the last epoch.
 """
 
+import signal
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of an import; see `run_command`
 
 from reports.study_table import DEFAULT_MEASURES, write_table
 from training.parsing import Parser

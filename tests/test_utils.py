@@ -137,6 +137,13 @@ def test_a_notebooks_backend_of_matplotlib_is_not_used():
     assert process.stdout == "agg\n", process.stderr
 
 
+@pytest.mark.parametrize("program", ["main.py", "analyze.py", "benchmark.py", "table.py"])
+def test_ctrl_c_during_the_imports_is_no_traceback(program, tmp_path):
+    (tmp_path / "torch.py").write_text("import os; os.kill(os.getpid(), 2); os.read(0, 1)")
+    process = run_process(program, environment={"PYTHONPATH": str(tmp_path)})
+    assert (process.returncode, process.stderr) == (-2, "")
+
+
 def test_output_that_the_encoding_lacks_is_escaped():
     code = "from utils import run_command; run_command(lambda: print('\u2191'))"
     assert run_process("-c", code, environment={"PYTHONIOENCODING": "ascii"}).stdout == "\\u2191\n"
