@@ -127,14 +127,22 @@ _fields = ["logits", "dist_logits", "patch_logits", *TAPS, "token_logits", "with
 TapOutput = namedtuple("TapOutput", _fields, defaults=[None] * (len(_fields) - 1))
 
 
-def _no_logits(self, name: str):
-    raise AttributeError(
-        f"a TappedViT in train mode returns a TapOutput, which has no {name!r}; its class logits are the attribute "
-        "`logits`, and after `.eval()` the model returns them alone"
-    )
+NO_LOGITS = (
+    "a TappedViT in train mode returns a TapOutput; its class logits are the attribute `logits`, and after `.eval()` "
+    "the model returns them alone"
+)
 
 
-TapOutput.__getattr__ = _no_logits
+def _no_attribute(self, name: str):
+    raise AttributeError(f"no attribute {name!r}: {NO_LOGITS}")
+
+
+def _no_tensor(cls, function, types, args=(), kwargs=None):
+    raise TypeError(f"{function.__name__} needs a tensor: {NO_LOGITS}")
+
+
+TapOutput.__getattr__ = _no_attribute
+TapOutput.__torch_function__ = classmethod(_no_tensor)
 TapOutput.__doc__ = """What a `TappedViT` returns in train mode; a field that was not asked for is None.
 
 Beside the attributes below it has one for every entry of `TAPS`.

@@ -72,8 +72,10 @@ def test_a_wrapped_model(wrap):
 
 def test_the_output_of_train_mode_is_not_logits(tapped):
     output = tapped(IMAGES)
-    with pytest.raises(AttributeError, match=r"has no 'argmax'; its class logits are the attribute `logits`"):
+    with pytest.raises(AttributeError, match=r"no attribute 'argmax': .*its class logits are the attribute `logits`"):
         output.argmax(dim=1)
+    with pytest.raises(TypeError, match=r"cross_entropy needs a tensor: .*its class logits are the attribute `logits`"):
+        F.cross_entropy(output, LABELS)
     assert output.logits.argmax(dim=1).shape == (4,)
 
 
