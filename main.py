@@ -93,9 +93,10 @@ def train(args: Namespace, world: World, folder: Path | None):
     start = resume(state, checkpoint, world, finetune=args.finetune, classes=data.classes, global_batch=global_batch)
     data.earlier_bad_images = start.bad_images
     if is_finished(checkpoint, state, args.resume, args.output_dir):
-        if world.is_main:
+        if folder:
             for note in check_files(folder, data, args.data_set, args.data_path):
                 print(f"warning: {note}")
+        if world.is_main:
             print(f"{args.output_dir} has finished its {num_epochs} epochs")
         return
 

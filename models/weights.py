@@ -38,11 +38,13 @@ class Origin(NamedTuple):
         flags: of main.py.
         epoch: the last one in which its weights were trained, from 0.
         classes: their names in the order of the model's outputs.
+        is_average: whether the file has the averaged weights alone, under the name of the raw ones.
     """
 
     flags: dict
     epoch: int | None
     classes: list[str]
+    is_average: bool = False
 
 
 def origin(path: str) -> Origin:
@@ -57,7 +59,10 @@ def origin(path: str) -> Origin:
     stored = read(path, mmap=zipfile.is_zipfile(path) and path.isascii())
     if not isinstance(stored, dict) or not isinstance(stored.get("args"), dict):
         return Origin({}, None, [])
-    return Origin(stored["args"], stored.get("epoch"), _classes(stored))
+    epoch = stored.get("epoch")
+    if stored.get("step"):  # saved within the epoch after the finished one
+        epoch += 1
+    return Origin(stored["args"], epoch, _classes(stored), stored.get("is_average", False))
 
 
 def _classes(stored) -> list[str]:

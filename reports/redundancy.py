@@ -70,7 +70,9 @@ def analyze(
     if len(names) != len(runs) or len({*files.values()}) < len(files):
         raise SystemExit(f"error: --names needs a name for each of the {len(runs)} runs; got {' '.join(names)}")
     subjects = [find_subject(run, flags) for run in runs]
-    kinds = ["random" if subject.seed is not None else "EMA" if ema else "raw" for subject in subjects]
+    kinds = [
+        "random" if subject.seed is not None else "EMA" if ema or subject.is_average else "raw" for subject in subjects
+    ]
     sources = [images(subject, world, num_images, kind) for subject, kind in zip(subjects, kinds, strict=True)]
     models = [load_model(subject, of.num_classes, ema, world) for subject, of in zip(subjects, sources, strict=True)]
     data = [MEASURED.format_map(of.measured_on) for of in sources]

@@ -41,6 +41,7 @@ class Subject(NamedTuple):
         classes: names in the order of the model's outputs; empty where they are not known.
         flags: with which it was trained; empty where they are not known.
         seed: of random weights; None for others.
+        is_average: whether the file has averaged weights alone.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Subject(NamedTuple):
     classes: list[str]
     flags: Mapping[str, object] = {}
     seed: int | None = None
+    is_average: bool = False
 
 
 class Images(NamedTuple):
@@ -76,10 +78,11 @@ def find_subject(run: str, flags: list[str]) -> Subject:
     """
     path = Path(run)
     folder = path if path.is_dir() else None
-    file, epoch, trained_with = path / checkpoint.LAST if folder else path, None, {}
+    file = path / checkpoint.LAST if folder else path
+    epoch, trained_with, is_average = None, {}, False
     if file.is_file():
         with errors_of("RUN"):
-            trained_with, epoch, classes = weights.origin(str(file))
+            trained_with, epoch, classes, is_average = weights.origin(str(file))
         config = trained_with | {"finetune": str(file)}  # whose preprocessing is used
     elif folder:
         raise SystemExit(f"error: {run} is not a run folder of this program: it has no {checkpoint.LAST}")
@@ -97,11 +100,12 @@ def find_subject(run: str, flags: list[str]) -> Subject:
         if file or run == RANDOM:
             raise SystemExit(f"error: RUN {run} and --finetune {args.finetune} both name weights; give one")
         with errors_of("--finetune"):
-            return find_subject(weights.local_file(args.finetune), flags)._replace(run=run, folder=None)
+            file = Path(weights.local_file(args.finetune))
+        return find_subject(str(file), [*flags, "--finetune", str(file)])._replace(run=run, folder=None)
     data = dataclasses.replace(options_of(DataOptions, args), eval=True)  # it reads no training set
     model = {"name": args.model, "input_size": args.input_size, "patch_size": args.patch_size, **args.model_kwargs}
     seed = args.seed if run == RANDOM and file is None else None
-    return Subject(run, file, folder, epoch, model, data, classes, trained_with, seed)
+    return Subject(run, file, folder, epoch, model, data, classes, trained_with, seed, is_average)
 
 
 def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> nn.Module:

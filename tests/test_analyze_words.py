@@ -69,9 +69,13 @@ def test_random_weights_are_those_that_a_run_starts_from(run, tmp_path, capsys):
     assert numbers(both["random"][0]) == numbers(report) and list(both) == ["random", "run"]
 
 
-def test_finetune_names_the_weights_of_a_model(tmp_path):
-    torch.save(small_model().state_dict(), tmp_path / "weights.pth")
-    words = (*PLAIN_VIT, "--num-images", "20", "--finetune", tmp_path / "weights.pth")
+@pytest.mark.parametrize("folder", ["", "./", "../x/"])
+def test_finetune_names_the_weights_of_a_model(folder, tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "x")
+    torch.save(small_model().state_dict(), "weights.pth")
+    path = f"{folder}weights.pth"
+    words = (*PLAIN_VIT, "--num-images", "20", "--finetune", path)
     report = analyzed(tmp_path, "deit_tiny_patch16_224", *words, "--model", "deit_tiny_patch16_224")
     assert numbers(report) == measured(small_model(), 20) and report["run"] == "deit_tiny_patch16_224"
 

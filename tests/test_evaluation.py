@@ -7,7 +7,7 @@ import torch
 from helpers import TINY, make_image_folder, model_of, run_main
 from PIL import Image
 
-from models.weights import load_weights
+from models.weights import load_weights, origin
 
 CLASSES = ("ant", "bee", "cat", "dog")
 MODEL = TINY[TINY.index("--model") :]
@@ -59,6 +59,32 @@ def test_a_checkpoint_brings_its_flags_and_the_output_says_what_was_evaluated(tr
     again, _ = accuracies(capsys, "--resume", "auto", "--output-dir", folder)
     alone, _ = accuracies(capsys, "--finetune", folder / "checkpoint.pth")
     assert again == stats and alone == {"raw": stats["raw"]}
+
+
+def test_averaged_weights_alone_are_called_so(trained, capsys):
+    folder, _ = trained
+    stats, printed = accuracies(capsys, "--resume", folder / "checkpoint_best_ema.pth")
+    assert [*stats] == ["EMA"] and printed.splitlines()[-1] == f"test accuracy: EMA {stats['EMA'][1]:.2f} %"
+    assert origin(str(folder / "checkpoint_best_ema.pth")).is_average
+    stats, _ = accuracies(capsys, "--resume", folder / "checkpoint_best.pth")
+    assert [*stats] == ["raw"]
+
+
+def test_the_epoch_of_a_checkpoint_is_the_last_one_of_its_weights(tmp_path):
+    stored = {"model": model_of().state_dict(), "args": {}, "epoch": -1, "step": 3}
+    for step, epoch in ((3, 0), (0, -1)):
+        torch.save(stored | {"step": step}, tmp_path / "checkpoint.pth")
+        assert origin(str(tmp_path / "checkpoint.pth")).epoch == epoch
+
+
+def test_a_file_of_flags_is_added_to_those_of_the_checkpoint(trained, tmp_path, capsys):
+    folder, data = trained
+    data.rename(tmp_path / "moved")
+    (tmp_path / "machine.yaml").write_text(f"data_path: {tmp_path / 'moved'}\nloader-timeout: 7\n")
+    words = ("--resume", folder / "checkpoint.pth")
+    stats, _ = accuracies(capsys, *words, "--config", tmp_path / "machine.yaml")
+    (tmp_path / "moved").rename(data)
+    assert stats == accuracies(capsys, *words)[0]
 
 
 @pytest.mark.parametrize("names", [("bee", "dog"), ("dog",)])

@@ -12,7 +12,7 @@ from diversity.spelling import did_you_mean
 from pipeline.sources import SOURCE_FLAGS, find_source
 from training.changes import MODEL
 from training.flags import build_parser
-from training.parsing import flag_of
+from training.parsing import flag_of, with_hyphens
 from training.preprocessing import fill_preprocessing
 
 HAVE_FLAGS = {
@@ -34,19 +34,20 @@ NOT_REPEATED = ("config", "resume", "resume_with_changes", "start_epoch", "local
 """Flags that args.yaml leaves out, since it describes how to start the run anew."""
 
 
-NOT_OF_AN_EVALUATION = ("eval", "output_dir", "finetune", "device", "num_workers")
+NOT_OF_AN_EVALUATION = ("eval", "output_dir", "finetune", "device", "num_workers", "dist_url", "distillation_type")
 """Further flags that an evaluation does not take from a checkpoint."""
 
 
 def parse_args(argv: list[str] | None = None, config: dict | None = None) -> argparse.Namespace:
-    """Flags from the command line, over those of `--config` or `config`, over the defaults, and checked.
+    """Flags from the command line, over those of `--config`, over those of `config`, over the defaults, and checked.
 
     Raises:
         SystemExit: an unknown flag, a value out of range, or flags that contradict each other.
     """
     parser = build_parser()
-    args = parser.parse(sys.argv[1:] if argv is None else argv, config)
-    _check(parser, args)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse(argv, config)
+    _check(parser, args, on_command_line={with_hyphens(word).partition("=")[0] for word in argv})
     fill_preprocessing(args)
     return args
 
@@ -57,7 +58,7 @@ def defaults() -> dict[str, object]:
 
 
 def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace:
-    """The flags of an evaluation: those that the checkpoint was trained with, under those of the command line.
+    """The flags of an evaluation: those that the checkpoint was trained with, under those of `--config` and `argv`.
 
     Raises:
         SystemExit: the command line asks for another model than the checkpoint's.
@@ -151,7 +152,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
     ]
 
 
-def _check(parser, args):
+def _check(parser, args, on_command_line: set[str]):
     """Flags that contradict each other."""
     try:
         optimizer = _optimizer_info(args.opt)
@@ -188,7 +189,8 @@ def _check(parser, args):
         parser.error("--eval needs the weights to evaluate: --resume or --finetune")
     if args.resume == "auto" and not args.output_dir:
         parser.error("--resume auto searches --output-dir; give one")
-    if args.resume not in ("", "auto") and args.finetune:
+    continues_fine_tuning = on_command_line & {"--resume", "--finetune"} == {"--resume"}  # with a run's args.yaml
+    if args.resume not in ("", "auto") and args.finetune and not continues_fine_tuning:
         parser.error("--resume and --finetune both name weights; give one (--resume auto accepts --finetune)")
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         parser.error(f"--cutmix-minmax needs LOW < HIGH; got {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}")

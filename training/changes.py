@@ -56,8 +56,15 @@ def find_changes(
     if not path:
         return []
     before = stored["args"] if isinstance(stored.get("args"), Mapping) else args  # DeiT's are a namespace
-    before, after = ({**defaults, **_comparable({**defaults, **flags})} for flags in (before, args))
-    changes = [Change(flag_of(name), before[name], after[name]) for name in after if before[name] != after[name]]
+    before, after = (_without_aliases({**defaults, **flags}) for flags in (before, args))
+    unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
+    if all(flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"] for flags in (before, after)):
+        unrelated |= {"epochs", "cooldown_epochs"}
+    changes = [
+        Change(flag_of(name), before[name], after[name])
+        for name in after
+        if name not in unrelated and before[name] != after[name]
+    ]
     numbers = {"global_batch": "images per optimizer step", "train_images": "training images"}
     numbers |= {"val_images": "validation images"}
     old, new = {**stored.get("data", {}), **stored}, {**data, "global_batch": global_batch}
@@ -82,14 +89,10 @@ def find_changes(
     return changes
 
 
-def _comparable(flags: dict[str, object]) -> dict[str, object]:
-    """The flags that must be equal, with aliases of terms resolved."""
+def _without_aliases(flags: dict[str, object]) -> dict[str, object]:
+    """The flags, with what aliases of terms say under the names of the terms."""
     coefs = {name: flags[f"{name}_coef"] for name in (MIXING, *REGULARIZERS, *ALIASES)}
-    unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
-    if flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"]:
-        unrelated |= {"epochs", "cooldown_epochs"}
-    flags = flags | {f"{name}_coef": coef for name, coef in resolve_aliases(coefs).items()}
-    return {name: value for name, value in flags.items() if name not in unrelated}
+    return flags | {f"{name}_coef": coef for name, coef in resolve_aliases(coefs).items()}
 
 
 def _listed(changes: list[Change]) -> str:

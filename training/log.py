@@ -174,22 +174,25 @@ def evaluation_lines(file: str, origin: Origin, num_classes: int, stats: dict[st
     epoch = "" if origin.epoch is None else f", trained until epoch {origin.epoch}"
     names = "" if origin.classes else ", whose order is taken from the data"
     what = f"{file}{epoch}: {stats['images']} images, {num_classes} classes{names}"
-    kinds = {"raw": "", "EMA": "_ema"} if "acc1_ema" in stats else {"raw": ""}
+    first = "EMA" if origin.is_average else "raw"
+    kinds = {"raw": "", "EMA": "_ema"} if "acc1_ema" in stats else {first: ""}
     rows = [
         f"{kind:<10}{stats[f'loss{end}']:>10.4g}{stats[f'acc1{end}']:>10.2f} %{stats[f'acc5{end}']:>10.2f} %"
         for kind, end in kinds.items()
     ]
-    return "\n".join([what, f"{'weights':<10}{'loss':>10}{'top-1':>12}{'top-5':>12}", *rows, accuracy_line(stats)])
+    return "\n".join(
+        [what, f"{'weights':<10}{'loss':>10}{'top-1':>12}{'top-5':>12}", *rows, accuracy_line(stats, first)]
+    )
 
 
-def accuracy_line(stats: dict[str, float]) -> str:
-    """The accuracies of `evaluate_both` on one line."""
-    return f"test accuracy: {_accuracies(stats)}"
+def accuracy_line(stats: dict[str, float], first: str = "raw") -> str:
+    """The accuracies of `evaluate_both` on one line; `first` is what the weights of the model are."""
+    return f"test accuracy: {_accuracies(stats, first)}"
 
 
-def _accuracies(stats: dict[str, float]) -> str:
+def _accuracies(stats: dict[str, float], first: str = "raw") -> str:
     ema = f", EMA {stats['acc1_ema']:.2f} %" if "acc1_ema" in stats else ""
-    return f"raw {stats['acc1']:.2f} %{ema}"
+    return f"{first} {stats['acc1']:.2f} %{ema}"
 
 
 def terms_table(record: dict[str, float]) -> str:

@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         self.first.add_argument("--resume")
 
     def parse(self, argv: list[str], config: dict | None = None) -> argparse.Namespace:
-        """Flags from `argv`, over those of `--config` (or `config`), over those of `--preset`, over the defaults.
+        """Flags from `argv`, over those of `--config`, of `config`, of `--preset`, and the defaults.
 
         Raises:
             SystemExit: a flag that is unknown or out of range, or a file that cannot be read.
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             self.error(str(error))
         self.plain = {name: self.get_default(name) for preset in self.presets.values() for name in preset}
-        config = self._read(first.config) if first.config else config or {}
+        config = (config or {}) | (self._read(first.config) if first.config else {})
         if first.resume == "auto" and Path(first.config or "").name == ARGS:  # of a run, which may have been moved
             config["output_dir"] = str(Path(first.config).parent)
         self._use_preset(config.get("preset"))

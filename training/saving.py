@@ -154,6 +154,7 @@ class Saver:
                 raise ValueError(f"{bad} is not finite")
             for name in improved:
                 best = {"model": weights[name], "acc1": state["best"][name], "epoch": state["epoch"]}
+                best["is_average"] = name == "acc1_ema"
                 self.unwritten_best[name] = best | {key: state[key] for key in ("args", "data") if key in state}
             for name, best in list(self.unwritten_best.items()):  # first: the state says that they are written
                 checkpoint_files.write(best, self.output_dir / BEST[name], keep=1)

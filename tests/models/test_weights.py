@@ -140,7 +140,7 @@ def test_real_checkpoints_of_deit_and_timm(tmp_path, layout):
         model = model_of(2)
         assert weights.load_weights(model, path, use_ema=use_ema) == []
         assert_equal(model.state_dict(), stored.state_dict())
-    assert weights.origin(path) == ({}, None, [])
+    assert weights.origin(path) == ({}, None, [], False)
 
 
 @pytest.mark.parametrize("layout", ["deit", "timm"])

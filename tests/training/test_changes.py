@@ -63,6 +63,8 @@ def test_what_does_not_change_the_training(before, after):
         ((), ("--aa", "none"), "--aa rand-m9-mstd0.5-inc1 -> None"),
         ((), ("--no-model-ema",), "--model-ema True -> False"),
         ((), ("--train-split", "half"), "--train-split train -> half"),
+        (("--sched", "constant"), (), "--sched constant -> cosine"),
+        ((), ("--sched", "step"), "--sched cosine -> step"),
     ],
 )  # fmt: skip
 def test_what_changes_the_training_needs_a_word(before, after, listed):

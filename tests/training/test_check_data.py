@@ -101,6 +101,15 @@ def test_a_dry_run_of_a_resume_leaves_the_folder_as_it_was(damaged, tmp_path, mo
     assert ("damaged checkpoint" in capsys.readouterr().err) == damaged
 
 
+def test_a_dry_run_of_a_finished_run_says_so(tmp_path, capsys, few_digits):
+    words = (*BASE, "--output-dir", tmp_path / "run")
+    run_main(*words)
+    before = files(tmp_path)
+    capsys.readouterr()
+    run_main(*words, "--resume", "auto", "--dry-run")
+    assert capsys.readouterr().out == f"{tmp_path / 'run'} has finished its 1 epochs\n" and files(tmp_path) == before
+
+
 # An evaluation that fails
 
 

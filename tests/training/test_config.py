@@ -88,3 +88,17 @@ def test_a_removed_flag_is_refused_with_a_hint_and_ignored_in_an_old_file(tmp_pa
     assert old.lr == 1e-3 and not hasattr(old, name)
     line = f"note: {flag} of an earlier version is ignored: {REMOVED[flag]}\n"
     assert capsys.readouterr().err == line
+
+
+def test_a_fine_tuned_run_continues_from_a_file_with_its_args_yaml(tmp_path, capsys):
+    words = ["--config", config(tmp_path, "finetune: first.pth\n")]
+    args = parse_args([*words, "--resume", "second.pth"])
+    assert (args.resume, args.finetune) == ("second.pth", "first.pth")
+    assert "both name weights" in error_of(capsys, [*words, "--resume", "second.pth", "--finetune", "third.pth"])
+    assert "both name weights" in error_of(capsys, ["--config", config(tmp_path, "finetune: a\nresume: b\n")])
+
+
+def test_a_file_of_flags_wins_over_a_checkpoints(tmp_path):
+    stored = {"lr": 0.1, "epochs": 7}
+    args = parse_args(["--config", config(tmp_path, "epochs: 8\n")], stored)
+    assert (args.lr, args.epochs) == (0.1, 8) and stored == {"lr": 0.1, "epochs": 7}
