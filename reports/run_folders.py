@@ -11,6 +11,7 @@ from typing import TextIO
 
 import yaml
 
+from training import arguments
 from training.provenance import data_name, read_starts
 from training.records import CHANGES, LOG, SUMMARY, read_records
 
@@ -217,10 +218,14 @@ def _problem(run: Run, summary: dict) -> str | None:
 
 
 def _check_configuration(runs: list[Run]):
-    """Raise SystemExit for runs of a configuration that cannot be averaged."""
+    """Raise SystemExit for runs of a configuration that cannot be averaged.
+
+    A flag that the version of a run did not have is at its default.
+    """
+    defaults = arguments.defaults()
     for run in runs[1:]:
         for name in runs[0].flags | run.flags:
-            ours, theirs = runs[0].flags.get(name), run.flags.get(name)
+            ours, theirs = (flags.get(name, defaults.get(name)) for flags in (runs[0].flags, run.flags))
             if name not in MAY_DIFFER and ours != theirs:
                 values = f"{ours} in {runs[0].folder}, {theirs} in {run.folder}"
                 flag = f"--{name.replace('_', '-')}"

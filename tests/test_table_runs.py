@@ -35,6 +35,14 @@ def test_runs_are_found_once_and_sorted_as_people_count(tmp_path, capsys):
     assert [*study_table.statistics_table(runs, None, [], "plain").index] == ["plain", "layers2", "layers10"]
 
 
+def test_a_flag_that_an_earlier_version_did_not_have_is_at_its_default(tmp_path, capsys):
+    make_run(tmp_path / "plain" / "seed0", 0)
+    make_run(tmp_path / "plain" / "seed1", 1, model_ema_warmup=False, mean=None)
+    assert "| plain | 2 | 90.00 ± 0.00 |" in squeezed(tabulated(capsys, tmp_path).out)
+    make_run(tmp_path / "plain" / "seed2", 2, model_ema_warmup=True)
+    assert "differ in --model-ema-warmup: False in" in error_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
@@ -115,8 +123,8 @@ def test_runs_of_a_configuration_differ_in_nothing_but_the_seed(tmp_path):
 
 def test_a_flag_that_only_one_run_has_is_a_difference(tmp_path):
     make_run(tmp_path / "plain" / "seed0")
-    make_run(tmp_path / "plain" / "seed5", 5, drop_path=0.1)
-    assert "--drop-path: None in" in error_of(tmp_path)
+    make_run(tmp_path / "plain" / "seed5", 5, drop_path=0.2)
+    assert "--drop-path: 0.1 in" in error_of(tmp_path)  # the default
 
 
 def test_runs_of_an_earlier_version_and_of_this_one_are_one_configuration(tmp_path):
