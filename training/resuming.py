@@ -55,7 +55,18 @@ def find_checkpoint(path: str, folder: str, world: World, rename: bool = True) -
             f"error: --resume {path} has no {', '.join(sorted(missing))}; "
             f"training continues from {LAST}, other weights start a new run with --finetune"
         )
+    _add_accuracies(checkpoint, Path(path).with_name(LOG))
     return Checkpoint(path, checkpoint)
+
+
+def _add_accuracies(checkpoint: dict, log: Path):
+    """Add what an earlier version's checkpoints lack for the schedule, if the run's log.txt has it for each epoch."""
+    if "accuracies" in checkpoint["lr_scheduler"] or not log.is_file():
+        return
+    known = {record.get("epoch"): record.get("test_acc1") for record in read_records(log) if record}
+    accuracies = [known.get(epoch) for epoch in range(checkpoint["epoch"] + 1)]
+    if None not in accuracies:
+        checkpoint["lr_scheduler"] = {"accuracies": accuracies}
 
 
 def _lost_run(folder: Path) -> str | None:

@@ -1,6 +1,7 @@
 """The learning rate of each epoch for all schedules, warm-ups, cool-downs and noise, fresh and resumed."""
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from training import evaluation
 from training.build import build_ema, build_schedule, unusual_settings
 from training.checkpoint import TrainState
 from training.guard import FiniteGuard
+from training.resuming import find_checkpoint
 from training.update import GuardedUpdate
 from utils import World
 
@@ -152,6 +154,17 @@ def test_plateau_needs_the_accuracies_of_the_epochs_before():
     with pytest.raises(SystemExit) as caught:
         state_of(flags("plateau", 0, 0, None)).restore(checkpoint, "checkpoint.pth")
     one_line(caught, "checkpoint.pth does not contain the accuracies", "--sched plateau")
+
+
+@pytest.mark.parametrize("epochs", [(0, 1), (0,), (0, 1, 2)])
+def test_the_accuracies_of_an_earlier_versions_checkpoint_are_in_its_log(epochs, tmp_path):
+    path, state = tmp_path / "checkpoint.pth", state_of(flags("plateau", 0, 0, None))
+    state.epoch = 2
+    torch.save(state.state_dict(world()) | {"lr_scheduler": {"metric": 2.0}}, path)
+    records = [{"epoch": epoch, "test_acc1": ACCURACIES[epoch]} for epoch in epochs]
+    (tmp_path / "log.txt").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    found = find_checkpoint(str(path), "", world()).content["lr_scheduler"]
+    assert found == ({"metric": 2.0} if epochs == (0,) else {"accuracies": ACCURACIES[:2]})
 
 
 def test_a_factor_that_plateau_cannot_have_is_refused():
