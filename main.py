@@ -141,7 +141,7 @@ def train(args: Namespace, world: World, folder: Path | None):
                 loss_fn, data.batches(epoch, state.step), state, update, progress, world,
                 seed=args.seed, amp_dtype=amp_dtype, after_step=saver.after_step,
             )  # fmt: skip
-            guard.require_step(train_stats, epoch, epoch + 1 == num_epochs)
+            guard.require_step(train_stats, epoch, epoch + 1 == num_epochs and not args.dry_run)
             with saver.evaluation():
                 test_stats = evaluate_both(model, model_ema, data, world, amp_dtype, saver.after_batch)
             schedule.step(test_stats["acc1"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -108,6 +109,12 @@ def test_a_dry_run_of_a_finished_run_says_so(tmp_path, capsys, few_digits):
     capsys.readouterr()
     run_main(*words, "--resume", "auto", "--dry-run")
     assert capsys.readouterr().out == f"{tmp_path / 'run'} has finished its 1 epochs\n" and files(tmp_path) == before
+
+
+def test_a_dry_run_continues_where_its_step_overflows_in_fp16(monkeypatch, capsys, few_digits):
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**40))
+    run_main(*BASE, "--amp", "fp16", "--dry-run")
+    assert "epoch 0 of 1: no step taken, accuracy raw" in capsys.readouterr().out
 
 
 # An evaluation that fails
