@@ -12,7 +12,7 @@ from diversity.spelling import did_you_mean
 from pipeline.sources import SOURCE_FLAGS, find_source
 from training.changes import MODEL
 from training.flags import build_parser
-from training.parsing import flag_of, with_hyphens
+from training.parsing import flag_of, with_hyphens, with_lists
 from training.preprocessing import fill_preprocessing
 
 HAVE_FLAGS = {
@@ -66,7 +66,7 @@ def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace
     config = {name: value for name, value in stored.items() if name not in (*NOT_REPEATED, *NOT_OF_AN_EVALUATION)}
     args = parse_args(argv, config)
     for name in MODEL:
-        if name in stored and getattr(args, name) != stored[name]:
+        if name in stored and with_lists(getattr(args, name)) != with_lists(stored[name]):
             raise SystemExit(
                 f"error: {flag_of(name)} is {getattr(args, name)}, but the checkpoint's model has {stored[name]}; "
                 "leave the flag out"

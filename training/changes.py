@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from diversity import ALIASES, REGULARIZERS, resolve_aliases
 from diversity.objective import MIXING
-from training.parsing import flag_of
+from training.parsing import flag_of, with_lists
 from training.resuming import Checkpoint
 
 MODEL = ("model", "patch_size", "model_kwargs")
@@ -56,7 +56,7 @@ def find_changes(
     if not path:
         return []
     before = stored["args"] if isinstance(stored.get("args"), Mapping) else args  # DeiT's are a namespace
-    before, after = (_without_aliases({**defaults, **flags}) for flags in (before, args))
+    before, after = (_without_aliases(with_lists({**defaults, **flags})) for flags in (before, args))
     unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
     if all(flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"] for flags in (before, after)):
         unrelated |= {"epochs", "cooldown_epochs"}

@@ -196,6 +196,13 @@ def literal(text: str) -> object:
         return none_or_text(text)
 
 
+def with_lists(value: object) -> object:
+    """A value as a YAML file returns it: lists in place of tuples."""
+    if isinstance(value, dict):
+        return {key: with_lists(item) for key, item in value.items()}
+    return [*map(with_lists, value)] if isinstance(value, list | tuple) else value
+
+
 def none_or_text(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
 

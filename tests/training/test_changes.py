@@ -39,6 +39,7 @@ def test_every_flag_is_of_one_kind():
         ((), ("--batch-size", "8", "--accum-steps", "2")),
         (("--preset", "released"), ("--config-free",)),
         (("--attn-abscos-within-coef", "0.1"), ("--attn-cos-within-coef", "0.1")),
+        (("--model-kwargs", "channels=(8,8)"), ("--model-kwargs", "channels=[8,8]")),  # as args.yaml has it
         (("--sched", "constant"), ("--sched", "constant", "--epochs", "9")),
         (("--sched", "step"), ("--sched", "step", "--epochs", "9", "--cooldown-epochs", "2")),
     ],
