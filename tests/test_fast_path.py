@@ -118,7 +118,7 @@ def test_a_step_that_does_not_compile_runs_in_eager_mode_unless_it_was_asked_for
     assert {breaks_forward: "graph break", breaks_backward: "this backward pass has no kernel"}[fault] in errors
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_grad_checkpointing_gives_the_gradients_of_every_term(backend):
     """Also compiled; then without the terms that read a gradient."""
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True

@@ -149,7 +149,10 @@ def test_maps_are_those_before_dropout_and_the_models_own_without_fused_attentio
         assert not model.blocks[0].attn.fused_attn
 
 
-@pytest.mark.parametrize("name", ["deit", "registers", "average", "distilled", "swin"])
+@pytest.mark.parametrize(
+    "name",
+    ["deit", "swin", *(pytest.param(name, marks=pytest.mark.slow) for name in ("registers", "average", "distilled"))],
+)
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_step_has_the_gradients_of_eager(name, autocast):
     torch._dynamo.reset()  # else the cases count as recompilations of one step

@@ -130,7 +130,7 @@ def test_a_model_that_lacks_a_tap_is_refused_with_the_terms_that_read_it():
     ("way", "coefs"),
     [
         ("compile_step", COEFS | PROBED),
-        ("torch.compile", COEFS | PROBED),
+        pytest.param("torch.compile", COEFS | PROBED, marks=pytest.mark.slow),
         ("compile_step", {}),
         pytest.param("torch.compile", {}, marks=pytest.mark.slow),
     ],
