@@ -96,9 +96,10 @@ def find_subject(run: str, flags: list[str]) -> Subject:
         raise SystemExit(f"error: {run} is not a run folder, a checkpoint file, the name of a timm model or {RANDOM}")
     config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
     args = arguments.parse_args(flags, config)
-    if args.finetune and args.finetune != str(file):
-        if file or run == RANDOM:
-            raise SystemExit(f"error: RUN {run} and --finetune {args.finetune} both name weights; give one")
+    is_on_command_line = any(word.partition("=")[0] == "--finetune" for word in flags)  # not in a run's args.yaml
+    if (file or run == RANDOM) and is_on_command_line and args.finetune not in ("", str(file)):
+        raise SystemExit(f"error: RUN {run} and --finetune {args.finetune} both name weights; give one")
+    if args.finetune and not file and run != RANDOM:
         with errors_of("--finetune"):
             file = Path(weights.local_file(args.finetune))
         return find_subject(str(file), [*flags, "--finetune", str(file)])._replace(run=run, folder=None)

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from analyzing import PLAIN_VIT, analyzed, measured, numbers, small_model
 from helpers import BRIEF, TINY, make_image_folder, one_line, parse, run_main
 from huggingface_hub import constants
@@ -65,6 +66,9 @@ def test_random_weights_are_those_that_a_run_starts_from(run, tmp_path, capsys):
     initial = build.build_initial(parse("--seed", 3), 10)
     assert numbers(report) == measured(initial, 20) and report["measured_on"]["weights"] == "random"
     assert "random: the initial weights of seed 3" in capsys.readouterr().out
+    flags = yaml.safe_load((run / "args.yaml").read_text()) | {"finetune": "first.pth"}  # of a fine-tuned run
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(flags))
+    words = ("--config", tmp_path / "args.yaml", *words[2:])
     both = analyzed(tmp_path, "random", run, *words)["cells"]
     assert numbers(both["random"][0]) == numbers(report) and list(both) == ["random", "run"]
 
