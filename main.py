@@ -113,7 +113,7 @@ def train(args: Namespace, world: World, folder: Path | None):
     if diverse_loss.compiled:
         log.print("compiling the training step: the first step takes longer, and nothing is printed meanwhile")
     if args.dry_run:
-        log.print("dry run: one optimizer step, and an evaluation on all validation images; no file is written")
+        log.print("dry run: at most one optimizer step, and an evaluation on all validation images; no file is written")
         data.end_epochs_after(state.step + 1)
         num_epochs = state.epoch + 1
 

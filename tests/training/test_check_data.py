@@ -82,7 +82,7 @@ def test_a_dry_run_takes_a_step_evaluates_and_writes_nothing(tmp_path, monkeypat
     run_main(*BASE, "--epochs", 20, "--accum-steps", 2, "--output-dir", "run", "--tensorboard", "--dry-run")
     assert [*recorder.digests] == [(0, 0), (0, 1)] and recorder.last == (0, 1)
     out = capsys.readouterr().out
-    assert "dry run: one optimizer step, and an evaluation on all validation images; no file is written" in out
+    assert "dry run: at most one optimizer step, and an evaluation on all validation images; no file is written" in out
     assert "epochs 0 to 19" in out and out.splitlines()[-1].startswith("test accuracy: raw ")
     assert [*tmp_path.iterdir()] == []
 
