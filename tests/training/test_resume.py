@@ -2,6 +2,7 @@
 
 import json
 import time
+from signal import SIGABRT
 
 import pytest
 import torch
@@ -83,7 +84,9 @@ def ranks(count, folder, out, *flags, when="never", rank=0, target="self", name=
         assert result.returncode == 1 and "error: processes could not exchange data" in result.stderr, result.stderr
     elif (out / "sent").exists() and "--max-restarts" not in (torchrun or ()):
         assert torchrun is not None or result.returncodes == [RESUMABLE] * count, result.stderr
-        assert result.returncode != 0, result.stderr  # of the launcher: torch may abort after its traceback
+        # After its traceback torch's launcher sometimes aborts, as it ends with a thread that is not joined.
+        codes = {RESUMABLE} if torchrun is None else {1, -SIGABRT}
+        assert result.returncode in codes, result.stderr
         assert time.time() - float((out / "sent").read_text()) < 30
         assert resuming.find_newest(folder) == folder / checkpoint.LAST
         assert result.stderr.count("received: saving at the next step") == (count if target == "parent" else 1)
