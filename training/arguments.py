@@ -98,7 +98,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
     default = parse_args(["--preset", args.preset or "none"])
     cutmix = args.cutmix > 0 or args.cutmix_minmax
     small = args.input_size <= 32
-    optimizer = _optimizer_info(args.opt)
+    optimizer = optimizer_info(args.opt)
     source = find_source(args.data_set)
     active = [term for name, term in REGULARIZERS.items() if coefficients(args)[name] > 0]
     reads = {tap for term in active for tap in term.reads}
@@ -155,7 +155,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
 def _check(parser, args, on_command_line: set[str]):
     """Flags that contradict each other."""
     try:
-        optimizer = _optimizer_info(args.opt)
+        optimizer = optimizer_info(args.opt)
     except ValueError:
         hint = did_you_mean(args.opt, timm.optim.list_optimizers(), "; timm.optim.list_optimizers() lists them")
         parser.error(f"--opt {args.opt} is unknown{hint}")
@@ -208,5 +208,6 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to train")
 
 
-def _optimizer_info(name: str) -> timm.optim.OptimInfo:
+def optimizer_info(name: str) -> timm.optim.OptimInfo:
+    """timm's description of an optimizer, of the inner one for `lookahead_`."""
     return timm.optim.get_optimizer_info(name.lower().removeprefix("lookahead_"))

@@ -203,6 +203,8 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     options = optimizer_kwargs(args) | {"lr": lr}
     if can_fuse(args.opt):
         options |= {"fused": True}
+    if arguments.optimizer_info(args.opt).opt_class is timm.optim.Muon:
+        options |= {"fallback_list": input_and_output(model), "fallback_no_weight_decay": True}
     try:
         return create_optimizer_v2(model, **options)
     except (TypeError, ValueError, IndexError, AssertionError) as error:
@@ -213,10 +215,19 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
         ) from None
 
 
+def input_and_output(model: nn.Module) -> list[str]:
+    """Patterns of the names of the parameters that embed the image, and of those that give the logits.
+
+    Muon updates neither of them; their AdamW does. timm names the layers in each model's configuration.
+    """
+    layers = [model.pretrained_cfg.get(key) or () for key in ("first_conv", "classifier")]
+    layers = [(names,) if isinstance(names, str) else names for names in layers]
+    return [f"{name}.*" for names in layers for name in names]
+
+
 def can_fuse(opt: str) -> bool:
     """Whether one of timm's optimizers has a fused form, which can also skip a step itself."""
-    name = opt.lower()
-    return not name.startswith("lookahead_") and timm.optim.get_optimizer_info(name).opt_class in FUSED
+    return not opt.lower().startswith("lookahead_") and arguments.optimizer_info(opt).opt_class in FUSED
 
 
 def build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Schedule:
