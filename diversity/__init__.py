@@ -17,6 +17,7 @@ from .objective import MIXING_BALANCES, DiversityObjective
 from .presets import PRESETS, Preset
 from .redundancy import measurable, measure_redundancy
 from .regularizers import ALIASES, LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer, resolve_aliases
+from .remedies import REMEDIES, Remedy, RemedyError, apply_remedy, remedies_table
 from .tapped_vit import TappedViT
 from .taps import TAPS, Tap, TapOutput
 
@@ -27,6 +28,7 @@ __all__ = [
     "MIXING_BALANCES",
     "PRESETS",
     "REGULARIZERS",
+    "REMEDIES",
     "TAPS",
     "WEIGHT_GROUPS",
     "DiverseLoss",
@@ -36,10 +38,13 @@ __all__ = [
     "PatchMixup",
     "Preset",
     "Regularizer",
+    "Remedy",
+    "RemedyError",
     "Tap",
     "TapError",
     "TapOutput",
     "TappedViT",
+    "apply_remedy",
     "attention",
     "embedding",
     "markdown_table",
@@ -47,6 +52,7 @@ __all__ = [
     "measure_redundancy",
     "patch_lam",
     "regularizer",
+    "remedies_table",
     "resolve_aliases",
     "token_cross_entropy",
     "weight",

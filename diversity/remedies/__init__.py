@@ -1,0 +1,20 @@
+"""Other papers' changes of the architecture against redundancy, as removable hooks on stock timm models.
+
+Importing the package enters every remedy into `REMEDIES`.
+"""
+
+# In the order of REMEDIES, in which several remedies change a model.
+from . import heads  # isort: skip
+from .applied import Remedies, RemedyHandle, apply_remedy
+from .registry import REMEDIES, Remedy, RemedyError, remedies_table
+
+__all__ = [
+    "REMEDIES",
+    "Remedies",
+    "Remedy",
+    "RemedyError",
+    "RemedyHandle",
+    "apply_remedy",
+    "heads",
+    "remedies_table",
+]
