@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from training.checkpoint import TrainState
+from training.predictions import Predictions
 from training.progress import Progress
 from training.update import GuardedUpdate
 from utils import World, reseed
@@ -105,6 +106,7 @@ def evaluate(
     after_batch: Callable[[], None] = lambda: None,
     common_batches: int = 0,
     model_ema: nn.Module | None = None,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """Cross-entropy and top-1, top-5 accuracy over the images of all processes' loaders, each counted once.
 
@@ -113,6 +115,7 @@ def evaluate(
         loader: this process's part of the images.
         after_batch: called after each of the first `common_batches`, which every process has; may raise to stop.
         model_ema: its average, evaluated on the same batches.
+        predictions: collects the predicted classes; None = they are not kept.
 
     Returns:
         loss in nats, acc1 and acc5 in percent (acc5 is of all classes where there are fewer than five), images; and
@@ -124,8 +127,12 @@ def evaluate(
     models = {"": model} | ({} if model_ema is None else {"_ema": model_ema})
     totals, images = dict.fromkeys(models, 0), 0
     for index, batch in enumerate(loader):
+        predicted = {}
         for suffix, each in models.items():
-            totals[suffix] = totals[suffix] + _losses_and_hits(each, *batch, amp_dtype).to(world.device)
+            sums, predicted[suffix] = _losses_and_hits(each, *batch, amp_dtype)
+            totals[suffix] = totals[suffix] + sums.to(world.device)
+        if predictions is not None:
+            predictions.add(batch[1], predicted)
         images += len(batch[1])
         if index < common_batches:
             after_batch()
@@ -142,7 +149,10 @@ def evaluate(
 
 
 def _losses_and_hits(model: nn.Module, samples: torch.Tensor, labels: torch.Tensor, amp_dtype: torch.dtype | None):
-    """Sums over a batch of cross-entropy, top-1 hits and top-5 hits, [3] in float64; the host waits for no GPU."""
+    """Sums over a batch of cross-entropy, top-1 hits and top-5 hits, [3] in float64, and the predicted classes [B].
+
+    The host waits for no GPU.
+    """
     model.eval()
     device = next(model.parameters()).device
     to_gpu = device.type == "cuda"  # where the queue waits for the copy; the host would not
@@ -152,4 +162,5 @@ def _losses_and_hits(model: nn.Module, samples: torch.Tensor, labels: torch.Tens
     logits = logits.float()
     percents = torch.stack(accuracy(logits, labels, topk=(1, 5)))
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.cat([loss[None], percents * len(labels) / 100]).double()
+    predicted = logits.topk(min(5, logits.shape[1])).indices[:, 0]  # of equal logits the one that `accuracy` counts
+    return torch.cat([loss[None], percents * len(labels) / 100]).double(), predicted

@@ -24,6 +24,7 @@ from training.evaluation import RedundancyMonitor, evaluate_both
 from training.guard import FiniteGuard
 from training.log import epoch_line, evaluation_lines
 from training.output import tolerant_output
+from training.predictions import Predictions
 from training.preprocessing import normalisation_warnings
 from training.progress import Progress
 from training.provenance import check_files, environment_lines
@@ -92,7 +93,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         schedule.start(args.start_epoch)
     start = resume(state, checkpoint, world, finetune=args.finetune, classes=data.classes, global_batch=global_batch)
     data.earlier_bad_images = start.bad_images
-    if is_finished(checkpoint, state, args.resume, args.output_dir):
+    if is_finished(checkpoint, state, args.resume, args.output_dir, args.save_predictions):
         if folder:
             for note in check_files(folder, data, args.data_set, args.data_path):
                 print(f"warning: {note}")
@@ -135,6 +136,7 @@ def train(args: Namespace, world: World, folder: Path | None):
             steps=args.save_every_steps, minutes=args.save_every_minutes, keep=args.keep_checkpoints,
         )  # fmt: skip
         record, test_stats = {}, None
+        predictions = Predictions(data, world) if args.save_predictions else None
         while state.epoch < num_epochs:
             epoch, last_step = state.epoch, (state.epoch + 1) * data.num_steps - 1
             train_stats = train_one_epoch(
@@ -143,7 +145,7 @@ def train(args: Namespace, world: World, folder: Path | None):
             )  # fmt: skip
             guard.require_step(train_stats, epoch, epoch + 1 == num_epochs and not args.dry_run)
             with saver.evaluation():
-                test_stats = evaluate_both(model, model_ema, data, world, amp_dtype, saver.after_batch)
+                test_stats = evaluate_both(model, model_ema, data, world, amp_dtype, saver.after_batch, predictions)
             schedule.step(test_stats["acc1"])
             record = {f"train_{name}": value for name, value in train_stats.items()}
             record |= {f"test_{name}": value for name, value in test_stats.items()}
@@ -154,8 +156,8 @@ def train(args: Namespace, world: World, folder: Path | None):
             log.print(epoch_line(record, num_epochs))
         saver.close()
 
-        test_stats = test_stats or evaluate_both(model, model_ema, data, world, amp_dtype)
-        end_run(folder, log, state, data, flags, [*objective.coefs], record, test_stats)
+        test_stats = test_stats or evaluate_both(model, model_ema, data, world, amp_dtype, predictions=predictions)
+        end_run(folder, log, state, data, flags, [*objective.coefs], record, test_stats, predictions)
 
 
 def redundancy_figure(epoch: int, report: dict):

@@ -221,7 +221,8 @@ def test_a_wait_in_every_batch_of_an_evaluation_is_found():
     count = engine._losses_and_hits
 
     def wait(model, samples, labels, amp_dtype):
-        return count(model, samples, labels, amp_dtype) + labels.new_tensor([1.0, 1.0, 1.0])
+        sums, predicted = count(model, samples, labels, amp_dtype)
+        return sums + labels.new_tensor([1.0, 1.0, 1.0]), predicted
 
     with mock.patch.object(engine, "_losses_and_hits", wait), pytest.raises(AssertionError, match="new_tensor"):
         assert_no_wait(run_on_fake_cuda())

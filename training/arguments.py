@@ -34,7 +34,10 @@ NOT_REPEATED = ("config", "resume", "resume_with_changes", "start_epoch", "local
 """Flags that args.yaml leaves out, since it describes how to start the run anew."""
 
 
-NOT_OF_AN_EVALUATION = ("eval", "output_dir", "finetune", "device", "num_workers", "dist_url", "distillation_type")
+NOT_OF_AN_EVALUATION = (
+    *("eval", "output_dir", "finetune", "device", "num_workers", "dist_url", "distillation_type"),
+    "save_predictions",
+)
 """Further flags that an evaluation does not take from a checkpoint."""
 
 
@@ -124,7 +127,8 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
          "repeated_aug aug_repeats repeats_together max_bad_images dist_eval",
          "--data-set streams: its reader skips unreadable images"),
         (args.resume not in ("", "auto"), "start_epoch", "--resume determines it"),
-        (not args.output_dir, "tensorboard redundancy_every save_every_steps save_every_minutes keep_checkpoints",
+        (not args.output_dir, "tensorboard redundancy_every save_every_steps save_every_minutes keep_checkpoints "
+         "save_predictions",
          "nothing is written without --output-dir"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) replaces it"),
@@ -183,6 +187,10 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path")
     if args.dry_run and (args.eval or args.check_data):
         parser.error(f"--dry-run takes a step of training; leave out {'--eval' if args.eval else '--check-data'}")
+    if args.save_predictions and args.eval:
+        parser.error("--save-predictions belongs to training; leave it out with --eval")
+    if args.save_predictions and find_source(args.data_set).is_stream:
+        parser.error(f"--save-predictions needs images with numbers, but --data-set {args.data_set} streams")
     if args.scale_lr_flag and args.unscale_lr:
         parser.error("--scale-lr-flag and --unscale-lr contradict each other; leave one of them out")
     if args.eval and not (args.resume or args.finetune):

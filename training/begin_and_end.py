@@ -8,6 +8,7 @@ from datasets import Data
 from training.changes import Change
 from training.checkpoint import TrainState
 from training.log import RunLog, accuracy_line, final_records, terms_table
+from training.predictions import Predictions, write_predictions
 from training.provenance import add_start, environment_lines
 from training.resuming import Start
 from training.run_folder import write_description, write_summary
@@ -58,17 +59,19 @@ def begin_run(
 
 def end_run(
     folder: Path | None, log: RunLog, state: TrainState, data: Data, flags: dict, terms: Sequence[str], record: dict,
-    test_stats: dict[str, float],
+    test_stats: dict[str, float], predictions: Predictions | None = None,
 ):  # fmt: skip
     """Print the last epoch's terms and accuracies, and write the records that only a finished run has.
 
     Args:
         terms: names of the curves.
         record: of the last epoch; empty if this process trained none.
+        predictions: of the last evaluation, to be saved; every process has them.
     """
     seconds, num_epochs = round(state.seconds), state.scheduler.num_epochs
     lines = [terms_table(record), f"training time {datetime.timedelta(seconds=seconds)}", accuracy_line(test_stats)]
     log.print("\n".join(filter(None, lines)))
+    arrays = predictions and predictions.gather()
     if folder:
         from reports import figures  # here, as matplotlib takes a second to import
 
@@ -76,5 +79,7 @@ def end_run(
             log.hyperparameters(flags, test_stats, num_epochs * data.num_steps - 1)
             log.close()
             figures.curves(folder, [*terms])
+            if arrays:
+                write_predictions(arrays, folder, num_epochs - 1)
             write_summary(folder, num_epochs, seconds, test_stats)
         log.print(f"run folder: {folder}")

@@ -11,6 +11,7 @@ from datasets import Data
 from diversity import measurable, measure_redundancy
 from engine import evaluate
 from training.log import RunLog
+from training.predictions import Predictions
 from utils import World, errors_of
 
 REDUNDANCY_IMAGES = 64
@@ -23,17 +24,22 @@ def evaluate_both(
     world: World,
     amp_dtype: torch.dtype | None = None,
     after_batch: Callable[[], None] = lambda: None,
+    predictions: Predictions | None = None,
 ) -> dict[str, float]:
     """`engine.evaluate` of the raw weights and, with `_ema` appended to its names, of their average.
 
-    The values are the same on all processes: the main one's where each evaluates all images.
+    The values are the same on all processes: the main one's where each evaluates all images. `predictions` has those of
+    this evaluation alone.
 
     Raises:
         SystemExit: a validation image cannot be read.
     """
     among = world if data.val_is_shared else dataclasses.replace(world, size=1)
     average = None if model_ema is None else model_ema.module
-    stats = evaluate(model, data.val, among, amp_dtype, after_batch, data.common_val_batches(among), average)
+    if predictions is not None:
+        predictions.clear()
+    common = data.common_val_batches(among)
+    stats = evaluate(model, data.val, among, amp_dtype, after_batch, common, average, predictions)
     if stats["images"] != data.num_val:
         raise SystemExit(f"error: {data.num_val - stats['images']} of {data.num_val} validation images are unreadable")
     return stats if data.val_is_shared else world.from_main(stats)

@@ -100,6 +100,8 @@ def _run(parser):
     add("--log-interval", type=nonneg_int, default=50, help="steps between console lines; 0 = one line an epoch")
     add("--redundancy-every", type=nonneg_int, default=0, metavar="EPOCHS",
         help="epochs between measurements of redundancy on fixed validation images; 0 = off")  # fmt: skip
+    add("--save-predictions", action=Switch, default=False,
+        help="save the predicted class of each validation image after the last epoch: predictions.npz")  # fmt: skip
     add("--tensorboard", action=Switch, default=True, help="write events into the run folder")
 
 

@@ -12,6 +12,7 @@ LOG = "log.txt"
 SUMMARY = "summary.json"
 CHANGES = "changes.jsonl"
 ENVIRONMENT = "environment.json"
+PREDICTIONS = "predictions.npz"
 
 
 def read_records(path: Path) -> list[dict | None]:

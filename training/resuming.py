@@ -9,7 +9,7 @@ from models.weights import Origin, is_weights, load_weights, local_file, origin,
 from training import checkpoint_files
 from training.checkpoint import LAST, TrainState, load_model_and_ema
 from training.records import LOG, SUMMARY, read_records
-from training.run_folder import needs_summary
+from training.run_folder import needs_last_files
 from utils import World, errors_of
 
 
@@ -143,19 +143,21 @@ def resume(
     return Start(notes)
 
 
-def is_finished(checkpoint: Checkpoint, state: TrainState, path: str, folder: str) -> bool:
-    """Whether nothing is left to train, and no summary.json to write.
+def is_finished(checkpoint: Checkpoint, state: TrainState, path: str, folder: str, save_predictions: bool) -> bool:
+    """Whether nothing is left to train, and none of the files of its end to write.
 
     Args:
         checkpoint: from which `state` was restored.
         path: the value of `--resume`.
-        folder: the run folder.
+        folder: the run folder; `save_predictions`, whether it gets predictions.npz.
 
     Raises:
         SystemExit: nothing is left, and `path` names the file.
     """
     num_epochs = state.scheduler.num_epochs
-    if not checkpoint.path or state.epoch < num_epochs or needs_summary(folder, checkpoint.path):
+    if not checkpoint.path or state.epoch < num_epochs:
+        return False
+    if needs_last_files(folder, checkpoint.path, save_predictions):
         return False
     if path != "auto":
         raise SystemExit(

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from training.parsing import ARGS
-from training.records import CHANGES, LOG, SUMMARY
+from training.records import CHANGES, LOG, PREDICTIONS, SUMMARY
 from utils import TEMPORARY, World, atomic_write, lock_folder, write_json
 
 
@@ -86,9 +86,13 @@ def write_summary(folder: Path, epochs: int, seconds: int, test_stats: dict[str,
     write_json({"epochs": epochs, "training_seconds": seconds, **accuracies}, folder / SUMMARY)
 
 
-def needs_summary(folder: str, resume: str) -> bool:
-    """Whether the run that continues in `folder` from the checkpoint `resume` has no summary.json yet."""
-    return is_inside(resume, folder) and not (Path(folder) / SUMMARY).exists()
+def needs_last_files(folder: str, resume: str, save_predictions: bool) -> bool:
+    """Whether the run that continues in `folder` from the checkpoint `resume` lacks a file that its end writes.
+
+    These are summary.json and, with `save_predictions`, predictions.npz.
+    """
+    names = [SUMMARY, PREDICTIONS] if save_predictions else [SUMMARY]
+    return is_inside(resume, folder) and not all((Path(folder) / name).exists() for name in names)
 
 
 def is_inside(checkpoint: str, folder: str) -> bool:

@@ -146,7 +146,7 @@ def test_without_a_folder_nothing_is_made(tmp_path, monkeypatch):
     with lock("") as folder:
         run_folder.write_description(folder, {"lr": 1}, "terms", world())
     assert folder is None and not list(tmp_path.iterdir())
-    assert not run_folder.needs_summary("", "checkpoint.pth")
+    assert not run_folder.needs_last_files("", "checkpoint.pth", True)
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_what_describes_a_run(tmp_path):
             "epochs": 3, "training_seconds": 60, "test_acc1": 50.0,
         }  # fmt: skip
         checkpoint = str(tmp_path / "checkpoint.pth")
-        assert not run_folder.needs_summary(str(tmp_path), checkpoint)
+        assert not run_folder.needs_last_files(str(tmp_path), checkpoint, False)
         run_folder.write_description(folder, {"lr": 0.1, "drop": 0}, "term  coef", world())
-        assert run_folder.needs_summary(str(tmp_path), checkpoint)
-        assert not run_folder.needs_summary(str(tmp_path / "other"), checkpoint)
+        assert run_folder.needs_last_files(str(tmp_path), checkpoint, False)
+        assert not run_folder.needs_last_files(str(tmp_path / "other"), checkpoint, False)
     assert list(yaml.safe_load((tmp_path / "args.yaml").read_text()).items()) == [("lr", 0.1), ("drop", 0)]
     assert (tmp_path / "objective.txt").read_text() == "term  coef\n"
