@@ -1,0 +1,181 @@
+"""The function-level part of analyze.py: labelled images of both splits, the measures, and their tables."""
+
+from collections.abc import Iterable
+from statistics import fmean
+from typing import NamedTuple
+
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from datasets import DataOptions, loader_settings
+from diversity.function_level import FUNCTION_MEASURES, function_summaries, measure_function
+from pipeline.images import ReadableImages
+from pipeline.labelled import known_labels, spread_sample
+from pipeline.sources import build_source, find_classes, labels_by_name
+from pipeline.transforms import build_transform
+from pipeline.workers import StoppableLoader
+from reports.subjects import Subject
+from reports.tables import markdown_table
+from training.provenance import digest
+from utils import World, errors_of
+
+TEST_IMAGES, PROBE_IMAGES = 2000, 5000
+SEED = 0  # of the choice of images and of what the measures draw, the same for all runs
+
+
+class LabelledData(NamedTuple):
+    """The images of the function-level measures.
+
+    Attributes:
+        test: a loader of validation images.
+        train: a loader of training images without augmentation; None where there are none.
+        words: what they are; runs are compared where it is the same.
+    """
+
+    test: DataLoader
+    train: DataLoader | None
+    words: str
+
+
+def labelled_data(subject: Subject, world: World, num_images: int, probe_images: int) -> LabelledData:
+    """The first images of a fixed random order of each split, spread over the classes; 0 = all.
+
+    Raises:
+        SystemExit: the validation images have no labels, or can be read only as a stream.
+    """
+    test, files = _loader(subject, world, num_images, is_training=False)
+    words = f"{len(test.dataset)} validation images (files {files})"
+    try:
+        train, files = _loader(subject, world, probe_images, is_training=True)
+    except SystemExit as error:
+        print(f"{subject.run}: k-NN and linear probes are not measured: {str(error).removeprefix('error: ')}")
+        return LabelledData(test, None, words)
+    return LabelledData(test, train, f"{words} and {len(train.dataset)} training images (files {files})")
+
+
+def _loader(subject: Subject, world: World, count: int, is_training: bool) -> tuple[DataLoader, str]:
+    """A loader of images of a split, preprocessed as in validation, and the digest of the split's files."""
+    options: DataOptions = subject.data
+    source = build_source(options, is_training)
+    if isinstance(source, IterableDataset):
+        raise SystemExit(f"error: --function-level reads images by their number; --data-set {options.data_set} streams")
+    num_classes, names = find_classes(options, None, source)
+    if num_classes < 2:
+        raise SystemExit(f"error: --function-level needs labels of two classes; --data-set {options.data_set} has one")
+    labels = []
+    if subject.classes and names and subject.classes != names:
+        labels = labels_by_name(names, subject.classes, is_training=False)
+    transform = build_transform(options, is_training=False)
+    images = ReadableImages(source, transform, options.max_bad_images if is_training else 0, labels=labels)
+    chosen = Subset(images, spread_sample(known_labels(source), len(source), count, SEED))
+    settings = loader_settings(options, world, is_training=False)
+    loader = StoppableLoader(chosen, batch_size=options.batch_size, **settings)
+    return loader, digest(source, options.data_set, options.data_path)
+
+
+def add_function(report: dict, subject: Subject, model: nn.Module, data: LabelledData):
+    """Measure a model, and add the result to its report: "function", and its numbers to "summary"; print a line.
+
+    Raises:
+        SystemExit: labels that do not fit the model.
+    """
+    classifier = model.get_classifier()
+    published = getattr(model, "pretrained_cfg", {}).get("num_classes")
+    outputs = getattr(classifier, "out_features", None)
+    if subject.file is None and subject.seed is None and published not in (None, outputs):
+        print(
+            f"{subject.run}: the head of {outputs} classes has initial weights, as the published one has {published}; "
+            "only k-NN and probes say something"
+        )
+    with errors_of(f"{subject.run}, --function-level:"):
+        function = measure_function(model, data.test, data.train, seed=SEED)
+    report["function"] = function
+    report["measured_on"] |= {"function": data.words}
+    report["summary"] |= function["summary"]
+    for reason in function["not_measured"].values():
+        print(f"{subject.run}: {reason}")
+    print(f"{subject.run}, function level: {console_line(function)}")
+
+
+def console_line(function: dict) -> str:
+    """The summary of the function-level measures on one line, in percent."""
+    known = function_summaries()
+    texts = [f"{known[name][0].label(known[name][1])} {value:.1f}" for name, value in function["summary"].items()]
+    return ", ".join(text.replace(" ↑", "") for text in texts) + " (percent)"
+
+
+def tables(configurations: dict[str, list[dict]]) -> list[str]:
+    """Markdown of the curves of each configuration whose reports have them: means over its runs."""
+    blocks = []
+    for name, reports in configurations.items():
+        functions = [report["function"] for report in reports if "function" in report]
+        if len(functions) < len(reports):
+            continue
+        runs = f", mean of {len(reports)} runs" if len(reports) > 1 else ""
+        words = reports[0]["measured_on"]["function"]
+        blocks.append(f"{name}{runs}, function level: top-1 accuracies in percent, {words}")
+        blocks += [markdown_table(table) for table in (_by_fraction(functions), _by_layer(functions))]
+        patches = _mean_of(functions, "patch_probe")
+        if patches:
+            blocks.append(markdown_table(_patches(patches)))
+    return blocks
+
+
+def _by_fraction(functions: list[dict]) -> dict[str, list[str]]:
+    """Accuracies against the fraction of heads or patch tokens that were removed."""
+    heads, tokens = _mean_of(functions, "heads"), _mean_of(functions, "tokens")
+    columns = {"removed": [f"{fraction:.0%}" for fraction in functions[0]["heads"]["fractions"]] if heads else []}
+    curves = {"heads, least important first": ("heads", "least_important"), "heads, random": ("heads", "random")}
+    curves |= {f"tokens, {key.replace('_', ' ')} first": ("tokens", key) for key in ("most_similar", "least_attended")}
+    curves["tokens, random"] = ("tokens", "random")
+    for heading, (measure, key) in curves.items():
+        value = heads if measure == "heads" else tokens
+        columns[heading] = _texts(value and value[key], len(columns["removed"]))
+    return columns
+
+
+def _by_layer(functions: list[dict]) -> dict[str, list[str]]:
+    """Accuracies by layer, and with the block in front of it skipped."""
+    values = {name: _mean_of(functions, name) for name in ("blocks", "knn", "probe")}
+    skipped = values["blocks"] and [None, *values["blocks"]["skipped"]]
+    columns = {"block skipped": skipped} | {name: values[name] and values[name]["layers"] for name in ("knn", "probe")}
+    depth = max(len(column or ()) for column in columns.values())
+    headings = {"block skipped": "block before it skipped"} | {
+        n: FUNCTION_MEASURES[n].label() for n in ("knn", "probe")
+    }
+    return {"layer": [str(layer) for layer in range(depth)]} | {
+        headings[name]: _texts(column, depth) for name, column in columns.items()
+    }
+
+
+def _patches(patches: dict) -> dict[str, list[str]]:
+    rows = {
+        "probe, all patches": "all",
+        "probe, pasted patches": "pasted",
+        "the model's own head, all patches": "head",
+        "label of most patches of the image": "majority",
+        "most frequent label": "chance",
+    }
+    return {"patch probe": [*rows], "accuracy": _texts([patches[key] for key in rows.values()], len(rows))}
+
+
+def _mean_of(functions: list[dict], name: str) -> dict | None:
+    """The mean of a measure's value over runs, entry by entry; None where a run lacks it."""
+    values = [function.get(name) for function in functions]
+    return None if None in values else _mean(values)
+
+
+def _mean(values: list):
+    """The mean of equal nested dicts and lists of numbers; None where one is None."""
+    if None in values:
+        return None
+    if isinstance(values[0], dict):
+        return {key: _mean([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], list):
+        return [_mean([*of_runs]) for of_runs in zip(*values, strict=True)]
+    return fmean(values)
+
+
+def _texts(values: Iterable[float | None] | None, length: int) -> list[str]:
+    texts = ["-" if value is None else f"{value:.2f}" for value in values or ()]
+    return texts + ["-"] * (length - len(texts))
