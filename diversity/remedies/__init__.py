@@ -3,8 +3,10 @@
 Importing the package enters every remedy into `REMEDIES`.
 """
 
-# In the order of REMEDIES, in which several remedies change a model.
+# In the order of REMEDIES, in which several remedies change a tensor.
+from . import attention  # isort: skip
 from . import heads  # isort: skip
+from . import tokens  # isort: skip
 from .applied import Remedies, RemedyHandle, apply_remedy
 from .registry import REMEDIES, Remedy, RemedyError, remedies_table
 
@@ -15,6 +17,8 @@ __all__ = [
     "RemedyError",
     "RemedyHandle",
     "apply_remedy",
+    "attention",
     "heads",
     "remedies_table",
+    "tokens",
 ]

@@ -1,10 +1,11 @@
 """The registry of remedies: what a remedy is, and the decorator that enters one.
 
-A remedy is one decorated `nn.Module` class. The keyword-only parameters of its constructor are its settings, and its
-methods are what it changes in a block, see `NEEDS`. Flags, checks, table and tests follow from its entry in `REMEDIES`.
+A remedy is one decorated `nn.Module` class. The keyword-only parameters of its constructor are its settings. Flags,
+checks, table and tests follow from its entry in `REMEDIES`.
 """
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class RemedyError(ValueError):
     """
 
     def __init__(self, remedy: str, model: nn.Module, missing: str):
-        super().__init__(f"{type(model).__name__} cannot take the remedy {remedy}: {missing}")
+        super().__init__(f"{type(model).__name__} cannot have the remedy {remedy}: {missing}")
         self.remedy = remedy
 
 
@@ -34,19 +35,28 @@ class Remedy:
         name: its name, and the prefix of its parameters in the state_dict, `remedies.<name>.`
         formula: the first paragraph of its docstring on one line.
         doc: its docstring.
+        parameters: the numbers that it learns, in words.
         source: the paper.
         settings: {name: default}.
-        needs: what it reads or changes in a block, names of `sites.NEEDS`.
+        changes: the tensors of a block that it replaces, names of `sites.CHANGED`.
+        reads: the tensors of a block that it also reads, names of `sites.READ`.
         module: the class that computes it and has its parameters.
     """
 
     name: str
     formula: str
     doc: str
+    parameters: str
     source: str
     settings: dict[str, object]
-    needs: tuple[str, ...]
+    changes: tuple[str, ...]
+    reads: tuple[str, ...]
     module: type[nn.Module]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """All tensors of a block that it changes or reads."""
+        return (*self.changes, *self.reads)
 
     def setting_help(self, setting: str) -> str:
         """The line about a setting in the docstring's Args."""
@@ -63,15 +73,20 @@ class Remedy:
 
 
 REMEDIES: dict[str, Remedy] = {}
-"""Every remedy under its name, in the order in which several change a model."""
+"""Every remedy under its name, in the order in which several change a tensor."""
 
 
-def remedy(name: str, *needs: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def remedy(name: str, changes: tuple[str, ...], reads: tuple[str, ...] = ()) -> Callable:
     """Enter the decorated class into `REMEDIES`.
+
+    Its constructor takes a list with the `sites.BlockShape` of each block, and the settings. Its forward pass takes the
+    index of a block, a tensor of that block and the tensors that the remedy reads. It returns what replaces the tensor.
 
     Args:
         name: the remedy's name.
-        needs: what it reads or changes in a block, names of `sites.NEEDS`.
+        changes: the tensors it replaces, names of `sites.CHANGED`. A module that replaces fewer, depending on its
+            settings, has them as its attribute `changes`.
+        reads: the tensors it also reads, names of `sites.READ`.
     """
 
     def enter(module: type[nn.Module]) -> type[nn.Module]:
@@ -82,11 +97,17 @@ def remedy(name: str, *needs: str) -> Callable[[type[nn.Module]], type[nn.Module
         assert name not in REMEDIES, f"{name} is entered twice"
         assert not taken & settings.keys(), f"a setting of {name} has the name of another remedy's"
         formula = " ".join(doc.split("\n\n")[0].split())
-        source = " ".join(re.search(r"^Source: (.*(?:\n(?!\w+:).*)*)", doc, flags=re.MULTILINE)[1].split())
-        REMEDIES[name] = Remedy(name, formula, doc, source.rstrip("."), settings, needs, module)
+        lines = _section(doc, "Parameters"), _section(doc, "Source")
+        REMEDIES[name] = Remedy(name, formula, doc, *lines, settings, changes, reads, module)
         return module
 
     return enter
+
+
+def _section(doc: str, title: str) -> str:
+    """The text of a section of a docstring that begins with `title: ` on one line, without the full stop."""
+    found = re.search(rf"^{title}: (.*(?:\n(?!\w+:|$).*)*)", doc, flags=re.MULTILINE)
+    return " ".join(found[1].split()).rstrip(".")
 
 
 def find_remedy(name: str) -> Remedy:
@@ -101,11 +122,27 @@ def find_remedy(name: str) -> Remedy:
     return REMEDIES[name]
 
 
+def check_number(setting: str, value: object, at_least: float = -math.inf) -> float:
+    """The value of a setting, or ValueError where it is not a finite number, or too small."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or value < at_least:
+        bound = "" if at_least == -math.inf else f" of at least {at_least:g}"
+        raise ValueError(f"{setting} must be a finite number{bound}; got {value!r}")
+    return value
+
+
+def check_switch(setting: str, value: object) -> bool:
+    """The value of a setting, or ValueError where it is not True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{setting} must be True or False; got {value!r}")
+    return value
+
+
 def remedies_table() -> str:
     """The table of remedies in the docs, one row per entry of `REMEDIES`."""
-    rows = ["| remedy | formula | settings (default) | source |", "|---|---|---|---|"]
+    rows = ["| remedy | formula | parameters | settings (default) | source |", "|---|---|---|---|---|"]
     for entry in REMEDIES.values():
         settings = ", ".join(f"`{name}={value}`" for name, value in entry.settings.items()) or "none"
         formula = entry.formula.replace("|", "\\|")
-        rows.append(f"| `{entry.name}` | {formula} | {settings} | {entry.source} |")
+        rows.append(f"| `{entry.name}` | {formula} | {entry.parameters} | {settings} | {entry.source} |")
     return "\n".join(rows)
