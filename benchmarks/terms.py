@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import torch
 
-from diversity import REGULARIZERS, DiversityObjective, TapOutput, TappedViT
+from diversity import REGULARIZERS, TAPS, DiversityObjective, TapOutput, TappedViT
 from diversity.objective import MIXING
 from engine import autocast, autocast_dtype
 from reports.tables import print_rows
@@ -85,8 +85,8 @@ def term_seconds(
 def tap_seconds(tapped: TappedViT, args: Namespace, world: World, rounds: int) -> dict[str, float]:
     """{tap: seconds} of what the model computes only for a tap, forward and backward; without taps that cost nothing.
 
-    These are the patch head, the stack of weights, and the difference between one block's attention with and without
-    its maps, which fused attention does not compute.
+    These are the patch head, the stacks of weights and of circuits, and the difference between one block's attention
+    with and without its maps, which fused attention does not compute.
     """
     model, backbone, device = tapped.model, tapped.backbone, world.device
     attn = model.blocks[0].attn
@@ -95,8 +95,9 @@ def tap_seconds(tapped: TappedViT, args: Namespace, world: World, rounds: int) -
 
     def differentiate(function, *inputs):
         with autocast(device, autocast_dtype(args.amp, device)):
-            value = function(*inputs)
-        value.backward(torch.ones_like(value))
+            values = function(*inputs)
+        values = (values,) if torch.is_tensor(values) else values
+        torch.autograd.backward(values, [torch.ones_like(value) for value in values])
         tapped.zero_grad()
 
     def attend(fused):
@@ -106,9 +107,11 @@ def tap_seconds(tapped: TappedViT, args: Namespace, world: World, rounds: int) -
     functions = {
         "maps": lambda: attend(False),
         "fused": lambda: attend(True),
-        "weights": lambda: differentiate(lambda: backbone.weight_stacks(tapped.settings.weight_groups)[0]),
         "patch_logits": lambda: differentiate(backbone.classify, backbone.patch_tokens(tokens)),
     }
+    for name, tap in TAPS.items():
+        if tap.from_weights:
+            functions[name] = lambda tap=tap: differentiate(tap.from_weights, backbone, tapped.settings)
     seconds = interleave(functions, rounds, device)
     maps = seconds.pop("maps") - seconds.pop("fused")
     return seconds | dict.fromkeys(("attention", "attention_first", "attention_last"), maps)

@@ -4,10 +4,13 @@ From "The Principle of Diversity" (Chen et al., CVPR 2022): regularizers on patc
 weights, and label mixing per patch. Importing the package enters every term into `REGULARIZERS`.
 """
 
-# In the order of their levels, which is the order of REGULARIZERS.
+# The paper's terms in the order of their levels, then those of other papers: the order of REGULARIZERS.
 from . import embedding  # isort: skip
 from . import attention  # isort: skip
 from . import weight  # isort: skip
+from . import spread  # isort: skip
+from . import channels  # isort: skip
+from . import circuit_terms  # isort: skip
 from .backbones import WEIGHT_GROUPS, TapError
 from .cross_entropy import token_cross_entropy
 from .loss import DiverseLoss
@@ -46,6 +49,8 @@ __all__ = [
     "TappedViT",
     "apply_remedy",
     "attention",
+    "channels",
+    "circuit_terms",
     "embedding",
     "markdown_table",
     "measurable",
@@ -54,6 +59,7 @@ __all__ = [
     "regularizer",
     "remedies_table",
     "resolve_aliases",
+    "spread",
     "token_cross_entropy",
     "weight",
 ]

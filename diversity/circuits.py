@@ -21,7 +21,7 @@ from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import nn
 
 from . import fusible
-from .backbones import block_matrices
+from .backbones import Backbone, TapError, block_matrices
 
 ATTENTION = (Attention, AttentionRope, BeitAttention, EvaAttention, WindowAttention, WindowAttentionV2)
 """The attention of timm whose weights are laid out head by head, with one score for each head."""
@@ -45,6 +45,32 @@ def circuit_factors(block: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Ten
         matrix.unflatten(0, (attn.num_heads, -1)) for matrices in inner for matrix in matrices.unbind()
     )
     return {"qk": (queries, keys), "ov": (output[0][0].mT.unflatten(0, (attn.num_heads, -1)), values)}
+
+
+def circuit_stacks(backbone: Backbone) -> tuple[torch.Tensor, ...]:
+    """The factors of all circuits, [M, H, 2, hd, D] for each shape as it appears: QK and OV, block by block.
+
+    Raises:
+        TapError: as `require_circuits`.
+    """
+    require_circuits(backbone)
+    stacks = {}
+    for block in backbone.all_blocks:
+        for factors in circuit_factors(block).values():
+            pair = torch.stack(factors, dim=1)
+            stacks.setdefault(pair.shape, []).append(pair)
+    return tuple(torch.stack(of_one_shape) for of_one_shape in stacks.values())
+
+
+def require_circuits(backbone: Backbone):
+    """Raise `TapError` if a block has no circuits, or a single head."""
+    for i, block in enumerate(backbone.all_blocks):
+        factors = circuit_factors(block)
+        if factors is None:
+            missing = f"block {i} has no attention with one query, key and value matrix for each head"
+            raise TapError("circuits", backbone.model, missing)
+        if len(factors["qk"][0]) < 2:
+            raise TapError("circuits", backbone.model, "it has a single head, and terms on circuits compare heads")
 
 
 def circuit_gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ def without_diagonal(mean: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         ValueError: there is only one item, and so no pair.
     """
     count = items.shape[-2]
-    _require_pairs(count)
+    require_pairs(count)
     lengths = torch.linalg.vector_norm(items.detach(), dim=-1)
     with_itself = (lengths / lengths.clamp_min(1e-8)).square().mean(dim=-1)  # 1, and 0 for an item of zeros
     return (count * mean - with_itself) / (count - 1)
@@ -104,7 +104,7 @@ def contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         ValueError: there is only one item, so there is nothing to push from.
     """
     items = first.shape[-2]
-    _require_pairs(items)
+    require_pairs(items)
     positive = (first * last).sum(dim=-1)
     to_all = (first @ last.sum(dim=-2).unsqueeze(-1)).squeeze(-1)
     negative = (to_all - positive) / (items - 1)
@@ -114,7 +114,7 @@ def contrast(first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
 def cosine_contrast(first: torch.Tensor, last: torch.Tensor, num_prefix: int = 0) -> torch.Tensor:
     """`contrast` of the unit items of both, without the first `num_prefix` items."""
     if torch.compiler.is_compiling():
-        _require_pairs(first.shape[-2] - num_prefix)
+        require_pairs(first.shape[-2] - num_prefix)
         return fusible.CosineContrast.apply(first, last, num_prefix)[..., num_prefix:]
     return contrast(unit(first[..., num_prefix:, :]), unit(last[..., num_prefix:, :]))
 
@@ -154,22 +154,45 @@ def separation(items: torch.Tensor, collapse_aware: bool = False) -> torch.Tenso
         ValueError: there is only one item.
     """
     count = items.shape[-2]
-    _require_pairs(count)
-    with torch.no_grad():
-        centred = unit(items)
-        centred = centred - centred.mean(dim=-2, keepdim=True)  # otherwise rounding hides items that nearly coincide
-        squares = centred.square().sum(dim=-1)
-        distances = squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * centred @ centred.mT
-        distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-        closest = distances.flatten(start_dim=-2).argmin(dim=-1)
-        pair = torch.stack((closest // count, closest % count), dim=-1)
+    closest = distances_to_others(items).flatten(start_dim=-2).argmin(dim=-1)
+    pair = torch.stack((closest // count, closest % count), dim=-1)
     one, other = unit(torch.take_along_dim(items, pair.unsqueeze(-1), dim=-2)).unbind(dim=-2)
+    return distance(one, other) if collapse_aware else (one - other).square().sum(dim=-1)
+
+
+@torch.no_grad()
+def distances_to_others(items: torch.Tensor) -> torch.Tensor:
+    """Squared distances of every two unit items, without a gradient: [..., items, items], infinite on the diagonal.
+
+    Raises:
+        ValueError: there is only one item.
+    """
+    require_pairs(items.shape[-2])
+    centred = unit(items)
+    centred = centred - centred.mean(dim=-2, keepdim=True)  # otherwise rounding hides items that nearly coincide
+    squares = centred.square().sum(dim=-1)
+    distances = squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * centred @ centred.mT
+    distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    return distances
+
+
+def distance(one: torch.Tensor, other: torch.Tensor, side: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Euclidean distance of two unit items, [..., D] -> [...], whose gradient has length 1 also where they coincide.
+
+    At an exact meeting the gradient pulls the two apart along the coordinate axis farthest from their common direction.
+    Two items of zeros have no direction, and no gradient.
+
+    Args:
+        one, other: [..., D].
+        side: 1 or -1, [...]: the side of the other to which `one` is pulled there. Where a pair is compared twice, once
+            from each end, it needs both, or the two pulls cancel.
+    """
     difference = one - other
-    if not collapse_aware:
-        return difference.square().sum(dim=-1)
     with torch.no_grad():
         length = torch.linalg.vector_norm(difference, dim=-1, keepdim=True)
-        away = F.one_hot(one.abs().argmin(dim=-1), one.shape[-1]).to(one.dtype)
+        away = torch.arange(one.shape[-1], device=one.device) == one.abs().argmin(dim=-1, keepdim=True)
+        away = away * torch.linalg.vector_norm(one, dim=-1, keepdim=True)  # 1, and 0 for an item of zeros
+        away = away * torch.as_tensor(side, dtype=one.dtype, device=one.device).unsqueeze(-1)
         direction = torch.where(length > 0, difference / length, away)
     return (direction * difference).sum(dim=-1)
 
@@ -191,6 +214,6 @@ def log_gram_determinant(items: torch.Tensor) -> torch.Tensor:
     return torch.logdet(kernel + jitter).to(items.dtype)
 
 
-def _require_pairs(items: int):
+def require_pairs(items: int):
     if items < 2:
         raise ValueError(f"at least two items are needed to compare; got {items}")

@@ -136,10 +136,10 @@ class TappedViT(nn.Module):
                 blocks = ", ".join(str(i) for _, i in sources)
                 covers = f"{sources[0][0]} of block{'s' if len(sources) > 1 else ''} {blocks}"
             else:
-                groups = self.settings.weight_groups
-                stacks = self.backbone.weight_stacks(groups)
-                shapes = ", ".join(f"{len(stack)} of [{stack.shape[1]}, {stack.shape[2]}]" for stack in stacks)
-                covers = f"{', '.join(groups)} of all blocks: {shapes}"
+                stacks = TAPS[tap].from_weights(self.backbone, self.settings)
+                stacks = (stacks,) if torch.is_tensor(stacks) else stacks
+                shapes = ", ".join(f"{len(stack)} of {[*stack.shape[1:]]}" for stack in stacks)
+                covers = f"{TAPS[tap].covers(self.settings)} of all blocks: {shapes}"
             lines.append(f"{tap:<24}{covers}")
         if self.patch_logits:
             lines.append(f"{'patch logits':<24}{self.grid[0]} x {self.grid[1]} patches")

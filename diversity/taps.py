@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .backbones import Backbone
+from .circuits import circuit_stacks, require_circuits
 
 Source = tuple[str, int]
 """A tensor that a hook keeps: "input", "output" or "maps", and the index of its block."""
@@ -38,6 +39,7 @@ class Tap:
         sources: (backbone, settings) -> what the hooks have to keep, one entry for each layer; raises `TapError` where
             the model lacks it.
         from_weights: None, or (backbone, settings) -> the value of a tap that needs no hook.
+        covers: settings -> the matrices of a tap that needs no hook, in words.
     """
 
     name: str
@@ -46,17 +48,18 @@ class Tap:
     patches_only: bool
     sources: Callable[[Backbone, TapSettings], list[Source]]
     from_weights: Callable[[Backbone, TapSettings], torch.Tensor | tuple[torch.Tensor, ...]] | None
+    covers: Callable[[TapSettings], str] | None
 
 
 TAPS: dict[str, Tap] = {}
 
 
-def tap(shape: str, patches_only: bool = False, from_weights: Callable | None = None):
+def tap(shape: str, patches_only: bool = False, from_weights: Callable | None = None, covers: Callable | None = None):
     """Enter the decorated function into `TAPS` as the `sources` of a tap of its name; see `Tap`."""
 
     def enter(sources: Callable[[Backbone, TapSettings], list[Source]]) -> Tap:
         name = sources.__name__
-        TAPS[name] = Tap(name, shape, inspect.getdoc(sources), patches_only, sources, from_weights)
+        TAPS[name] = Tap(name, shape, inspect.getdoc(sources), patches_only, sources, from_weights, covers)
         return TAPS[name]
 
     return enter
@@ -107,15 +110,37 @@ def attention_last(backbone: Backbone, settings: TapSettings) -> list[Source]:
 
 
 def _weight_stacks(backbone: Backbone, settings: TapSettings) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    stacks = backbone.weight_stacks(settings.weight_groups)
-    return stacks[0] if len(stacks) == 1 else stacks
+    return _one_or_all(backbone.weight_stacks(settings.weight_groups))
 
 
-@tap("[M, Dout, Din]; a tuple of such stacks where shapes differ", from_weights=_weight_stacks)
+@tap(
+    "[M, Dout, Din]; a tuple of such stacks where shapes differ",
+    from_weights=_weight_stacks,
+    covers=lambda settings: ", ".join(settings.weight_groups),
+)
 def weights(backbone: Backbone, settings: TapSettings) -> list[Source]:
     """The matrices of `weight_groups` in all blocks of the model, in the order of the blocks."""
     backbone.weight_stacks(settings.weight_groups)
     return []
+
+
+def _circuit_stacks(backbone: Backbone, settings: TapSettings) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    return _one_or_all(circuit_stacks(backbone))
+
+
+@tap(
+    "[M, H, 2, hd, D]; a tuple of such stacks where shapes differ",
+    from_weights=_circuit_stacks,
+    covers=lambda settings: "QK and OV circuits",
+)
+def circuits(backbone: Backbone, settings: TapSettings) -> list[Source]:
+    """The two factors of the circuits W_Q^T W_K and W_O W_V of all heads in all blocks, in the order of the blocks."""
+    require_circuits(backbone)
+    return []
+
+
+def _one_or_all(stacks: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    return stacks[0] if len(stacks) == 1 else stacks
 
 
 def _maps(backbone: Backbone, name: str, indices: Sequence[int]) -> list[Source]:

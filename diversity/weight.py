@@ -15,7 +15,7 @@ from .spectral import spectral_spread
 Stacks = torch.Tensor | Sequence[torch.Tensor]
 
 
-def _of_each(function: Callable[..., torch.Tensor], *stacks: Stacks) -> torch.Tensor:
+def of_each(function: Callable[..., torch.Tensor], *stacks: Stacks) -> torch.Tensor:
     """`function` of every stack ([M, ...] -> [M]), its values side by side: one for each matrix."""
     if torch.is_tensor(stacks[0]):
         return function(*stacks)
@@ -29,7 +29,7 @@ def _spectral_term(weights, probes, steps, exact, normalize):
         value = spectral_spread(matrices, start, steps, exact, torch.rand)
         return value / min(matrices.shape[1:]) if normalize else value
 
-    spreads = _of_each(spread, weights) if probes is None else _of_each(spread, weights, probes)
+    spreads = of_each(spread, weights) if probes is None else of_each(spread, weights, probes)
     return spreads.square().mean() if normalize else spreads.square().sum()
 
 
@@ -105,7 +105,7 @@ def weight_mha_so(weights: Stacks) -> torch.Tensor:
     Source: The Principle of Diversity, orthogonality regularization; a variant in the released code.
     Differs: none.
     """
-    return _of_each(orthogonality_gap, weights).sum()
+    return of_each(orthogonality_gap, weights).sum()
 
 
 @regularizer(level="weight")
@@ -127,7 +127,7 @@ def weight_mha_mhs(weights: Stacks, *, mhs_collapse_aware: bool = False) -> torc
     Source: The Principle of Diversity, maximum hyperspherical separation; a variant in the released code.
     Differs: no 1e-8 inside the norms; the collapse-aware form is an option.
     """
-    return -_of_each(lambda matrices: separation(matrices, mhs_collapse_aware), weights).sum()
+    return -of_each(lambda matrices: separation(matrices, mhs_collapse_aware), weights).sum()
 
 
 @regularizer(level="weight")
@@ -143,4 +143,4 @@ def weight_mha_mgd(weights: Stacks) -> torch.Tensor:
     Source: The Principle of Diversity, maximum Gram determinant; a variant in the released code.
     Differs: no 1e-8 inside the norms; the determinant is taken in float64.
     """
-    return -_of_each(log_gram_determinant, weights).sum()
+    return -of_each(log_gram_determinant, weights).sum()

@@ -23,7 +23,8 @@ CASES = [
 ]
 OPTION_CASES = [case for case in CASES if case.values[1]]
 
-# (batch, items, size): tokens [batch, items, size], maps [batch, items, size, size], weights [batch, items, size].
+# (batch, items, size): tokens [batch, items, size], maps [batch, items, size, size], weights [batch, items, size],
+# circuits [batch, items, 2, 3, size].
 SIZES = [(1, 2, 3), (1, 5, 4), (2, 4, 4), (2, 7, 5), (3, 4, 9)]
 
 
@@ -39,6 +40,8 @@ def drawn(tap, seed, batch, items, size):
         return normals(seed, batch, items, size, size).softmax(dim=-1)
     if tap == "weights":
         return normals(seed, batch, items, size)
+    if tap == "circuits":
+        return normals(seed, batch, items, 2, 3, size)
     raise AssertionError(f"say in `drawn` how to draw the tap {tap!r}")
 
 
@@ -76,7 +79,8 @@ def assert_same(value, expected, taps):
 
 
 def same_items(name, items):
-    """The same items [B, items, 9] for every tap of a term; as attention maps they are 3 x 3."""
-    return {
-        tap: items.unflatten(-1, (3, 3)) if tap.startswith("attention") else items for tap in REGULARIZERS[name].reads
-    }
+    """The same items [B, items, 9] for every tap of a term; as attention maps and as circuits they are 3 x 3."""
+    square = items.unflatten(-1, (3, 3))
+    identity = torch.eye(3, dtype=items.dtype).expand_as(square)
+    forms = {"attention": square, "circuits": torch.stack((identity, square), dim=2)}
+    return {tap: forms.get(tap.split("_")[0], items) for tap in REGULARIZERS[name].reads}

@@ -104,6 +104,41 @@ def weight_cond_orth(weights, probes, cond_orth_normalize=False, **options):
     return sum(value**2 for value in spreads)
 
 
+def koleo(items):
+    units = [x / x.norm() for x in items]
+    nearest = [min((x - y).norm() for j, y in enumerate(units) if j != i) for i, x in enumerate(units)]
+    return -mean((distance + 1e-4).log() for distance in nearest)
+
+
+def uniformity(items):
+    units = [x / x.norm() for x in items]
+    squares = [((units[i] - units[j]) ** 2).sum() for i in range(len(units)) for j in range(i)]
+    return mean((-2 * square).exp() for square in squares).log()
+
+
+def coding_rate(items):
+    count, width = items.shape
+    units = torch.stack([x / x.norm() for x in items])
+    covariance = sum(torch.outer(x, x) for x in units)
+    return torch.logdet(torch.eye(width, dtype=items.dtype) + width / (count * 0.5**2) * covariance) / 2
+
+
+def vcreg(tokens):
+    """25 times the mean hinge of the channels' standard deviations, plus the squared covariances over their number."""
+    width = len(tokens[0])
+    channels = torch.stack([width**0.5 * x / x.norm() for x in tokens]).T
+    centred = [channel - channel.mean() for channel in channels]
+    covariances = [[(a * b).mean() for b in centred] for a in centred]
+    hinges = [max(torch.zeros_like(v), 1 - (v + 1e-4).sqrt()) for v in (covariances[i][i] for i in range(width))]
+    squares = [covariances[i][j] ** 2 for i in range(width) for j in range(width) if i != j]
+    return 25 * mean(hinges) + sum(squares) / width
+
+
+def dense(circuits):
+    """[M, H, 2, hd, D] -> a [H, D * D] matrix for each of the M: the circuits left^T right of its heads."""
+    return [torch.stack([(left.T @ right).flatten() for left, right in heads]) for heads in circuits]
+
+
 def grad_diversity(grad):
     return -sum((g * g).sum() for g in grad) / (sum(grad) * sum(grad)).sum()
 
@@ -150,6 +185,20 @@ TEXTBOOK = {
     "weight_mha_so": lambda weights: sum(soft_orthogonality(w @ w.T) for w in weights),
     "weight_mha_mhs": lambda weights, **options: sum(mhs(w, **options) for w in weights),
     "weight_mha_mgd": lambda weights: sum(mgd(w) for w in weights),
+    "emb_koleo": lambda last: mean_of(koleo, last),
+    "emb_uniformity": lambda last: mean_of(uniformity, last),
+    "emb_coding_rate": lambda last: -mean_of(coding_rate, last),
+    "attn_koleo": lambda attention: mean_of(koleo, flat(attention)),
+    "attn_uniformity": lambda attention: mean_of(uniformity, flat(attention)),
+    "attn_coding_rate": lambda attention: -mean_of(coding_rate, flat(attention)),
+    "weight_mha_koleo": lambda weights: sum(koleo(w) for w in weights),
+    "weight_mha_uniformity": lambda weights: sum(uniformity(w) for w in weights),
+    "weight_mha_coding_rate": lambda weights: -sum(coding_rate(w) for w in weights),
+    "emb_vcreg": lambda last: vcreg([token for tokens in last for token in tokens]),
+    "weight_circuit_abscos": lambda circuits: mean_of(lambda x: mean(pairs(cosines(x, x).abs())), dense(circuits)),
+    "weight_circuit_koleo": lambda circuits: mean_of(koleo, dense(circuits)),
+    "weight_circuit_uniformity": lambda circuits: mean_of(uniformity, dense(circuits)),
+    "weight_circuit_coding_rate": lambda circuits: -mean_of(coding_rate, dense(circuits)),
 }
 
 

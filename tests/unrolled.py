@@ -34,6 +34,7 @@ def unrolled(name, model, samples, emb_layers=(-1,), attn_layers=(0,), groups=("
         "attention_first": maps[0],
         "attention_last": maps[-1],
         "weights": weight_stacks(all_blocks, groups),
+        "circuits": circuit_stacks(all_blocks),
         "patch_logits": patch_logits,
         "logits": logits,
     }
@@ -187,6 +188,22 @@ def weight_stacks(blocks, groups):
         further = {"proj": block.attn.proj, "fc1": getattr(block.mlp, "fc1", None), "fc2": block.mlp.fc2}
         matrices += qkv_weights(block.attn) if "qkv" in groups else []
         matrices += [layer.weight for group, layer in further.items() if group in groups]
+    return by_shape(matrices)
+
+
+def circuit_stacks(blocks):
+    """[2, hd, D] of every head: queries and keys of the block's heads, then columns of the projection and values."""
+    circuits = []
+    for block in blocks:
+        q, k, v = qkv_weights(block.attn)
+        for left, right in ((q, k), (block.attn.proj.weight.T, v)):
+            heads = zip(left.chunk(block.attn.num_heads), right.chunk(block.attn.num_heads), strict=True)
+            circuits.append(torch.stack([torch.stack(pair) for pair in heads]))
+    return by_shape(circuits)
+
+
+def by_shape(matrices):
+    """One stack of the matrices, or one for each shape."""
     shapes = list(dict.fromkeys(matrix.shape for matrix in matrices))
     stacks = tuple(torch.stack([matrix for matrix in matrices if matrix.shape == shape]) for shape in shapes)
     return stacks[0] if len(stacks) == 1 else stacks

@@ -109,7 +109,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (not args.mixing_coef, "mixing_balance", "--mixing-coef is 0"),
         ("last" not in reads, "emb_layers", "no term that reads chosen embeddings is on"),
         ("attention" not in reads, "attn_layers", "no term that reads chosen attention maps is on"),
-        ("weights" not in reads, "weight_groups", "no term on weights is on"),
+        ("weights" not in reads, "weight_groups", "no term that reads chosen weights is on"),
         *((not any(option in term.options for term in active), option, "no term that has it is on")
           for option in term_options(args)),
         (args.distillation_type == "none", "teacher_model teacher_path distillation_alpha distillation_tau",

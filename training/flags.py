@@ -166,7 +166,7 @@ def _diversity(parser):
     add("--attn-layers", type=layer_list, default="first", metavar="LAYERS",
         help="blocks whose maps attention terms read; cross-layer terms read their first and last")  # fmt: skip
     add("--weight-groups", type=group_list, default="qkv", metavar="GROUPS",
-        help=f"matrices that weight terms read, a list of {','.join(WEIGHT_GROUPS)}")  # fmt: skip
+        help=f"matrices that weight_mha terms read, a list of {','.join(WEIGHT_GROUPS)}")  # fmt: skip
     options = {option: term for term in reversed(REGULARIZERS.values()) for option in term.options}
     for option, term in options.items():
         add(flag_of(option), help=term.option_help(option).replace("%", "%%"), **_option(term.options[option]))

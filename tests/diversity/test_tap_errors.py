@@ -62,6 +62,9 @@ LACKING = [  # tap, family, arguments of the model and of TappedViT, the message
     ("patch_logits", "deit", {"patch_drop_rate": 0.5}, {}, "patches are dropped", None),
     ("patch_logits", "eva", {"patch_drop_rate": 0.5}, {}, "patches are dropped", None),
     ("attention", "vit", {"attn_layer": "diff", "num_heads": 3}, {}, "two maps for each head", None),
+    ("circuits", "vit", {"attn_layer": "diff", "num_heads": 3}, {}, "block 0 has no attention with one", None),
+    ("circuits", "deit", {"num_heads": 1}, {}, "it has a single head", None),
+    ("circuits", "swin", {"num_heads": (1, 2)}, {}, "it has a single head", None),
     ("tokens", "vit", {"global_pool": "map"}, {}, "its head reads an attention pool", None),
     ("patch_logits", "vit", {"global_pool": "map"}, {}, "its head reads an attention pool", None),
     ("patch_logits", "deit", {"num_classes": 0}, {}, "it has no linear `head`", None),
@@ -111,7 +114,7 @@ def test_what_is_not_asked_for_may_be_lacking():
     assert one_patch.patch_logits.shape == (2, 1, CLASSES) and one_patch.attention is None
 
 
-@pytest.mark.parametrize("tap", [*sorted({*TAPS} - {"weights"}), "patch_logits"])
+@pytest.mark.parametrize("tap", [*sorted({*TAPS} - {"weights", "circuits"}), "patch_logits"])
 def test_bypassed_hook_is_an_error(tap):
     model = build()
     tapped = tapped_with(tap, model)

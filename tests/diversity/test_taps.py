@@ -64,7 +64,7 @@ def test_only_what_is_asked_for_is_returned_and_hooked(asked):
     tapped = tapped_with(asked, model)
     assert returned(tapped(images())) == {"logits", asked} - {None}
     of_maps = 2 if asked and "attention" in asked else 1  # maps of eager and of compiled blocks
-    assert len(hooks(model)) == (0 if asked in (None, "weights") else of_maps)
+    assert len(hooks(model)) == (0 if asked in (None, "weights", "circuits") else of_maps)
     unfused = {"attention": 0, "attention_first": 0, "attention_last": 2}.get(asked)
     assert fused(model) == [i != unfused for i in range(3)]
     assert not tapped._captured
@@ -116,6 +116,7 @@ REACHED = {
     "attention_first": {"patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight"},
     "attention_last": {"patch_embed.proj.weight", "blocks.0.mlp.fc2.weight", "blocks.2.attn.qkv.weight"},
     "weights": {f"blocks.{i}.attn.qkv.weight" for i in range(3)},
+    "circuits": {f"blocks.{i}.attn.{layer}.weight" for i in range(3) for layer in ("qkv", "proj")},
     "patch_logits": {"patch_embed.proj.weight", "blocks.2.mlp.fc2.weight", "norm.weight", "head.weight"},
 }
 
@@ -214,6 +215,7 @@ def test_table_names_what_every_tap_holds():
         ["attention_first", "maps of block 0"],
         ["attention_last", "maps of block 1"],
         ["weights", "qkv, fc1 of all blocks: 6 of [12, 12], 2 of [48, 12], 6 of [24, 24], 2 of [96, 24]"],
+        ["circuits", "QK and OV circuits of all blocks: 4 of [2, 2, 6, 12], 4 of [4, 2, 6, 24]"],
     ]
     assert tapped.table().splitlines()[-1].split() == ["patch", "logits", "4", "x", "4", "patches"]
     assert TappedViT(build(), ["last"]).table().splitlines()[0].endswith("from the 3 blocks")

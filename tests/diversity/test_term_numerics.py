@@ -129,7 +129,7 @@ def test_extremes_of_real_size_stay_finite(name, options, extreme, autocast):
     taps = {}
     for i, tap in enumerate(REGULARIZERS[name].reads):
         value = drawn(tap, i, *sizes[REGULARIZERS[name].level])
-        taps[tap] = extreme(0.02 * value if tap == "weights" else value).float().requires_grad_()
+        taps[tap] = extreme(0.02 * value if REGULARIZERS[name].level == "weight" else value).float().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         value = REGULARIZERS[name](**taps, **values_of(options))
         value.backward()

@@ -65,18 +65,19 @@ def test_layers_are_averaged(name, options):
 
 @pytest.mark.parametrize("container", [list, tuple])
 @pytest.mark.parametrize("name, options", [case for case in CASES if REGULARIZERS[case.values[0]].level == "weight"])
-def test_stacks_of_several_shapes_are_summed(name, options, container):
+def test_stacks_of_several_shapes_are_one_set_of_matrices(name, options, container):
     term, options = REGULARIZERS[name], values_of(options)
     sizes = [(2, 5, 4), (3, 4, 6), (1, 3, 3)]
     inputs = [inputs_of(name, *size, seed=20 * i) for i, size in enumerate(sizes)]
-    stacks = [taps["weights"] for taps, _ in inputs]
+    (tap,) = term.reads
+    stacks = [taps[tap] for taps, _ in inputs]
     probes = {key: container(start[key] for _, start in inputs) for key in inputs[0][1]}
     each = [term(**taps, **start, **options) for taps, start in inputs]
-    if "cond_orth_normalize" in options:
+    if "cond_orth_normalize" in options or tap == "circuits":  # a mean over the matrices
         expected = sum(size[0] * value for size, value in zip(sizes, each, strict=True)) / sum(s[0] for s in sizes)
     else:
         expected = sum(each)
-    value = term(weights=container(stacks), **probes, **options)
+    value = term(**{tap: container(stacks)}, **probes, **options)
     assert_same(value, expected, dict(enumerate(stacks)))
     half = container(stack.bfloat16() for stack in stacks)
-    assert term(weights=half, **options).dtype == torch.float32
+    assert term(**{tap: half}, **options).dtype == torch.float32
