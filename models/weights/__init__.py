@@ -1,6 +1,19 @@
-"""Weights of files: read without running code from the file, loaded into timm models; errors are one line."""
+"""Weights of files: read without running code from the file, renamed to timm's names, loaded; errors are one line."""
 
 from models.weights.files import Origin, local_file, origin, read, refusal
-from models.weights.loading import is_weights, load_state_dict, load_weights
+from models.weights.layouts import LAYOUTS, Layout, is_weights
+from models.weights.loading import classifier_names, load_state_dict, load_weights
 
-__all__ = ["Origin", "is_weights", "load_state_dict", "load_weights", "local_file", "origin", "read", "refusal"]
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "Origin",
+    "classifier_names",
+    "is_weights",
+    "load_state_dict",
+    "load_weights",
+    "local_file",
+    "origin",
+    "read",
+    "refusal",
+]

@@ -4,24 +4,27 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-import timm
 import torch
 from torch import nn
 
 from models.weights.files import class_names, local_file, read
+from models.weights.layouts import Tensors, unknown_names, weights_in
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def load_weights(
     model: nn.Module, path: str, new_head: bool = True, use_ema: bool = False, classes: Sequence[str] = ()
 ) -> list[str]:
-    """Load weights in any layout of timm and DeiT into a model.
+    """Load weights in any layout of `LAYOUTS` into a model.
 
-    Position embeddings and patch embeddings of another size are resampled by timm.
+    Position embeddings and patch embeddings of another size are resampled by timm, in float32.
 
     Args:
         model: a timm model.
         path: .pth or .safetensors file, or an https URL.
-        new_head: keep the model's initial classifier if the file has one of another size or none.
+        new_head: keep the model's initial classifier if the file has one of another size or none, and leave out the
+            file's if the model has none.
         use_ema: load the averaged weights.
         classes: names of the model's classes. If the file knows those of its classifier, it is loaded by their names,
             and dropped if they are others and `new_head` is true.
@@ -30,22 +33,29 @@ def load_weights(
         One line for each tensor that was dropped, resampled or not found.
 
     Raises:
-        ValueError: the file is missing or damaged, or its weights do not fit the model.
+        ValueError: the file is missing or damaged, its layout is unknown, or its weights do not fit the model.
     """
     path = local_file(path)
     stored = read(path)
-    layouts = ("state_dict_ema", "model_ema") if use_ema else ("state_dict", "model")  # timm's and DeiT's names
-    weights = next((stored[name] for name in layouts if name in stored), None) if isinstance(stored, dict) else None
-    if use_ema and weights is None:
-        raise ValueError(f"{path} contains no averaged weights")
-    weights = stored if weights is None else weights
-    if not is_weights(weights):
-        raise ValueError(f"{path} contains no model weights")
-    weights = timm.models.clean_state_dict(weights)
+    weights, notes = weights_in(stored, use_ema, path)
+    weights = {name: tensor.float() if tensor.dtype in HALF else tensor for name, tensor in weights.items()}
+    notes += _fit_classifier(model, weights, new_head, class_names(stored), classes)
+    weights, resampled = _resample(model, weights)
+    notes += resampled
+    if not model.state_dict().keys() & weights.keys():
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {unknown_names(weights)}")
+    load_state_dict(model, weights, path, may_miss=[note.split()[0] for note in notes])
+    return notes
+
+
+def _fit_classifier(
+    model: nn.Module, weights: Tensors, new_head: bool, of_file: Sequence[str], classes: Sequence[str]
+) -> list[str]:
+    """Drop from `weights` the classifier that is not the model's, or sort its rows; one line for each tensor."""
     notes, own = [], model.state_dict()
-    of_file = class_names(stored)
     has_other_classes = new_head and bool(classes and of_file) and {*classes} != {*of_file}
-    for name in _classifier_names(model):
+    names = classifier_names(model)
+    for name in names:
         if classes and of_file and [*classes] != of_file and {*classes} == {*of_file} and name in weights:
             weights[name] = weights[name][[of_file.index(label) for label in classes]]
             notes.append(f"{name} is in another order in the file and was loaded by the names of the classes")
@@ -59,19 +69,28 @@ def load_weights(
             notes.append(f"{name} is not in the file and keeps its initial values")
         elif new_head and classes and not of_file:
             notes.append(f"{name} is from the file, which does not name its classes")
+    if new_head and not names:
+        heads = model.pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else heads
+        for name in [f"{head}.{parameter}" for head in heads for parameter in ("weight", "bias")]:
+            if weights.pop(name, None) is not None:
+                notes.append(f"{name} dropped: the model has no classifier")
+    return notes
+
+
+def _resample(model: nn.Module, weights: Tensors) -> tuple[Tensors, list[str]]:
+    """Weights as timm's function for the model converts them, and one line for each tensor that it resampled."""
+    own = model.state_dict()
     resized = [name for name in ("pos_embed", "patch_embed.proj.weight") if _differs(name, weights, own)]
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is not None:
         with contextlib.suppress(RuntimeError):  # load_state_dict reports what cannot be resampled
             weights = adapt(weights, model)
-    for name in resized:
-        if not _differs(name, weights, own):
-            notes.append(f"{name} resampled to {[*own[name].shape]}")
-    load_state_dict(model, weights, path, may_miss=[note.split()[0] for note in notes])
-    return notes
+    resized = [name for name in resized if not _differs(name, weights, own)]
+    return weights, [f"{name} resampled to {[*own[name].shape]}" for name in resized]
 
 
-def load_state_dict(model: nn.Module, weights: dict, path: str, may_miss: list[str] = ()):
+def load_state_dict(model: nn.Module, weights: Tensors, path: str, may_miss: list[str] = ()):
     """Load weights into a model, with an error of one line that names the first tensor that does not fit.
 
     Args:
@@ -98,7 +117,7 @@ def load_state_dict(model: nn.Module, weights: dict, path: str, may_miss: list[s
     model.load_state_dict(weights, strict=False)
 
 
-def _classifier_names(model: nn.Module) -> list[str]:
+def classifier_names(model: nn.Module) -> list[str]:
     """Names of the classifiers' tensors in the model's state_dict."""
     heads = model.get_classifier()
     heads = heads if isinstance(heads, tuple) else (heads,)
@@ -110,10 +129,5 @@ def _classifier_names(model: nn.Module) -> list[str]:
     ]
 
 
-def is_weights(value) -> bool:
-    """Whether a value is a dict of tensors and not empty."""
-    return isinstance(value, dict) and bool(value) and all(torch.is_tensor(tensor) for tensor in value.values())
-
-
-def _differs(name: str, weights: dict, own: dict) -> bool:
+def _differs(name: str, weights: Tensors, own: Tensors) -> bool:
     return name in weights and name in own and weights[name].shape != own[name].shape
