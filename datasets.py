@@ -52,6 +52,7 @@ class Data:
         classes: their names in the order of the model's outputs; empty where the data does not know them.
         num_train: training images, each counted once.
         num_val: validation images of all processes together.
+        has_labels: whether the labels of batches say anything.
         num_steps: optimizer steps of an epoch.
         accum_steps: batches of a step.
         seed: of the order of a stream.
@@ -66,6 +67,7 @@ class Data:
     num_val: int
     classes: list[str] = field(default_factory=list)
     num_train: int = 0
+    has_labels: bool = True
     num_steps: int = 0
     accum_steps: int = 1
     seed: int = 0
@@ -153,20 +155,21 @@ class Data:
         return isinstance(self.val.dataset, Subset)
 
 
-def build_data(options: DataOptions, world: World, classes: Sequence[str] = ()) -> Data:
+def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), needs_labels: bool = True) -> Data:
     """The data sets that `options` name, with DeiT's augmentation, and their loaders.
 
     Args:
         classes: names of the classes in the order of a model's outputs, to which labels are mapped by name; empty = in
             the order of the data.
+        needs_labels: whether data without labels is refused.
 
     Raises:
         SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ, classes
-            that the model does not have.
+            that the model does not have, no labels.
     """
     train = None if options.eval else build_source(options, is_training=True)
     val = build_source(options, is_training=False)
-    num_classes, names = find_classes(options, train, val)
+    num_classes, names = find_classes(options, train, val, needs_labels)
     labels = []
     if classes and names and [*classes] != names:
         labels = labels_by_name(names, [*classes], is_training=train is not None)
@@ -182,6 +185,7 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = ()) 
         val_loader = Prefetcher(val_loader, world.device, Normalize(options.mean, options.std).to(world.device))
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(None, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps, seed=options.seed)
+    data.has_labels = find_source(options.data_set).has_labels
     data.notes = [source.note for source in (train, val) if getattr(source, "note", "")]
     if train is not None:
         transform = build_transform(options, is_training=True, as_bytes=prefetches)

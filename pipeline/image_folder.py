@@ -1,4 +1,4 @@
-"""Folders of images, one for each class."""
+"""Folders of images: one for each class, or one without labels."""
 
 import collections
 import os
@@ -17,11 +17,11 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         left_out: {extension: number of files that are no images by their name}.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, allow_empty: bool = False):
         self.left_out = collections.Counter()
         self._start = len(str(root))
         try:
-            super().__init__(str(root), is_valid_file=self._is_image)
+            super().__init__(str(root), is_valid_file=self._is_image, allow_empty=allow_empty)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error}{self.note}") from None
 
@@ -47,6 +47,18 @@ class ImageFolder(torchvision.datasets.ImageFolder):
         if not is_image:
             self.left_out[os.path.splitext(path)[1].lower() or "no extension"] += 1
         return is_image
+
+
+class UnlabelledFolder(ImageFolder):
+    """All images in a folder and the folders in it, in the order of their paths; the label 0 of each says nothing."""
+
+    def __init__(self, root: str | Path):
+        super().__init__(root, allow_empty=True)
+        if not self.samples:
+            raise FileNotFoundError(f"there is no image in it. {self.note}")
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return [""], {"": 0}
 
 
 def is_hidden(name: str) -> bool:

@@ -12,12 +12,13 @@ from pathlib import Path
 import timm.data
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData
+from torchvision.datasets.folder import is_image_file
 
 from diversity.spelling import did_you_mean
 from models.weights import refusal
 from pipeline import timm_sets
 from pipeline.digits import Digits
-from pipeline.image_folder import ImageFolder, is_hidden
+from pipeline.image_folder import ImageFolder, UnlabelledFolder, is_hidden
 from pipeline.inaturalist import INaturalist
 from utils import is_bug
 
@@ -61,6 +62,7 @@ class Source:
         flags: those of `SOURCE_FLAGS` that it reads.
         path_is_optional: whether `--data-path` may be empty, or a folder that does not exist yet.
         is_stream: whether its images can only be read one after the other, from shards.
+        has_labels: whether its labels say anything; without labels it is for measurements alone.
         start_method: multiprocessing's, for its loader processes; None = the system's usual one.
         class_names: opened data set -> names of its classes in the order of the labels; empty = it does not know them.
     """
@@ -72,6 +74,7 @@ class Source:
     flags: tuple[str, ...] = ("data_path", "train_split", "val_split")
     path_is_optional: bool = False
     is_stream: bool = False
+    has_labels: bool = True
     start_method: str | None = None
     class_names: Callable[[Dataset], list[str]] = _classes_of
 
@@ -127,20 +130,28 @@ def build_source(options: SourceOptions, is_training: bool) -> Dataset:
         raise SystemExit(f"error: --data-set {name} cannot be read{place}: {reason}") from None
 
 
-def find_classes(options: SourceOptions, train: Dataset | None, val: Dataset) -> tuple[int, list[str]]:
+def find_classes(
+    options: SourceOptions, train: Dataset | None, val: Dataset, needs_labels: bool = True
+) -> tuple[int, list[str]]:
     """The number of classes and their names in the order of the labels, empty where the data does not know them.
 
+    Data without labels has 0 classes, if `needs_labels` is false and --num-classes is not given.
+
     Raises:
-        SystemExit: train and val have different classes, more than --num-classes, or do not know them.
+        SystemExit: train and val have different classes, more than --num-classes, or do not know them; or there are no
+            labels.
     """
-    class_names = find_source(options.data_set).class_names
-    names = class_names(val)
-    if train is not None and (of_train := class_names(train)) != names:
+    source = find_source(options.data_set)
+    if needs_labels and not source.has_labels:
+        line = f"--data-set {options.data_set} has no labels to train with or to evaluate with; it is for analyze.py"
+        raise SystemExit(f"error: {line}")
+    names = source.class_names(val)
+    if train is not None and (of_train := source.class_names(train)) != names:
         raise SystemExit(
             f"error: the classes of {options.data_path} differ: only in train: "
             f"{first_names(set(of_train) - set(names))}; only in val: {first_names(set(names) - set(of_train))}"
         )
-    if not names and options.num_classes is None:
+    if not names and options.num_classes is None and source.has_labels:
         raise SystemExit(f"error: --data-set {options.data_set} does not say its classes; give --num-classes")
     if options.num_classes is not None and options.num_classes < len(names):
         raise SystemExit(f"error: --num-classes {options.num_classes}, but the data has {len(names)} classes")
@@ -198,10 +209,19 @@ def _image_folder(options: SourceOptions, is_training: bool) -> Dataset:
     if not (root / split).is_dir():
         folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not is_hidden(entry.name))
         found = ", ".join(folders) or "no folder"
+        has_images = any(is_image_file(entry.name) for entry in root.iterdir())
+        other = "; for images without labels see --data-set UNLABELLED" if has_images else ""
         raise SystemExit(
-            f"error: --data-path {root} has no folder {split!r} (found: {found}); see --train-split, --val-split"
+            f"error: --data-path {root} has no folder {split!r} (found: {found}); see --train-split, --val-split{other}"
         )
     return ImageFolder(root / split)
+
+
+@data_set("UNLABELLED", "images without labels, for analyze.py alone", flags=("data_path",), has_labels=False,
+          class_names=lambda folder: [])  # fmt: skip
+def _unlabelled(options: SourceOptions, is_training: bool) -> Dataset:
+    """The folder of the images; images in folders of it are used too."""
+    return UnlabelledFolder(Path(options.data_path))
 
 
 @data_set("CIFAR", "CIFAR-100", flags=("data_path",))

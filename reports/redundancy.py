@@ -10,13 +10,14 @@ from torch import nn
 
 from diversity import TapError, TappedViT, measure_redundancy
 from diversity.backbones import Backbone
+from pipeline.transforms import preprocessing_line
 from reports import comparisons, figures, redundancy_figures
 from reports.run_folders import PROVENANCE, REPORT, Run, read_run
 from reports.subjects import (
     Subject,
     architecture,
     configuration_names,
-    find_subject,
+    find_subjects,
     images,
     load_model,
     prefix_names,
@@ -69,7 +70,7 @@ def analyze(
     files = {name: name.replace("/", "_") for name in names}
     if len(names) != len(runs) or len({*files.values()}) < len(files):
         raise SystemExit(f"error: --names needs a name for each of the {len(runs)} runs; got {' '.join(names)}")
-    subjects = [find_subject(run, flags) for run in runs]
+    subjects = find_subjects(runs, flags)
     kinds = [
         "random" if subject.seed is not None else "EMA" if ema or subject.is_average else "raw" for subject in subjects
     ]
@@ -108,6 +109,8 @@ def analyze(
             write_json(report, own[subject.run])
         configurations[name].append(report)
     notes = [f"{data[0]}, the first {sources[0].measured_on['images']} images", *training_notes(names, subjects)]
+    preprocessing = [(name, preprocessing_line(subject.data)) for name, subject in zip(names, subjects, strict=True)]
+    notes += comparisons.differing("preprocessing", preprocessing) or [preprocessing[0][1]]
     folders = {name: subject.folder for name, subject in zip(names, subjects, strict=True)}
     write_all(configurations, notes, figures.study_styles([*folders.values()]), folder)
 

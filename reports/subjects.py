@@ -19,6 +19,7 @@ from models import build_model, published_preprocessing, weights
 from reports.run_folders import without_seed
 from training import arguments, checkpoint
 from training.build import options_of
+from training.preprocessing import NAMES
 from training.provenance import data_name, digest, source_of
 from utils import World, errors_of
 
@@ -70,8 +71,19 @@ class Images(NamedTuple):
     measured_on: dict
 
 
-def find_subject(run: str, flags: list[str]) -> Subject:
+def find_subjects(runs: list[str], flags: list[str]) -> list[Subject]:
+    """The models that the RUNs name. Images for random weights are preprocessed as for the first other model."""
+    others = {run: find_subject(run, flags) for run in runs if run != RANDOM}
+    first = next(iter(others.values()), None)
+    preprocessing = {name: getattr(first.data, name) for name in NAMES} if first else {}
+    return [others.get(run) or find_subject(run, flags, preprocessing) for run in runs]
+
+
+def find_subject(run: str, flags: list[str], preprocessing: Mapping[str, object] = {}) -> Subject:
     """The model that RUN names; the flags of the command line override those that it brings.
+
+    Args:
+        preprocessing: {flag: value} for random weights.
 
     Raises:
         SystemExit: it is none of the four, or a folder without a checkpoint, or `--finetune` names other weights.
@@ -91,7 +103,7 @@ def find_subject(run: str, flags: list[str]) -> Subject:
         classes, flags = [], [*flags, "--model", run]
         config = {"input_size": published.input_size[-1] if published else 224} | published_preprocessing(run)
     elif run == RANDOM:
-        file, classes, config = None, [], {}
+        file, classes, config = None, [], preprocessing
     else:
         raise SystemExit(f"error: {run} is not a run folder, a checkpoint file, the name of a timm model or {RANDOM}")
     config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
@@ -130,9 +142,19 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
     else:
         with errors_of("RUN"):
             notes = weights.load_weights(model, str(subject.file), use_ema=ema)
+        heads = weights.classifier_names(model)
         for note in notes:
-            print(f"{subject.run}: {note}")
+            if note.split()[0] not in heads:
+                print(f"{subject.run}: {note}")
+        if any(note.split()[0] in heads for note in notes):
+            _remove_classifier(model, subject.run)
     return model.to(world.device).eval()
+
+
+def _remove_classifier(model: nn.Module, run: str):
+    """Remove a classifier of initial values from a model whose other weights are trained."""
+    print(f"{run}: measured without a classifier, as its weights have none of {model.num_classes} classes")
+    model.reset_classifier(0)
 
 
 def load_published(subject: Subject, num_classes: int, config: dict) -> nn.Module:
@@ -147,7 +169,10 @@ def load_published(subject: Subject, num_classes: int, config: dict) -> nn.Modul
         except Exception:  # of whichever library for HTTP the package uses
             constants.HF_HUB_OFFLINE = True  # otherwise the package tries again for a minute
     try:
-        return build_model(num_classes=num_classes, pretrained=True, **subject.model)
+        model = build_model(num_classes=num_classes, pretrained=True, **subject.model)
+        if num_classes not in (0, config["num_classes"]):
+            _remove_classifier(model, subject.run)
+        return model
     except ValueError as error:
         if "we cannot find the requested files in the local cache" not in str(error):  # the package's words
             raise SystemExit(f"error: --model {error}") from None
@@ -159,12 +184,12 @@ def load_published(subject: Subject, num_classes: int, config: dict) -> nn.Modul
 
 def images(subject: Subject, world: World, num_images: int, kind: str = "raw") -> Images:
     """The first images of the validation set, all for 0. `kind` is that of the weights: raw, EMA or random."""
-    data = build_data(subject.data, world, subject.classes)
+    data = build_data(subject.data, world, subject.classes, needs_labels=False)
     count = min(num_images or data.num_val, data.num_val)
     options = subject.data
     measured_on = {
         "data_set": data_name(options.data_set, options.data_path),
-        "split": options.val_split or "validation",
+        "split": (options.val_split or "validation") if data.has_labels else "without labels",
         "input_size": options.input_size,
         "files": digest(source_of(data.val), options.data_set, options.data_path),
         "images": count,

@@ -130,7 +130,7 @@ def _commit() -> str:
 def data_name(data_set: str, data_path: str) -> str:
     """What a reader calls the data: an image folder by its name, another data set with the name of its folder."""
     folder = Path(data_path).resolve().name if data_path else ""
-    if data_set == "IMNET":  # the name of the reader of all image folders
+    if data_set in ("IMNET", "UNLABELLED"):  # the names of the readers of all image folders
         return folder or data_set
     return f"{data_set} ({folder})" if folder else data_set
 

@@ -42,7 +42,7 @@ def test_an_entry_is_all_that_a_data_set_needs(monkeypatch):
     assert (data.num_classes, len(data.train.dataset), labels_of(data.val)) == (2, 20, [0, 1] * 5)
 
 
-ALL = "there are IMNET, CIFAR, CIFAR10, INAT, INAT19, DIGITS, FAKE, torch/, hfds/, wds/"
+ALL = "there are IMNET, UNLABELLED, CIFAR, CIFAR10, INAT, INAT19, DIGITS, FAKE, torch/, hfds/, wds/"
 
 
 @pytest.mark.parametrize(
