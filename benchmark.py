@@ -31,7 +31,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the
 
 from benchmarks import cuda_bytes, gpu, loader, steps, terms
 from diversity import ALIASES, REGULARIZERS
-from diversity.objective import MIXING
+from diversity.classification import MIXING
 from models.execution import set_backends
 from training import arguments
 from training.parsing import positive_float, positive_int

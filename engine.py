@@ -40,6 +40,7 @@ def train_one_epoch(
     seed: int = 0,
     amp_dtype: torch.dtype | None = None,
     after_step: Callable[[], None] = lambda: None,
+    before_batch: Callable[..., None] = lambda *batch: None,
 ) -> dict[str, float]:
     """Train the rest of an epoch, from `state.step` on.
 
@@ -52,6 +53,7 @@ def train_one_epoch(
         progress: of the run.
         seed: of mixing, erasing, dropout and probes.
         after_step: called when `state` is complete after a step; may save it, or raise to stop.
+        before_batch: called with the number, images, labels and draws of a batch before its forward pass; may measure.
 
     Returns:
         Means over the epoch's steps and processes: loss, every term and its fraction of the loss, lr, grad_norm; and
@@ -70,6 +72,7 @@ def train_one_epoch(
 
         reseed("step", seed, world.rank, state.epoch, batch, device=world.device)
         update.before_forward()
+        before_batch(batch, images, labels, draws)
         with loss_fn.no_sync() if world.size > 1 and not ends_step else contextlib.nullcontext():
             with autocast(world.device, amp_dtype):
                 loss, terms = loss_fn(images, labels, draws)

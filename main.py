@@ -21,6 +21,7 @@ from training.changes import find_changes
 from training.check_data import check_data
 from training.checkpoint import TrainState
 from training.evaluation import RedundancyMonitor, evaluate_both
+from training.gradient_norms import GradientNorms
 from training.guard import FiniteGuard
 from training.log import epoch_line, evaluation_lines
 from training.output import tolerant_output
@@ -119,6 +120,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         num_epochs = state.epoch + 1
 
     redundancy = RedundancyMonitor(args.redundancy_every, model, args.model, data, world, redundancy_figure)
+    gradient_norms = GradientNorms(args.grad_norms_every, diverse_loss, state, num_epochs, log, world, amp_dtype)
     skipped = state.skipped + state.totals.skipped(state.step)
     skipped_in = "" if args.dry_run else args.output_dir
     report = partial(log.print, on_all_ranks=True)
@@ -139,9 +141,10 @@ def train(args: Namespace, world: World, folder: Path | None):
         predictions = Predictions(data, world) if args.save_predictions else None
         while state.epoch < num_epochs:
             epoch, last_step = state.epoch, (state.epoch + 1) * data.num_steps - 1
+            diverse_loss.set_epoch(epoch)
             train_stats = train_one_epoch(
                 loss_fn, data.batches(epoch, state.step), state, update, progress, world,
-                seed=args.seed, amp_dtype=amp_dtype, after_step=saver.after_step,
+                seed=args.seed, amp_dtype=amp_dtype, after_step=saver.after_step, before_batch=gradient_norms.measure,
             )  # fmt: skip
             guard.require_step(train_stats, epoch, epoch + 1 == num_epochs and not args.dry_run)
             with saver.evaluation():
@@ -150,7 +153,7 @@ def train(args: Namespace, world: World, folder: Path | None):
             record = {f"train_{name}": value for name, value in train_stats.items()}
             record |= {f"test_{name}": value for name, value in test_stats.items()}
             record |= {"epoch": epoch, "n_parameters": state.num_parameters, "bad_images": len(data.bad_images(world))}
-            record |= redundancy.measure(epoch, epoch + 1 == num_epochs, log, last_step)
+            record |= gradient_norms.record() | redundancy.measure(epoch, epoch + 1 == num_epochs, log, last_step)
             log.epoch(record, last_step)  # before the save: a run that resumes from it does not repeat the epoch
             saver.end_epoch(state.next_epoch(test_stats))
             log.print(epoch_line(record, num_epochs))

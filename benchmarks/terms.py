@@ -6,7 +6,7 @@ from argparse import Namespace
 import torch
 
 from diversity import REGULARIZERS, TAPS, DiversityObjective, TapOutput, TappedViT
-from diversity.objective import MIXING
+from diversity.classification import MIXING
 from engine import autocast, autocast_dtype
 from reports.tables import print_rows
 from training.build import build_initial, build_mixup, objective_settings, tap_settings

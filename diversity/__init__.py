@@ -12,11 +12,12 @@ from . import spread  # isort: skip
 from . import channels  # isort: skip
 from . import circuit_terms  # isort: skip
 from .backbones import WEIGHT_GROUPS, TapError
+from .classification import MIXING_BALANCES, MIXING_WHERE
 from .cross_entropy import token_cross_entropy
 from .loss import DiverseLoss
 from .measures import MEASURES, Measure
 from .mixing import MixedTarget, PatchMixup, patch_lam
-from .objective import MIXING_BALANCES, DiversityObjective
+from .objective import DiversityObjective
 from .presets import PRESETS, Preset
 from .redundancy import measurable, measure_redundancy
 from .regularizers import ALIASES, LEVELS, REGULARIZERS, Regularizer, markdown_table, regularizer, resolve_aliases
@@ -29,6 +30,7 @@ __all__ = [
     "LEVELS",
     "MEASURES",
     "MIXING_BALANCES",
+    "MIXING_WHERE",
     "PRESETS",
     "REGULARIZERS",
     "REMEDIES",

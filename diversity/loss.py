@@ -7,6 +7,7 @@ import torch._dynamo.exc
 from torch import nn
 
 from .backbones import TapError
+from .gradient_norms import gradient_norms
 from .mixing import PatchMixup
 from .objective import DiversityObjective
 from .tapped_vit import TappedViT
@@ -35,7 +36,8 @@ class DiverseLoss(nn.Module):
         coefs: {name of a term, or "mixing": coefficient}, see `DiversityObjective`.
         mixup: a `PatchMixup`, or another object with the same `draw`, `__call__` and `with_grid`. Without a grid, it
             gets the model's patch grid where mixing is on. None = images and labels stay as they are.
-        smoothing, distillation, mixing_balance, options: see `DiversityObjective`.
+        smoothing, distillation, mixing_balance, mixing_where, options: see `DiversityObjective`.
+        diversity_warmup, diversity_until: see `DiversityObjective`; with one of them, call `set_epoch` in each epoch.
         emb_layers, attn_layers, weight_groups: see `TappedViT`.
 
     Raises:
@@ -60,13 +62,19 @@ class DiverseLoss(nn.Module):
         smoothing: float = 0.0,
         distillation: Callable[..., torch.Tensor] | None = None,
         mixing_balance: str = "tokens",
+        mixing_where: str = "always",
+        diversity_warmup: int = 0,
+        diversity_until: int | None = None,
         emb_layers: str | Sequence[int] = "last",
         attn_layers: str | Sequence[int] = "first",
         weight_groups: str | Sequence[str] = "qkv",
         **options,
     ):
         super().__init__()
-        self.objective = DiversityObjective(coefs, smoothing, distillation, mixing_balance, **options)
+        schedule = {"diversity_warmup": diversity_warmup, "diversity_until": diversity_until}
+        self.objective = DiversityObjective(
+            coefs, smoothing, distillation, mixing_balance, mixing_where, **schedule, **options
+        )
         reads, patch_logits = self.objective.reads, self.objective.patch_logits
         try:
             self.tapped = TappedViT(model, reads, patch_logits, emb_layers, attn_layers, weight_groups)
@@ -113,9 +121,17 @@ class DiverseLoss(nn.Module):
             found = "none" if labels is None else f"{labels.dtype} of shape {[*labels.shape]}"
             raise ValueError(f"a batch of {len(images)} images needs as many integer labels in train mode; got {found}")
         if draws is None:
-            draws = self._draw(images)
+            draws = self.draw(images)
         loss, values = self._compiled_or_eager(images, labels, draws)
         return loss, dict(zip(self.names, values.unbind(), strict=True))
+
+    def set_epoch(self, epoch: int):
+        """Set the coefficients to those of an epoch, counted from 0, where they follow a schedule."""
+        self.objective.set_epoch(epoch)
+
+    def gradient_norms(self, images: torch.Tensor, labels: torch.Tensor, draws=None) -> dict[str, torch.Tensor]:
+        """The norm of the gradient of each summand of a batch's loss; see `gradient_norms.gradient_norms`."""
+        return gradient_norms(self, images, labels, draws)
 
     def compile_step(self, on_error: Callable[[str], None] | None = None, **options):
         """Compute the loss in one compiled graph from now on.
@@ -129,7 +145,7 @@ class DiverseLoss(nn.Module):
         self.on_compile_error = on_error
 
     @torch.compiler.disable
-    def _draw(self, images: torch.Tensor):
+    def draw(self, images: torch.Tensor):
         """Draws for a batch, on its device."""
         draws = self.mixup.draw(len(images), images.shape[-2:])
         return draws.to(images.device) if torch.is_tensor(draws) else draws

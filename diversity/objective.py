@@ -2,20 +2,16 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from .cross_entropy import token_cross_entropy
+from .classification import MIXING, MIXING_BALANCES, MIXING_WHERE, ClassificationLoss
 from .mixing import MixedTarget
 from .regularizers import ALIASES, REGULARIZERS, resolve_aliases
 from .spelling import did_you_mean
 from .taps import TapOutput
 
-MIXING = "mixing"
-MIXING_BALANCES = ("tokens", "equal")
 DERIVED_FROM = {"grad": "tokens"}
 """{what a term reads and the model does not return: the tap from which the objective computes it}."""
 
@@ -23,10 +19,9 @@ DERIVED_FROM = {"grad": "tokens"}
 class DiversityObjective(nn.Module):
     """loss = classification + sum over terms of coefficient * term.
 
-    classification = (CE_cls + c * sum_p CE_p) / (1 + c * P) with c the "mixing" coefficient: the class token and the P
-    patch tokens through one shared head, each against its own mixed label. This gives the class token a weight of only
-    1 / (1 + c * P); "equal" balance is (CE_cls + c * mean_p CE_p) / (1 + c). With distillation, classification is
-    (1 - alpha) of the above plus alpha times the distillation loss.
+    classification = (CE_cls + c * sum_p CE_p) / (1 + c * P) with c the "mixing" coefficient, see `ClassificationLoss`.
+    All coefficients, c included, may follow a schedule: they are multiplied by min(1, epoch / diversity_warmup), and by
+    0 from the epoch `diversity_until` on. Call `set_epoch` at the start of each epoch then.
 
     Args:
         coefs: {name of a term in REGULARIZERS, its alias, or "mixing": coefficient >= 0}. A term at 0 is not computed,
@@ -34,22 +29,26 @@ class DiversityObjective(nn.Module):
         smoothing: label smoothing, in [0, 1).
         distillation: None, or a callable (samples, logits) -> 0-dim loss with an attribute `alpha` in [0, 1]; it is
             given the logits of the distillation head where the model has one, the class logits otherwise.
-        mixing_balance: "tokens" or "equal".
+        mixing_balance: "tokens" or "equal": the weight of the class token beside the patch tokens.
+        mixing_where: "always", or "cutmix": patch tokens count only in images whose patches have different labels.
+        diversity_warmup: epochs over which the coefficients grow linearly from 0; 0 = no warm-up.
+        diversity_until: the first epoch whose coefficients are 0, above `diversity_warmup`; None = no such epoch.
         options: settings of the terms, such as cond_orth_steps=5; each is passed to the terms that have it.
 
     Raises:
         ValueError: an unknown name, a coefficient that is negative or not finite, a coefficient for a term and for its
-            alias, or a smoothing outside [0, 1).
+            alias, a smoothing outside [0, 1), or a schedule that ends before its warm-up.
         TypeError: an unknown option.
 
     Source: The Principle of Diversity; coefficients of its runs are each term's `coef`.
-    Differs: the mixing coefficient is a multiplier, where the released code reads it as a switch; equal balance.
+    Differs: see `ClassificationLoss`; the schedule.
 
     Attributes:
         coefs: the active coefficients, without aliases.
         options: the settings of the active terms that were given.
         reads: names of the taps the active terms need, for `TappedViT`.
         patch_logits: whether they need patch logits.
+        factor: what the coefficients are multiplied by, a 0-dim buffer that `set_epoch` writes; None = no schedule.
     """
 
     def __init__(
@@ -58,15 +57,22 @@ class DiversityObjective(nn.Module):
         smoothing: float = 0.0,
         distillation: Callable[..., torch.Tensor] | None = None,
         mixing_balance: str = "tokens",
+        mixing_where: str = "always",
+        diversity_warmup: int = 0,
+        diversity_until: int | None = None,
         **options,
     ):
         super().__init__()
-        _check(coefs, smoothing, mixing_balance, options)
+        _check(coefs, smoothing, mixing_balance, mixing_where, options)
+        _check_schedule(diversity_warmup, diversity_until)
         coefs = resolve_aliases(coefs)
         self.coefs = {name: float(coefs[name]) for name in (MIXING, *REGULARIZERS) if coefs.get(name)}
-        self.smoothing = smoothing
-        self.distillation = distillation
-        self.mixing_balance = mixing_balance
+        mixing = self.coefs.get(MIXING, 0.0)
+        self.classification = ClassificationLoss(mixing, smoothing, distillation, mixing_balance, mixing_where)
+        self.diversity_warmup, self.diversity_until = diversity_warmup, diversity_until
+        is_scheduled = diversity_warmup > 0 or diversity_until is not None
+        self.register_buffer("factor", torch.ones(()) if is_scheduled else None, persistent=False)
+        self.has_epoch = not is_scheduled
         self.terms = {name: REGULARIZERS[name] for name in self.coefs if name != MIXING}
         self.options = {
             name: {option: options[option] for option in term.options if option in options}
@@ -95,6 +101,7 @@ class DiversityObjective(nn.Module):
             The 0-dim loss, and {name: detached 0-dim tensor} with the raw value of "classification", of its components
             "cls_ce", "mixing" (the patch tokens' mean cross-entropy) and "distillation", and of every active term. A
             name with "_share" appended is the component's or term's fraction of the loss; these fractions sum to 1.
+            With a schedule, also "diversity_factor".
 
         Raises:
             TypeError: `output` is the plain logits of eval mode, or lacks what a term reads; or mixing is on, and
@@ -110,11 +117,28 @@ class DiversityObjective(nn.Module):
 
         Compiled, a loss without any term and its detached copy would otherwise be one output, without a gradient.
         """
+        classification, raw, weighted = self.components(output, target, samples, probes)
+        loss = classification + sum(weighted[name] for name in self.terms)
+        shares = [part / loss for part in weighted.values()]
+        factors = [] if self.factor is None else [self.factor.to(loss)]
+        return loss, torch.stack([classification, *raw.values(), *factors, *shares]).detach()
+
+    def components(self, output, target, samples=None, probes=None):
+        """What the loss is the sum of, with gradients, from the arguments of `forward`.
+
+        Returns:
+            The classification loss, 0-dim; {name: raw value} and {name: the part of the loss}, 0-dim, of its components
+            and of the terms.
+        """
         if not isinstance(output, TapOutput):
             raise TypeError(
                 f"the objective needs the TapOutput of a TappedViT in training mode; got {type(output).__name__}"
             )
-        classification, raw, weighted = self._classification(output, target, samples)
+        if not self.has_epoch:
+            raise ValueError("the coefficients follow a schedule: call set_epoch(epoch) at the start of each epoch")
+        dtype = torch.promote_types(output.logits.dtype, torch.float32)
+        factor = 1.0 if self.factor is None else self.factor.to(output.logits.device, dtype)
+        classification, raw, weighted = self.classification(output, target, samples, factor)
         taps = output._asdict()
         if output.tokens is not None and self.readers("tokens"):
             taps["grad"] = _token_gradient(classification, output.tokens)
@@ -126,70 +150,31 @@ class DiversityObjective(nn.Module):
                 source = output.with_prefix
                 settings["num_prefix_tokens"] = output.num_prefix_tokens
             raw[name] = term(**{tap: source.get(tap) for tap in term.reads}, **settings)
-            weighted[name] = self.coefs[name] * raw[name]
-        loss = classification + sum(weighted[name] for name in self.terms)
-        shares = [part / loss for part in weighted.values()]
-        return loss, torch.stack([classification, *raw.values(), *shares]).detach()
+            weighted[name] = factor * self.coefs[name] * raw[name]
+        return classification, raw, weighted
 
-    def _classification(self, output, target, samples):
-        """The classification loss, and the raw and the weighted values of its components."""
-        is_mixed = isinstance(target, MixedTarget)
-        _check_labels(target.labels if is_mixed else target, output.logits)
-        if is_mixed:
-            cross_entropy = partial(
-                token_cross_entropy, labels=target.labels, partner=target.partner, smoothing=self.smoothing
-            )
-            cls_logits, cls_lam = output.logits[:, None], target.lam[:, None]
-        if MIXING not in self.coefs:
-            if is_mixed:
-                ce = cross_entropy(cls_logits, lam=cls_lam).mean()
-            else:
-                with torch.autocast(device_type=target.device.type, enabled=False):
-                    logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
-                    ce = F.cross_entropy(logits, target, label_smoothing=self.smoothing)
-            raw, weights = {"cls_ce": ce}, {"cls_ce": 1.0}
-        elif not is_mixed:
-            raise TypeError(
-                "mixing needs a label for every patch: the MixedTarget of a PatchMixup, not labels of the images alone"
-            )
-        else:
-            logits, lam = (None if t is None else [*t.shape[:2]] for t in (output.patch_logits, target.patch_lam))
-            if logits is None or logits != lam:
-                raise ValueError(
-                    f"mixing needs patch logits and labels of the same [batch, patches]; got {logits} and {lam}. Build "
-                    "TappedViT with patch_logits=True and PatchMixup with the model's patch grid"
-                )
-            num_patches = logits[1]
-            patches = self.coefs[MIXING] * (num_patches if self.mixing_balance == "tokens" else 1)
-            weights = {"cls_ce": 1 / (1 + patches), MIXING: patches / (1 + patches)}
-            if output.token_logits is None:
-                raw = {
-                    "cls_ce": cross_entropy(cls_logits, lam=cls_lam).mean(),
-                    MIXING: cross_entropy(output.patch_logits, lam=target.patch_lam).mean(),
-                }
-                ce = sum(weights[name] * raw[name] for name in raw)
-            else:  # one pass over the logits, whose gradient takes one weight a token
-                token_ce = cross_entropy(output.token_logits, lam=torch.cat((cls_lam, target.patch_lam), dim=1))
-                is_class_token = torch.arange(1 + num_patches, device=token_ce.device) == 0
-                patch_weight = token_ce.new_full((), weights[MIXING] / num_patches)
-                token_weights = torch.where(is_class_token, weights["cls_ce"], patch_weight)
-                ce = (token_ce * token_weights).sum(dim=1).mean()
-                token_ce = token_ce.detach()
-                raw = {"cls_ce": token_ce[:, 0].mean(), MIXING: token_ce[:, 1:].mean()}
-        if self.distillation is not None:
-            student = output.logits if output.dist_logits is None else output.dist_logits
-            raw["distillation"] = self.distillation(samples, student)
-            alpha = self.distillation.alpha
-            weights = {name: weight * (1 - alpha) for name, weight in weights.items()} | {"distillation": alpha}
-            ce = (1 - alpha) * ce + alpha * raw["distillation"]
-        return ce, raw, {name: weights[name] * raw[name] for name in raw}
+    def set_epoch(self, epoch: int):
+        """Set the coefficients to those of an epoch, counted from 0; without a schedule nothing changes."""
+        if self.factor is not None:
+            self.factor.fill_(self.factor_of(epoch))
+            self.has_epoch = True
+
+    def factor_of(self, epoch: int) -> float:
+        """What the coefficients are multiplied by in an epoch: from 0 to 1."""
+        if self.diversity_until is not None and epoch >= self.diversity_until:
+            return 0.0
+        return min(1.0, epoch / self.diversity_warmup) if self.diversity_warmup else 1.0
 
     @property
     def names(self) -> list[str]:
         """The keys of the values that `forward` returns, in their order: raw values, then fractions of the loss."""
-        parts = ["cls_ce", *([MIXING] if self.patch_logits else []), *(["distillation"] if self.distillation else [])]
-        parts += self.terms
-        return ["classification", *parts, *(f"{name}_share" for name in parts)]
+        factor = [] if self.factor is None else ["diversity_factor"]
+        return ["classification", *self.component_names, *factor, *(f"{name}_share" for name in self.component_names)]
+
+    @property
+    def component_names(self) -> list[str]:
+        """Of what the loss is the sum of: the components of the classification loss, and the terms."""
+        return [*self.classification.names, *self.terms]
 
     def readers(self, tap: str) -> list[str]:
         """Names of the active terms that need a tap of `reads`, or "patch_logits"."""
@@ -209,15 +194,20 @@ class DiversityObjective(nn.Module):
         lines = [f"{'term':<28}{'coefficient':>12}  reads"]
         for name, coef in self.coefs.items():
             if name == MIXING:
-                reads = f"patch logits, per-patch labels; mixing_balance={self.mixing_balance}"
+                balance, where = self.classification.mixing_balance, self.classification.mixing_where
+                reads = f"patch logits, per-patch labels; mixing_balance={balance}; mixing_where={where}"
             else:
                 settings = [f"{option}={value}" for option, value in self.options[name].items() if value is not False]
                 reads = "; ".join([", ".join(self.terms[name].reads), *settings])
             lines.append(f"{name:<28}{coef:>12g}  {reads}")
+        if self.coefs and self.diversity_warmup:
+            lines.append(f"coefficients times min(1, epoch / {self.diversity_warmup})")
+        if self.coefs and self.diversity_until is not None:
+            lines.append(f"coefficients 0 from epoch {self.diversity_until} on")
         return "\n".join(lines if self.coefs else ["no diversity term: plain training"])
 
 
-def _check(coefs, smoothing, mixing_balance, options):
+def _check(coefs, smoothing, mixing_balance, mixing_where, options):
     """Raise for arguments of `DiversityObjective` that it cannot take."""
     known = (MIXING, *REGULARIZERS, *ALIASES)
     for name, coef in coefs.items():
@@ -230,26 +220,20 @@ def _check(coefs, smoothing, mixing_balance, options):
         raise ValueError(f"smoothing must lie in [0, 1); got {smoothing}")
     if mixing_balance not in MIXING_BALANCES:
         raise ValueError(f"unknown mixing_balance {mixing_balance!r}; there are {', '.join(MIXING_BALANCES)}")
+    if mixing_where not in MIXING_WHERE:
+        raise ValueError(f"unknown mixing_where {mixing_where!r}; there are {', '.join(MIXING_WHERE)}")
     unknown = sorted(set(options) - {option for term in REGULARIZERS.values() for option in term.options})
     if unknown:
         raise TypeError(f"no term has an option {unknown[0]!r}")
 
 
-def _check_labels(labels: torch.Tensor, logits: torch.Tensor):
-    """Raise for labels that do not fit the logits [B, C]; the range is checked on a CPU alone, as a GPU would wait."""
-    soft = labels.is_floating_point()
-    if labels.shape != (logits.shape if soft else logits.shape[:1]):
+def _check_schedule(diversity_warmup, diversity_until):
+    """Raise for a schedule of `DiversityObjective` that is none."""
+    if not diversity_warmup >= 0:
+        raise ValueError(f"diversity_warmup must be >= 0 epochs; got {diversity_warmup}")
+    if diversity_until is not None and not diversity_until > diversity_warmup:
         raise ValueError(
-            f"logits of shape {[*logits.shape]} need labels [B], integers, or [B, C], floats; got "
-            f"{labels.dtype} of shape {[*labels.shape]}"
-        )
-    if soft or labels.device.type != "cpu" or torch.compiler.is_compiling() or not len(labels):
-        return
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= logits.shape[1]:
-        raise ValueError(
-            f"labels must be from 0 to {logits.shape[1] - 1} for logits of {logits.shape[1]} classes; got "
-            f"{low if low < 0 else high}. Build the model with the num_classes of the data, and count labels from 0"
+            f"diversity_until must be above diversity_warmup, {diversity_warmup} epochs; got {diversity_until}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .objective import MIXING
+from .classification import MIXING
 from .regularizers import REGULARIZERS
 
 CORRECTED_STEPS = 10

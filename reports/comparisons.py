@@ -7,7 +7,7 @@ far as they are known: a run of a version that wrote no environment.json does no
 from collections.abc import Iterable
 
 from diversity import ALIASES, REGULARIZERS
-from diversity.objective import MIXING
+from diversity.classification import MIXING
 from reports.run_folders import MAY_DIFFER, Run
 from training.changes import MODEL
 from training.parsing import flag_of

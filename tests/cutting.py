@@ -31,6 +31,7 @@ EVERYTHING = (
     *(*TINY, "--preset", "released", "--epochs", "3", "--batch-size", "32", "--accum-steps", "2", "--aug-repeats", "3"),
     *("--drop-path", "0.2", "--drop", "0.1", "--reprob", "0.5", "--warmup-epochs", "1", "--lr", "4e-3"),
     *("--unscale-lr", "--model-ema-decay", "0.9"),
+    *("--mixing-where", "cutmix", "--diversity-warmup", "2", "--grad-norms-every", "2"),
     *("--log-interval", "3", "--save-every-minutes", "0", "--tensorboard"),
 )
 """Flags of a run with every source of random numbers."""
@@ -134,6 +135,8 @@ class InputRecorder:
             mixed, target = augment(augmentation, *batch)
             tensors = [t.contiguous().numpy().tobytes() for t in (mixed, target.labels, target.lam, target.patch_lam)]
             key, digest = (self.state.epoch, self.batch), hashlib.sha256(b"".join(tensors)).hexdigest()
+            if self.digests.get((self.state.epoch, self.batch - 1)) == digest:  # gradient norms were measured on it
+                return mixed, target
             assert self.digests.setdefault(key, digest) == digest
             self.batch += 1
             return mixed, target

@@ -50,7 +50,7 @@ def run_on_fake_cuda(*words, batch=8, teacher=None):
         prefetches = args.prefetcher is not False
         training_loss = build_diverse_loss(args, WORLD, model, CLASSES, build_augmentation(args, of_bytes=prefetches))
         if teacher:
-            training_loss.objective.distillation = DistillationLoss(net.to(CUDA), teacher, 0.5, 3.0)
+            training_loss.objective.classification.distillation = DistillationLoss(net.to(CUDA), teacher, 0.5, 3.0)
         dtype = engine.autocast_dtype(args.amp, CUDA)
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
         state = TrainState(model, model_ema, build_optimizer(args, model, 1e-3), None, scaler)

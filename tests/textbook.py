@@ -212,3 +212,21 @@ def mixing_loss(logits, patch_logits, labels, partner, lam, patch_lam, smoothing
     """(CE_cls + c * sum_p CE_p) / (1 + c * P), averaged over the images."""
     ces = textbook_step.cross_entropies(logits, patch_logits, labels, partner, lam, patch_lam, smoothing)
     return textbook_step.mixing_loss(*ces, patch_lam.shape[1], coef)
+
+
+def mixing_loss_of_cut_images(logits, patch_logits, target, smoothing, coef, balance):
+    """Mean over the images of their classification loss: CE_cls alone where all patches have the same label."""
+    losses = []
+    for b in range(len(logits)):
+        labels = target.labels[b : b + 1], target.partner[b : b + 1]
+        (cls_ce,) = token_cross_entropy(logits[None, b : b + 1], *labels, target.lam[b][None, None], smoothing)[0]
+        if len(set(target.patch_lam[b].tolist())) == 1:
+            losses.append(cls_ce)
+            continue
+        patches = [
+            token_cross_entropy(patch_logits[None, b, p : p + 1], *labels, patch_lam[None, None], smoothing)[0, 0]
+            for p, patch_lam in enumerate(target.patch_lam[b])
+        ]
+        weight = coef if balance == "tokens" else coef / len(patches)
+        losses.append((cls_ce + weight * sum(patches)) / (1 + weight * len(patches)))
+    return mean(losses)

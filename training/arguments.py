@@ -7,7 +7,7 @@ import timm.optim
 import torch
 
 from diversity import ALIASES, REGULARIZERS, resolve_aliases
-from diversity.objective import MIXING
+from diversity.classification import MIXING
 from diversity.spelling import did_you_mean
 from pipeline.sources import SOURCE_FLAGS, find_source
 from training.changes import MODEL
@@ -100,13 +100,15 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
     """One line for each flag that was set and has no effect beside another flag, or beside the autocast dtype."""
     default = parse_args(["--preset", args.preset or "none"])
     cutmix = args.cutmix > 0 or args.cutmix_minmax
+    cuts = cutmix and args.mixup_prob > 0 and (args.mixup == 0 or args.mixup_switch_prob > 0)
     small = args.input_size <= 32
     optimizer = optimizer_info(args.opt)
     source = find_source(args.data_set)
     active = [term for name, term in REGULARIZERS.items() if coefficients(args)[name] > 0]
     reads = {tap for term in active for tap in term.reads}
     rules = [
-        (not args.mixing_coef, "mixing_balance", "--mixing-coef is 0"),
+        (not args.mixing_coef, "mixing_balance mixing_where", "--mixing-coef is 0"),
+        (not any(coefficients(args).values()), "diversity_warmup diversity_until", "no term is on"),
         ("last" not in reads, "emb_layers", "no term that reads chosen embeddings is on"),
         ("attention" not in reads, "attn_layers", "no term that reads chosen attention maps is on"),
         ("weights" not in reads, "weight_groups", "no term that reads chosen weights is on"),
@@ -147,13 +149,16 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (True, "scale_lr_flag", "--lr is scaled unless --unscale-lr is given"),
         (True, "world_size", "torchrun decides the number of processes"),
     ]  # fmt: skip
-    return [
+    lines = [
         f"{flag_of(name)} has no effect: {reason}"
         for condition, names, reason in rules
         if condition
         for name in names.split()
         if getattr(args, name) != getattr(default, name)
     ]
+    if args.mixing_coef and args.mixing_where == "cutmix" and not cuts:  # also where a preset has set the coefficient
+        lines.append("--mixing-coef has no effect: --mixing-where is cutmix, and no batch gets CutMix")
+    return lines
 
 
 def _check(parser, args, on_command_line: set[str]):
@@ -202,6 +207,10 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error("--resume and --finetune both name weights; give one (--resume auto accepts --finetune)")
     if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
         parser.error(f"--cutmix-minmax needs LOW < HIGH; got {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}")
+    if args.diversity_until is not None and args.diversity_until <= args.diversity_warmup:
+        parser.error(
+            f"--diversity-until {args.diversity_until} needs an epoch above --diversity-warmup {args.diversity_warmup}"
+        )
     if args.lr_noise and len(args.lr_noise) > 2:
         parser.error(f"--lr-noise takes where noise starts and where it ends; got {len(args.lr_noise)} values")
     if args.lr_noise and args.lr_noise[0] >= (*args.lr_noise, 1.0)[1]:

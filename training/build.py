@@ -102,7 +102,8 @@ def build_diverse_loss(
 
 def objective_settings(args: Namespace) -> dict[str, object]:
     """The arguments of `DiversityObjective` that the flags set."""
-    settings = {"smoothing": args.smoothing, "mixing_balance": args.mixing_balance}
+    names = ("smoothing", "mixing_balance", "mixing_where", "diversity_warmup", "diversity_until")
+    settings = {name: getattr(args, name) for name in names}
     return {"coefs": arguments.coefficients(args)} | settings | arguments.term_options(args)
 
 
@@ -251,7 +252,8 @@ def unusual_settings(args: Namespace, lr: float, num_steps: int) -> list[str]:
         num_steps: optimizer steps of an epoch.
     """
     has_min_lr = args.sched not in ("step", "constant") or args.cooldown_epochs
-    steps = num_steps * (args.epochs + args.cooldown_epochs)
+    num_epochs = args.epochs + args.cooldown_epochs
+    steps = num_steps * num_epochs
     initial = args.model_ema_decay**steps
     rules = [
         (args.warmup_epochs >= max(args.epochs - 1, 1),
@@ -260,6 +262,10 @@ def unusual_settings(args: Namespace, lr: float, num_steps: int) -> list[str]:
          f"--warmup-lr {args.warmup_lr:g} is above the learning rate {lr:g}"),
         (has_min_lr and args.min_lr > lr,
          f"--min-lr {args.min_lr:g} is above the learning rate {lr:g}"),
+        (args.diversity_warmup >= num_epochs,
+         f"--diversity-warmup {args.diversity_warmup} is too long for {num_epochs} epochs: none has full coefficients"),
+        (args.diversity_until is not None and args.diversity_until >= num_epochs,
+         f"--diversity-until {args.diversity_until} is not reached in {num_epochs} epochs"),
         (args.model_ema and not args.model_ema_warmup and initial > 0.1,
          f"--model-ema-decay {args.model_ema_decay:g}: {steps} steps leave {100 * initial:.0f} % of the first weights "
          "in the average"),

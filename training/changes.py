@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from diversity import ALIASES, REGULARIZERS, resolve_aliases
-from diversity.objective import MIXING
+from diversity.classification import MIXING
 from training.parsing import flag_of, with_lists
 from training.resuming import Checkpoint
 
@@ -15,7 +15,7 @@ UNRELATED = {
     *("output_dir", "batch_size", "accum_steps"),  # processes x batch size x accumulated steps are compared
     *("device", "num_workers", "loader_timeout", "pin_mem", "dist_eval", "repeats_together", "max_bad_images"),
     *("save_every_steps", "save_every_minutes", "keep_checkpoints", "log_interval", "tensorboard", "save_predictions"),
-    *("redundancy_every", "check_data", "dry_run", "model_ema_force_cpu", "max_nonfinite_steps"),
+    *("redundancy_every", "grad_norms_every", "check_data", "dry_run", "model_ema_force_cpu", "max_nonfinite_steps"),
     *("compile", "fused_attn", "channels_last", "patch_product", "static_graph", "grad_checkpointing"),
     *("deterministic", "dist_url", "world_size", "local_rank", "scale_lr_flag", "resplit"),
 }

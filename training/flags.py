@@ -6,8 +6,8 @@ The names are DeiT's and the released code's. `--output_dir` and `--output-dir` 
 import argparse
 from argparse import BooleanOptionalAction as Switch
 
-from diversity import ALIASES, MIXING_BALANCES, PRESETS, REGULARIZERS, WEIGHT_GROUPS
-from diversity.objective import MIXING
+from diversity import ALIASES, MIXING_BALANCES, MIXING_WHERE, PRESETS, REGULARIZERS, WEIGHT_GROUPS
+from diversity.classification import MIXING
 from training.data_flags import add_augmentation, add_data, add_preprocessing
 from training.parsing import (
     KeyValues,
@@ -100,6 +100,9 @@ def _run(parser):
     add("--log-interval", type=nonneg_int, default=50, help="steps between console lines; 0 = one line an epoch")
     add("--redundancy-every", type=nonneg_int, default=0, metavar="EPOCHS",
         help="epochs between measurements of redundancy on fixed validation images; 0 = off")  # fmt: skip
+    add("--grad-norms-every", type=nonneg_int, default=0, metavar="EPOCHS",
+        help="epochs between measurements of each term's gradient norm, on the first batch of the epoch; each takes a "
+        "forward pass and a backward pass for every term; 0 = off")  # fmt: skip
     add("--save-predictions", action=Switch, default=False,
         help="save the predicted class of each validation image after the last epoch: predictions.npz")  # fmt: skip
     add("--tensorboard", action=Switch, default=True, help="write events into the run folder")
@@ -154,6 +157,13 @@ def _diversity(parser):
         help="patch mixing: weight of each patch token's loss beside the class token's [1]")  # fmt: skip
     add("--mixing-balance", choices=MIXING_BALANCES, default="tokens",
         help="tokens = one weight for each token, as released; equal = for class token and patches")  # fmt: skip
+    add("--mixing-where", choices=MIXING_WHERE, default="always",
+        help="images whose patches get a loss: always = all, as released; cutmix = those that CutMix has cut, in which "
+        "the labels of the patches differ")  # fmt: skip
+    add("--diversity-warmup", type=nonneg_int, default=0, metavar="EPOCHS",
+        help="epochs over which all coefficients of this group grow linearly from 0; 0 = off")  # fmt: skip
+    add("--diversity-until", type=positive_int, default=None, metavar="EPOCH",
+        help="first epoch whose coefficients are 0; the terms are still computed and logged; None = off")  # fmt: skip
     for term in REGULARIZERS.values():
         paper = f"[{term.coef:g}]" if term.coef else "[off]"
         add(flag_of(f"{term.name}_coef"), type=nonneg_float, default=0.0, metavar="COEF",

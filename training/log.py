@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,20 +117,20 @@ def by_group(values: dict[str, object], group: str) -> dict[str, float]:
     Terms are those that have a fraction of the loss, `<term>_share`.
 
     Args:
-        group: of loss, learning rate and gradient norm.
+        group: of loss, learning rate, gradient norm and the factor of the coefficients.
     """
     points = {}
     for name, value in values.items():
         title = name.removeprefix("train_")
         if not isinstance(value, int | float) or name in COUNTS:
             continue
-        if title in ("loss", "lr", "grad_norm"):
+        if title in ("loss", "lr", "grad_norm", "diversity_factor"):
             points[f"{group}/{title}"] = value
         elif title.endswith("_share"):
             points[f"fractions/{title.removesuffix('_share')}"] = value
         elif f"{name}_share" in values:
             points[f"terms/{title}"] = value
-        elif name.startswith(("test_", "redundancy_")):
+        elif name.startswith(("test_", "redundancy_", "gradnorm_")):
             points[name.replace("_", "/", 1)] = value
         else:
             points[f"system/{title}"] = value
@@ -196,10 +197,19 @@ def _accuracies(stats: dict[str, float], first: str = "raw") -> str:
 
 
 def terms_table(record: dict[str, float]) -> str:
-    """The terms of an epoch's record, one line each: raw value and weighted fraction of the loss; empty without one."""
+    """The terms of an epoch's record, one line each: raw value and weighted fraction of the loss; empty without one.
+
+    Where gradient norms were measured, also a term's norm, and its ratio to that of the classification loss.
+    """
     names = [name.removesuffix("_share") for name in record if name.endswith("_share")]
+    heading = f"{'term':<28}{'value':>12}{'of the loss':>14}"
     rows = [
         f"{name.removeprefix('train_'):<28}{record[name]:>12.4g}{100 * record[f'{name}_share']:>12.2f} %"
         for name in names
     ]
-    return "\n".join([f"{'term':<28}{'value':>12}{'of the loss':>14}", *rows]) if rows else ""
+    whole = record.get("gradnorm_classification")
+    if rows and whole:
+        heading += f"{'gradient norm':>16}{'of classification':>20}"
+        norms = [record.get(f"gradnorm_{name.removeprefix('train_')}", math.nan) for name in names]
+        rows = [f"{row}{norm:>16.3g}{100 * norm / whole:>#18.3g} %" for row, norm in zip(rows, norms, strict=True)]
+    return "\n".join([heading, *rows]) if rows else ""

@@ -68,6 +68,7 @@ class EpochTotals:
         seconds: time spent training.
         waited: the part of these seconds spent waiting for the loader.
         overflows: steps that fp16's loss scale skipped, counted on the device.
+        gradient_norms: of the epoch's first batch, on the main process; empty where they are not measured.
     """
 
     epoch: Meters = field(default_factory=Meters)
@@ -76,6 +77,7 @@ class EpochTotals:
     seconds: float = 0.0
     waited: float = 0.0
     overflows: int | torch.Tensor = 0
+    gradient_norms: dict[str, float] = field(default_factory=dict)
 
     def add(self, names: Sequence[str], values: torch.Tensor, taken: torch.Tensor, overflowed: torch.Tensor | int):
         """Count a step; its values [n] enter the means where it was taken, a 0-dim boolean."""
@@ -88,14 +90,14 @@ class EpochTotals:
         return steps - int(self.epoch.count) - int(self.overflows)
 
     def state_dict(self, world: World) -> dict:
-        """Lists and numbers only, the same on all processes, each of which must call it."""
+        """Lists and numbers only, each process must call it; the same on all but the gradient norms, the main one's."""
         numbers = {"images": self.images, "seconds": self.seconds, "waited": self.waited}
-        numbers["overflows"] = int(self.overflows)
+        numbers |= {"overflows": int(self.overflows), "gradient_norms": dict(self.gradient_norms)}
         return numbers | {"epoch": self.epoch.state_dict(world), "window": self.window.state_dict(world)}
 
     def load_state_dict(self, state: dict, world: World):
         for name, value in state.items():
-            if isinstance(value, dict):
+            if isinstance(getattr(self, name), Meters):
                 getattr(self, name).load_state_dict(value, world)
             else:
                 setattr(self, name, value)

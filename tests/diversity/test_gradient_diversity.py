@@ -106,7 +106,7 @@ def test_gradient_diversity_does_not_depend_on_the_size_of_the_loss():
     def scaled(*arguments, **options):
         return 1000 * token_cross_entropy(*arguments, **options)
 
-    with mock.patch("diversity.objective.token_cross_entropy", scaled):
+    with mock.patch("diversity.classification.token_cross_entropy", scaled):
         terms = step()[1]
     assert terms["classification"].item() == pytest.approx(1000 * expected["classification"].item())
     assert terms["emb_grad_diversity"].item() == pytest.approx(expected["emb_grad_diversity"].item(), rel=1e-10)

@@ -49,6 +49,10 @@ from training.arguments import parse_args, without_effect
         ("--lr-noise 0.1 0.2 0.3", "--lr-noise"),
         ("--lr-noise 0.5 --lr-noise-pct 0", "--lr-noise-pct --lr-noise-std"),
         ("--lr-noise-pct 1.5", "--lr-noise-pct"),
+        ("--mixing-where mixup", "--mixing-where always cutmix"),
+        ("--diversity-until 0", "--diversity-until"),
+        ("--diversity-warmup 5 --diversity-until 5", "--diversity-until --diversity-warmup"),
+        ("--grad-norms-every -1", "--grad-norms-every"),
     ],
 )
 def test_wrong_command_lines(capsys, words, named):
@@ -102,6 +106,11 @@ IDLE = {
     "--momentum 0.5": "momentum",
     "--opt sgd --opt-eps 1e-3": "opt-eps",
     "--mixing-balance equal": "mixing-balance",
+    "--mixing-where cutmix": "mixing-where",
+    "--mixing_coef 1 --mixing-where cutmix --cutmix 0": "mixing-coef",
+    "--preset released --mixing-where cutmix --mixup-switch-prob 0": "mixing-coef",
+    "--preset corrected --mixing-where cutmix --mixup-prob 0": "mixing-coef",
+    "--diversity-warmup 5 --diversity-until 20": "diversity-warmup diversity-until",
     "--emb-layers all --emb_grad_diversity_coef 1": "emb-layers",
     "--attn-layers all --attn_cos_cross_coef 1": "attn-layers",
     "--weight-groups fc1 --emb_so_coef 1": "weight-groups",
@@ -137,6 +146,8 @@ def test_flags_without_effect_are_reported(words, named):
         "--weight_mha_cond_orth_in_coef 1 --cond-orth-steps 3 --cond-orth-normalize --weight-groups fc2",
         "--attn_so_coef 1 --attn-layers 0,2 --mixing_coef 1 --mixing-balance equal",
         "--resume auto --output-dir out --start-epoch 2",
+        "--mixing_coef 1 --mixing-where cutmix --mixup 0",
+        "--emb_so_coef 1 --diversity-warmup 5 --diversity-until 20 --grad-norms-every 3",
     ],
 )
 def test_flags_with_effect_are_not_reported(words):

@@ -38,6 +38,17 @@ def test_the_terms_are_an_aligned_table():
         "mixing                               6.9       75.00 %",
         "emb_cos_within                     0.125       25.00 %",
     ]
+    norms = {"gradnorm_classification": 0.5, "gradnorm_mixing": 0.48, "gradnorm_emb_cos_within": 1.25e-7}
+    table = terms_table(RECORD | norms).splitlines()
+    assert table == [
+        "term                               value   of the loss   gradient norm   of classification",
+        "mixing                               6.9       75.00 %            0.48              96.0 %",
+        "emb_cos_within                     0.125       25.00 %        1.25e-07          2.50e-05 %",
+    ]
+    assert max(map(len, table)) <= 100
+    assert terms_table(RECORD | norms | {"gradnorm_classification": 0.0}) == terms_table(RECORD)
+    del norms["gradnorm_mixing"]  # it was not finite
+    assert terms_table(RECORD | norms).splitlines()[1].split()[-3:] == ["nan", "nan", "%"]
     assert terms_table({"epoch": 0}) == ""  # an epoch without a step
 
 

@@ -201,6 +201,9 @@ def test_all_ranks_have_the_accuracies_of_the_main_one(monkeypatch):
         ("--model-ema-decay 0.999999 --model-ema-warmup", ""),
         ("--model-ema-decay 0.999999 --no-model-ema", ""),
         ("--model-ema-decay 1", "--model-ema-decay 1"),
+        ("--diversity-warmup 299 --diversity-until 302 --cooldown-epochs 3", ""),
+        ("--diversity-warmup 300", "--diversity-warmup 300"),
+        ("--diversity-until 300", "--diversity-until 300"),
     ],
 )
 def test_settings_that_no_run_of_this_length_and_rate_means_are_said(words, named):

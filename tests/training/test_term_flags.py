@@ -6,8 +6,9 @@ import pytest
 import yaml
 from flag_files import config, error_of
 
-from diversity import ALIASES, PRESETS, REGULARIZERS, regularizer
+from diversity import ALIASES, PRESETS, REGULARIZERS, DiversityObjective, Preset, regularizer
 from training.arguments import coefficients, parse_args, term_options
+from training.build import objective_settings
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -15,8 +16,15 @@ def test_a_preset_sets_coefficients_and_settings(name):
     args = parse_args(["--preset", name])
     assert coefficients(args) == dict.fromkeys(("mixing", *REGULARIZERS), 0.0) | PRESETS[name].coefs
     default = parse_args([])
-    for setting in ("mixing_balance", "cond_orth_steps", "cond_orth_exact", "mhs_collapse_aware"):
+    for setting in ("mixing_balance", "mixing_where", "cond_orth_steps", "cond_orth_exact", "mhs_collapse_aware"):
         assert getattr(args, setting) == PRESETS[name].settings.get(setting, getattr(default, setting))
+
+
+def test_a_preset_may_set_where_patches_are_mixed():
+    with mock.patch.dict(PRESETS, {"cut": Preset("for this test", {"mixing": 1.0}, {"mixing_where": "cutmix"})}):
+        for words, where in (([], "cutmix"), (["--mixing-where", "always"], "always")):
+            settings = objective_settings(parse_args(["--preset", "cut", *words]))
+            assert DiversityObjective(**settings).classification.mixing_where == where
 
 
 def test_explicit_flags_override_a_preset_wherever_they_stand(tmp_path):
