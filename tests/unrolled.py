@@ -72,6 +72,12 @@ def embedded(name, model, samples):
 
 def vit_block(block, x, rope=None, bias=None):
     """The output and the attention maps of a ViT, BEiT or EVA block."""
+    parts = vit_parts(block, x, rope, bias)
+    return parts["output"], parts["maps"]
+
+
+def vit_parts(block, x, rope=None, bias=None):
+    """What a ViT, BEiT or EVA block computes: its maps, the input of the projection and of the MLP, and its output."""
     attn = block.attn
     q, k, v = queries_keys_values(attn, block.norm1(x))
     if rope is not None:
@@ -81,8 +87,10 @@ def vit_block(block, x, rope=None, bias=None):
         bias = class_and_relative_bias(attn.relative_position_bias_table, attn.window_size)
     maps = torch.softmax(scores if bias is None else scores + bias, dim=-1)
     merged = (maps @ v).transpose(1, 2).flatten(2)
-    x = x + scale(block, 1) * attn.proj(attn.norm(merged) if hasattr(attn, "norm") else merged)
-    return x + scale(block, 2) * block.mlp(block.norm2(x)), maps
+    merged = attn.norm(merged) if hasattr(attn, "norm") else merged
+    x = x + scale(block, 1) * attn.proj(merged)
+    to_mlp = block.norm2(x)
+    return {"maps": maps, "heads": merged, "to_mlp": to_mlp, "output": x + scale(block, 2) * block.mlp(to_mlp)}
 
 
 def scale(block, branch):
@@ -145,6 +153,12 @@ def class_and_relative_bias(table, window):
 
 def swin_block(block, x):
     """The output [B, R, C, D] and the maps of a Swin block of either version, window by window."""
+    parts = swin_parts(block, x)
+    return parts["output"], parts["maps"]
+
+
+def swin_parts(block, x):
+    """What a Swin block computes, as `vit_parts`."""
     attn, second = block.attn, hasattr(block.attn, "cpb_mlp")
     batch, rows, columns, dim = x.shape
     places, allowed = windows(rows, columns, block.window_size, block.shift_size)
@@ -159,12 +173,14 @@ def swin_block(block, x):
         table = attn.relative_position_bias_table
     scores = scores + relative_bias(table, block.window_size)
     maps = scores.masked_fill(~allowed.repeat(batch, 1, 1)[:, None], -torch.inf).softmax(dim=-1)
-    merged = attn.proj((maps @ v).transpose(1, 2).flatten(2)).unflatten(0, (batch, -1))
+    merged = (maps @ v).transpose(1, 2).flatten(2)
     branch = torch.empty_like(tokens)
-    branch[:, places] = merged
+    branch[:, places] = attn.proj(merged).unflatten(0, (batch, -1))
     branch = branch.reshape(x.shape)
     x = x + (block.norm1(branch) if second else branch)
-    return x + (block.norm2(block.mlp(x)) if second else block.mlp(block.norm2(x))), maps
+    to_mlp = x if second else block.norm2(x)
+    output = x + (block.norm2(block.mlp(x)) if second else block.mlp(to_mlp))
+    return {"maps": maps, "heads": merged, "to_mlp": to_mlp, "output": output}
 
 
 def windows(rows, columns, size, shift):

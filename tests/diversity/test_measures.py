@@ -10,9 +10,12 @@ from golden_inputs import normals
 from textbook_redundancy import assert_close, textbook_rank, variance_shares
 
 from diversity import MEASURES, measurable, measure_redundancy
-from diversity import measures as registry
-from diversity.measures import effective_rank_of, measures_table, summary_measures
-from diversity.redundancy import _Covariance, _Meter, _weights
+from diversity.measures import cka, measures_table, registry, summary_measures
+from diversity.measures.cka import LayerSimilarity
+from diversity.measures.inputs import ChunkTokens
+from diversity.measures.ranks import effective_rank_of
+from diversity.measures.sums import TokenSums
+from diversity.redundancy import _Meter, _weights
 
 WIDTH = 24  # of the models of families.py that are not Swin
 
@@ -27,7 +30,9 @@ def embedding_of(tokens):
         for parameter in model.patch_embed.parameters():
             parameter.zero_()
         model.pos_embed.copy_(tokens)
-    report = measure_redundancy(model, images(2).split(1))
+    report = measure_redundancy(model, images(2).split(1), extra=["effective_rank"])
+    influence = report["embedding"].pop("block_influence")
+    assert influence[0] is None and influence[1:] == pytest.approx([0] * 3, abs=1e-12)
     for values in report["embedding"].values():
         assert values == pytest.approx(values[:1] * 4)
     return {name: values[0] for name, values in report["embedding"].items()} | {"variance": report["variance"][0]}
@@ -39,14 +44,11 @@ def orthogonal(size, seed=3):
 
 def test_parallel_tokens():
     lengths = torch.arange(1, PATCHES + 1)[:, None]
-    assert_close(
-        embedding_of(lengths * normals(3, 1, WIDTH)),
-        {
-            **{"token_cosine": 1, "token_abscosine": 1, "first_cosine": 1, "effective_rank": 1, "components_90": 1},
-            "variance": [1] + [0] * (WIDTH - 1),
-        },
-        abs=2e-6,
-    )
+    report = embedding_of(lengths * normals(3, 1, WIDTH))
+    ones = ("token_cosine", "token_abscosine", "first_cosine", "effective_rank", "participation_ratio", "stable_rank")
+    assert_close({name: report[name] for name in ones}, dict.fromkeys(ones, 1), abs=2e-6)
+    assert report["components_90"] == 1
+    assert report["variance"] == pytest.approx([1] + [0] * (WIDTH - 1), abs=2e-6)
 
 
 def test_opposite_tokens():
@@ -55,12 +57,16 @@ def test_opposite_tokens():
     assert report["token_cosine"] == pytest.approx(-1 / (PATCHES - 1))
     assert report["token_abscosine"] == pytest.approx(1)
     assert report["components_90"] == 1
+    assert report["high_frequency"] == pytest.approx(1)
 
 
 def test_orthonormal_tokens():
     report = embedding_of(orthogonal(WIDTH)[:PATCHES])
     assert (report["token_cosine"], report["token_abscosine"]) == pytest.approx((0, 0), abs=1e-12)
     assert report["effective_rank"] == pytest.approx(PATCHES)
+    assert report["participation_ratio"] == pytest.approx(PATCHES)
+    assert report["stable_rank"] == pytest.approx(PATCHES - 1)
+    assert report["high_frequency"] == pytest.approx(math.sqrt(1 - 1 / PATCHES))
     assert report["variance"] == pytest.approx([1 / 15] * 15 + [0] * 9, abs=1e-12)  # the mean takes one dimension
     assert report["components_90"] == 14
 
@@ -69,11 +75,11 @@ def test_images_of_one_colour_hold_identical_tokens():
     model = identity_blocks("average")
     with torch.no_grad():
         model.pos_embed.zero_()
-    report = measure_redundancy(model, [torch.ones(1, 3, 32, 32).double() * shade for shade in (0.5, 1, 3)])
-    assert_close(report["embedding"], {
-        **{"token_cosine": [1] * 4, "token_abscosine": [1] * 4, "first_cosine": [1] * 4},
-        **{"effective_rank": [1] * 4, "components_90": [1] * 4},
-    }, abs=1e-6)  # fmt: skip
+    shades = [torch.ones(1, 3, 32, 32).double() * shade for shade in (0.5, 1, 3)]
+    report = measure_redundancy(model, shades, extra=["effective_rank"])["embedding"]
+    ones = ("token_cosine", "token_abscosine", "first_cosine", "effective_rank", "participation_ratio", "components_90")
+    assert_close({name: report[name] for name in ones}, dict.fromkeys(ones, [1] * 4), abs=1e-6)
+    assert_close([report["high_frequency"], report["within_image"]], [[0] * 4] * 2, abs=1e-7)
 
 
 def test_a_known_spectrum_of_tokens():
@@ -85,18 +91,25 @@ def test_a_known_spectrum_of_tokens():
     assert report["effective_rank"] == pytest.approx(textbook_rank(shares.sqrt()).item(), rel=1e-6)
 
 
-def test_the_covariance_of_rows_in_pieces():
-    rows = 100 + normals(5, 50, 6) @ torch.diag(torch.tensor([3.0, 1, 1, 0.5, 0, 0]).double())
-    covariance = _Covariance()
-    for piece in rows.split(7):
-        covariance.add(piece)
-    assert covariance.fractions().tolist() == pytest.approx(variance_shares(rows).tolist(), abs=1e-9)
+def variance_of(*chunks):
+    """Fractions of the variance of tokens [B, P, D] that are added chunk by chunk."""
+    sums = TokenSums()
+    for tokens in chunks:
+        sums.add(ChunkTokens(tokens, tokens, None), None, 0)
+    return sums.inputs(None).variance.tolist()
 
 
-def test_rows_without_variance_have_one_component():
-    covariance = _Covariance()
-    covariance.add(torch.ones(8, 4, dtype=torch.float64))
-    assert covariance.fractions().tolist() == [1, 0, 0, 0]
+def test_the_covariance_of_tokens_in_chunks():
+    tokens = 100 + normals(5, 12, 4, 6) @ torch.diag(torch.tensor([3.0, 1, 1, 0.5, 0, 0]).double())
+    expected = variance_shares(tokens.flatten(0, 1)).tolist()
+    assert variance_of(*tokens.split(5)) == pytest.approx(expected, abs=1e-9)
+    assert variance_of(*tokens.float().split(5)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_without_variance_have_one_component(dtype):
+    assert variance_of(torch.ones(2, 4, 4, dtype=dtype)) == [1, 0, 0, 0]
+    assert variance_of(torch.full((3, 7, 5), 0.1, dtype=dtype)) == [1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +127,79 @@ def test_effective_rank_of_known_singular_values(singular_values, rank):
     values = torch.tensor(singular_values, dtype=torch.float64)
     assert effective_rank_of(values).item() == pytest.approx(rank)
     assert effective_rank_of(torch.stack((values, values))).tolist() == pytest.approx([rank, rank])
+
+
+def test_tokens_of_high_norm():
+    """17 equal norms and another: it is sqrt(17) > 4 deviations from the mean; of 17 norms, none can be."""
+    tokens = torch.ones(2, 18, 4).double()
+    tokens[0, 3] *= 5
+    assert MEASURES["high_norm_tokens"](ChunkTokens(tokens, tokens, None)).tolist() == [1 / 18, 0]
+    assert MEASURES["high_norm_tokens"](ChunkTokens(tokens[:, :17], tokens, None)) is None
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_massive_activations(width):
+    tokens = torch.ones(2, 5, width).double()
+    tokens[0, 2, 1], tokens[1] = -1000, torch.arange(1, 5 * width + 1).view(5, width)
+    middle = (5 * width + 1) // 2
+    assert MEASURES["massive_activation"](ChunkTokens(tokens, tokens, None)).tolist() == [1000, 5 * width / middle]
+
+
+def test_the_influence_of_a_block_that_turns_tokens_by_an_angle():
+    angle = torch.tensor(1e-4)
+    before = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+    turn = torch.tensor([[angle.cos(), angle.sin()], [-angle.sin(), angle.cos()]])
+    influence = MEASURES["block_influence"](ChunkTokens(3 * before @ turn, before, before))
+    assert influence.item() == pytest.approx(5e-9, rel=1e-3)  # in float32, 1 - cosine would be 0
+
+
+def test_rankme_of_orthogonal_mean_tokens():
+    sums = TokenSums()
+    for mean in 3 * orthogonal(WIDTH)[:5]:
+        sums.add(ChunkTokens(mean.expand(1, 4, WIDTH), None, None), None, 0)
+    assert MEASURES["rankme"](sums.inputs(None)).item() == pytest.approx(5)
+
+
+# --- similarity of layers
+
+
+def test_layers_that_differ_by_a_rotation_and_a_factor_are_one():
+    tokens, similarity = normals(4, 9, WIDTH), LayerSimilarity(3)
+    for chunk in tokens.split(4):
+        for layer, means in enumerate((chunk, 3 * chunk @ orthogonal(WIDTH), torch.ones(len(chunk), 5))):
+            similarity.add(layer, means)
+    cka = similarity.cka()
+    assert cka[:2, :2].flatten().tolist() == pytest.approx([1] * 4)
+    assert cka[2].isnan().all() and cka[:, 2].isnan().all()  # a layer that does not distinguish the images
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 3, 3, 1], [1] * 10])
+def test_minibatches_have_their_own_size(sizes, monkeypatch):
+    monkeypatch.setattr(cka, "MINIBATCH", 4)
+    layers, similarity = [normals(4, 10, 6), normals(5, 10, 8)], LayerSimilarity(2)
+    for chunks in zip(*(means.split(sizes) for means in layers), strict=True):
+        for layer, means in enumerate(chunks):
+            similarity.add(layer, means)
+    minibatches = [slice(0, 4), slice(4, 8)]  # the last two images are left out
+    hsic = sum(LayerSimilarity._hsic([means[part] for means in layers]) for part in minibatches)
+    expected = hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt()
+    assert similarity.cka()[0, 1].item() == pytest.approx(expected.item())
+    assert similarity.cka()[0, 1].item() != pytest.approx(LayerSimilarity._hsic(layers)[0, 1].item())
+
+
+# --- closed forms: units
+
+
+@pytest.mark.parametrize("name", ["deit", "eva02"])
+def test_units_that_are_never_positive_are_dead(name):
+    model = build(name)
+    mlp = model.blocks[1].mlp
+    units = mlp.fc2.in_features
+    gate = mlp.fc1.bias if name == "deit" else mlp.fc1.bias[:units]
+    with torch.no_grad():
+        gate[: units // 4] = -1e3  # of which GELU and SiLU make zeros or small negative numbers
+        gate[units // 4 :] = 1e3
+    assert measure_redundancy(model, images(3).split(1))["mlp"]["dead_units"][1] == 0.25
 
 
 # --- closed forms: attention
@@ -145,11 +231,11 @@ def test_uniform_attention(name):
 
 def attention_of(*maps):
     """What is measured on maps [B, H, N, N] of successive blocks."""
-    meter = _Meter(measurable(build("average")))
-    meter.begin(len(maps[0]))
+    meter = _Meter(measurable(build("average")), 0)
+    meter.begin(maps[0], None)
     for i, block_maps in enumerate(maps):
         meter.add_maps(i, block_maps)
-    return [{name: value / meter.images for name, value in layer.items()} for layer in meter.sums["attention"]]
+    return [{name: value.item() / meter.images for name, value in layer.items()} for layer in meter.sums["attention"]]
 
 
 def test_one_hot_attention():
@@ -157,17 +243,47 @@ def test_one_hot_attention():
     neighbour = itself.roll(1, dims=1)
     agreeing, differing = (torch.stack(heads)[None] for heads in ((itself, itself), (itself, neighbour)))
     first, second, third = attention_of(agreeing, differing, neighbour[None, None].expand(1, 2, 5, 5))
-    spread = math.sqrt(1 / 5 - 1 / 25)
-    assert first == pytest.approx({"row_std": spread, "row_entropy": 0, "head_cosine": 1}, abs=1e-12)
-    expected = {"row_std": spread, "row_entropy": 0, "head_cosine": 0, "previous_cosine": 0.5}
+    alone = {"row_std": math.sqrt(1 / 5 - 1 / 25), "row_entropy": 0, "sink": 0.2}
+    assert first == pytest.approx(alone | {"head_cosine": 1}, abs=1e-12)
+    expected = alone | {"head_cosine": 0, "previous_cosine": 0.5}
     assert second == pytest.approx(expected, abs=1e-12)
     assert third == pytest.approx(expected | {"head_cosine": 1}, abs=1e-12)
+
+
+def test_every_token_attends_to_one():
+    maps = torch.zeros(1, 2, 17, 17).double()
+    maps[:, 0, :, 3] = maps[:, 1, :, 5] = 1
+    measures, *_ = attention_of(maps)
+    assert measures["sink"] == pytest.approx(1) and "distance" not in measures  # one token more than the grid has
+
+
+def test_the_distance_of_attention():
+    """On a grid of 4 x 4: to itself; to the left neighbour, or to the end of the row above from the first column."""
+    itself = torch.eye(16).double()
+    measures, *_ = attention_of(torch.stack((itself, itself.roll(-1, dims=1)))[None])
+    left = (12 * 1 + 3 * math.hypot(1, 3) + math.hypot(3, 3)) / 16
+    assert measures["distance"] == pytest.approx(left / 2)
+
+
+def test_a_change_of_basis_within_a_head_changes_no_output_and_no_circuit():
+    model = build("deit")
+    before = measure_redundancy(model, [images()])
+    attn, turn = model.blocks[1].attn, orthogonal(8) @ torch.diag(torch.arange(1.0, 9).double())
+    with torch.no_grad():
+        for matrix in (attn.qkv.weight, attn.qkv.bias):
+            matrix[2 * WIDTH : 2 * WIDTH + 8] = turn @ matrix[2 * WIDTH : 2 * WIDTH + 8]
+        attn.proj.weight[:, :8] = attn.proj.weight[:, :8] @ turn.inverse()
+    after = measure_redundancy(model, [images()])
+    for level in ("embedding", "attention", "circuit"):
+        assert_close(after[level], before[level])
+    assert after["weight"]["v"]["row_abscosine"][1] != pytest.approx(before["weight"]["v"]["row_abscosine"][1])
 
 
 def test_one_head_and_one_patch_leave_nothing_to_compare():
     report = measure_redundancy(build("average", num_heads=1, patch_size=32), [images(3)])
     assert report["embedding"]["token_cosine"] == report["embedding"]["token_abscosine"] == [None] * 4
-    assert report["attention"]["head_cosine"] == [None] * 3
+    assert report["attention"]["head_cosine"] == report["attention"]["head_output_cosine"] == [None] * 3
+    assert report["attention"]["distance"] == report["circuit"]["qk"]["abscosine"] == [None] * 3
     assert not {"embedding_token_cosine", "embedding_token_abscosine", "attention_head_cosine"} & set(report["summary"])
     assert report["attention"]["row_entropy"] == pytest.approx([0] * 3)
     json.dumps(report, allow_nan=False)
@@ -193,6 +309,7 @@ def weight_of(matrix, where="proj"):
 def test_an_orthogonal_matrix(where):
     measures, spectrum = weight_of(3 * orthogonal(WIDTH), where)
     expected = {"effective_rank": WIDTH, "condition_number": 1, "row_abscosine": 0, "smallest_angle": 90}
+    expected |= {"stable_rank": WIDTH, "participation_ratio": WIDTH}
     assert measures == pytest.approx(expected, abs=1e-9)
     assert spectrum == pytest.approx([3] * WIDTH)
 
@@ -215,7 +332,9 @@ def test_a_matrix_that_lacks_a_direction():
     measures, spectrum = weight_of(torch.diag(diagonal))
     assert measures["condition_number"] == 2**52 and spectrum[-1] == 0
     assert measures["effective_rank"] == pytest.approx(WIDTH - 1)
-    assert weight_of(torch.zeros(WIDTH, WIDTH).double())[0] == pytest.approx(
+    zeros = weight_of(torch.zeros(WIDTH, WIDTH).double())[0]
+    assert (zeros.pop("stable_rank"), zeros.pop("participation_ratio")) == (None, None)
+    assert zeros == pytest.approx(
         {"effective_rank": 1, "condition_number": 2**52, "row_abscosine": 0, "smallest_angle": 90}
     )
 
@@ -257,7 +376,7 @@ def test_a_new_measure_is_one_decorated_function(monkeypatch):
     assert report["summary"]["embedding_longest_last"] == pytest.approx(longest[-1])
     entry, place = summary_measures()["embedding_longest_last"]
     assert entry is embedding_longest and entry.label(place) == "longest token, last layer ↑"
-    row = "| embedding | `longest` | longest token ↑ | length | Length of the longest token. | Positive. |"
+    row = "| embedding | `longest` | longest token ↑ | length | Length of the longest token. | Positive. |  |"
     assert row in measures_table().splitlines()
 
 

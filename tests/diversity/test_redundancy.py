@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES, build, fused, hooks, identity_blocks, images
 from golden_inputs import normals
 from textbook_redundancy import assert_close, textbook_report
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diversity import MEASURES, TAPS, TapError, TappedViT, measurable, measure_redundancy, redundancy
 from diversity.measures import measures_of, summary_measures
@@ -19,14 +20,15 @@ from diversity.measures import measures_of, summary_measures
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_measure_equals_the_textbook(name):
-    model, samples = build(name), images(3)
+    model, samples, labels = build(name), images(5), torch.tensor([2, 0, 2, 1, 0])
     with torch.no_grad():
-        expected = textbook_report(name, copy.deepcopy(model), samples)
-    report = measure_redundancy(model, [samples])
+        expected = textbook_report(name, copy.deepcopy(model), samples, labels)
+    report = measure_redundancy(model, [(samples, labels)], extra=["effective_rank"])
     assert_close(report, expected, rel=1e-6, abs=1e-7)  # singular values come from a Gram matrix
-    for level in ("embedding", "attention"):
+    for level in ("embedding", "attention", "mlp"):
         assert list(report[level]) == list(measures_of(level))
-    assert all(list(measures) == list(measures_of("weight")) for measures in report["weight"].values())
+    for level in ("weight", "circuit"):
+        assert all(list(measures) == list(measures_of(level)) for measures in report[level].values())
 
 
 @pytest.mark.parametrize("name", ["registers", "swin_windows"])
@@ -40,13 +42,131 @@ def test_batches_of_any_size_give_what_one_batch_gives(name, monkeypatch):
     assert at_once["images"] == 6
 
 
-def test_a_half_precision_model_is_measured_in_double_precision():
+def test_a_half_precision_model_is_measured_in_full_precision():
     model, samples = build("deit").eval(), images()
     exact = measure_redundancy(model, [samples])
     half = measure_redundancy(copy.deepcopy(model).bfloat16(), [samples.bfloat16()])
     assert_close(half["embedding"], exact["embedding"], rel=0.05, abs=0.05)
     rounded = copy.deepcopy(model).bfloat16().double()
-    assert_close(half["weight"], measure_redundancy(rounded, [samples])["weight"])
+    assert_close(half["weight"], measure_redundancy(rounded, [samples])["weight"], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["registers", "eva02", "swin"])
+def test_float32_is_exact_to_1e_4(name):
+    model, samples, labels = build(name, patch_size=2 if name == "swin" else 4), images(6), torch.arange(6) // 2
+    exact = measure_redundancy(model, [(samples, labels)])
+    single = measure_redundancy(copy.deepcopy(model).float(), [(samples.float(), labels)])
+    assert not {key for key in exact["summary"] if key not in single["summary"]}
+    assert_close(single["summary"], exact["summary"], rel=1e-4, abs=1e-7)
+    for level in ("embedding", "attention", "mlp", "weight", "circuit", "cka"):
+        assert_close(single[level], exact[level], rel=1e-4, abs=1e-6)
+
+
+class ReadBacks(TorchDispatchMode):
+    """Names of the operations for which a device would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        is_index = name == "index" and any(index is not None and index.dtype == torch.bool for index in args[1])
+        if is_index or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
+            self.seen.append(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["deit", "swin"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_no_number_is_read_back_before_the_last_image(name, labelled, monkeypatch):
+    monkeypatch.setattr(redundancy, "CHUNK", 2)
+    model, seen = build(name), []
+
+    def batches():
+        for _ in range(4):
+            yield (images(3), torch.tensor([0, 1, 1])) if labelled else images(3)
+            seen.append(len(counter.seen))
+
+    with ReadBacks() as counter:
+        measure_redundancy(model, batches())
+    assert seen == [0] * 4 and len(counter.seen) > 20  # it does see those afterwards
+
+
+def test_autocast_and_tf32_change_neither_tokens_nor_weights():
+    model = identity_blocks("average").float()
+    with torch.no_grad():
+        for parameter in model.patch_embed.parameters():
+            parameter.zero_()
+    expected, precision = measure_redundancy(model, [images().float()]), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            report = measure_redundancy(model, [images().float()])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert [report[level] for level in ("embedding", "weight", "circuit")] == [
+        expected[level] for level in ("embedding", "weight", "circuit")
+    ]
+
+
+# --- labels
+
+
+def test_labels_in_batches_of_any_size(monkeypatch):
+    model, samples, labels = build("deit"), images(7), torch.tensor([0, 4, 4, 0, 1, 4, 0])
+    at_once = measure_redundancy(model, [(samples, labels)])
+    assert None not in at_once["embedding"]["within_class"] + at_once["embedding"]["between_class"]
+    parts = [at_once["embedding"][key] for key in ("within_image", "within_class", "between_class")]
+    assert [sum(of_layer) for of_layer in zip(*parts, strict=True)] == pytest.approx([1] * 4)
+    monkeypatch.setattr(redundancy, "CHUNK", 2)
+    assert_close(measure_redundancy(model, zip(samples.split(3), labels.split(3), strict=True)), at_once)
+    other = measure_redundancy(model, [(samples, labels.roll(1))])
+    assert other["embedding"]["between_class"] != pytest.approx(at_once["embedding"]["between_class"])
+    assert_close(other["embedding"]["within_image"], at_once["embedding"]["within_image"])
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [3, 3, 3]])
+def test_classes_that_cannot_be_compared_have_no_variance(labels):
+    embedding = measure_redundancy(build("deit"), [(images(3), torch.tensor(labels))])["embedding"]
+    assert embedding["within_class"] == embedding["between_class"] == [None] * 4
+    assert None not in embedding["within_image"]
+
+
+def test_a_single_image_has_no_variance_between_images():
+    report = measure_redundancy(build("deit"), [images(1)])
+    assert report["embedding"]["within_image"] == report["embedding"]["rankme"] == [None] * 4
+    assert report["cka"] is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([(images(2), torch.tensor([0, 5]))], "1 of 2 labels are not among the 5 classes, which are 0 to 4"),
+        ([(images(2), torch.tensor([-1, 0]))], "1 of 2 labels are not among the 5 classes"),
+        ([(images(2), torch.tensor([0, 1])), images(2)], "some batches have labels and others have none"),
+        ([(images(2), torch.tensor([0]))], r"labels must be \[2\], one for each image; got \[1\]"),
+        ([(images(2), torch.eye(2))], r"labels must be \[2\], one for each image; got \[2, 2\]"),
+    ],
+)
+def test_wrong_labels_are_refused(batches, message):
+    with pytest.raises(ValueError, match=message):
+        measure_redundancy(build("deit"), batches)
+
+
+def test_labels_of_more_classes_than_the_model_has():
+    batch = images(3), torch.tensor([0, 7, 7])
+    assert None not in measure_redundancy(build("deit"), [batch], num_classes=8)["embedding"]["between_class"]
+    assert (
+        None
+        not in measure_redundancy(build("deit", num_classes=0), [batch], num_classes=8)["embedding"]["within_class"]
+    )
+
+
+def test_an_unknown_optional_measure_is_refused():
+    with pytest.raises(ValueError, match="unknown measure 'rank'; there are token_cosine, "):
+        measure_redundancy(build("deit"), [images()], extra=["rank"])
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -161,11 +281,13 @@ def test_no_images_are_refused(batches):
 def test_the_summary_is_the_mean_over_layers_and_matrices():
     report = measure_redundancy(build("vit"), [images()])
     summary, weight = report["summary"], report["weight"]
-    where = {"embedding": "last", "attention": "first", "weight": "qkv"}
-    names = {f"{measure.level}_{measure.key}" for measure in MEASURES.values()}
-    names |= {f"{measure.level}_{measure.key}_{where[measure.level]}" for measure in MEASURES.values()}
+    where = {"embedding": ["", "_last"], "attention": ["", "_first"], "mlp": [""], "weight": ["", "_qkv"]}
+    where["circuit"] = ["_qk", "_ov"]
+    names = {f"{m.level}_{m.key}{suffix}" for m in MEASURES.values() for suffix in where[m.level]}
     assert names == set(summary_measures())
-    assert set(summary) == names - {"attention_previous_cosine_first"}  # there is no block before
+    missing = {f"embedding_{key}{suffix}" for suffix in where["embedding"] for key in
+               ("effective_rank", "high_norm_tokens", "within_class", "between_class")}  # fmt: skip
+    assert set(summary) == names - missing - {"attention_previous_cosine_first"}  # there is no block before
     cosine, heads = report["embedding"]["token_cosine"], report["attention"]["head_cosine"]
     assert len(cosine) == 4 and summary["embedding_token_cosine"] == pytest.approx(sum(cosine[1:]) / 3)
     assert (summary["embedding_token_cosine_last"], summary["attention_head_cosine_first"]) == (cosine[-1], heads[0])
