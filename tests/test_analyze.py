@@ -119,6 +119,14 @@ def test_a_timm_name_with_published_weights(tmp_path, undrawn):
     assert numbers(report) == measured(model, 20)
 
 
+def test_published_weights_of_other_classes_have_no_random_classifier(tmp_path, undrawn, capsys):
+    model = small_model()
+    words = published(tmp_path, model, num_classes=7)
+    report = analyzed(tmp_path, "deit_tiny_patch16_224", *words, "--num-images", "20")
+    assert "measured without a classifier, as its weights have none of 10 classes" in capsys.readouterr().out
+    assert numbers(report) == measured(model, 20)
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "size", "crop", "mean"),
     [
