@@ -168,11 +168,15 @@ class RemedyHandle:
     def __init__(self, model: nn.Module, name: str):
         self.model = model
         self.name = name
+        self._module = model.remedies[name]
 
     def remove(self):
-        """Remove the remedy's hooks and parameters; without another remedy the model is stock again."""
+        """Remove the remedy's hooks and parameters; without another remedy the model is stock again.
+
+        A second call does nothing.
+        """
         remedies = getattr(self.model, "remedies", None)
-        if remedies is None or self.name not in remedies:
+        if remedies is None or self._module not in remedies.values():
             return
         del remedies[self.name]
         remedies.unhook(self.model)

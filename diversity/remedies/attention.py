@@ -81,11 +81,15 @@ class ReAttention(nn.Module):
     def forward(self, i: int, maps: torch.Tensor) -> torch.Tensor:
         heads = maps.shape[1]
         mixed = F.conv2d(maps, self.mixing[i].view(heads, heads, 1, 1))
-        norm = self.norms[i]
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return norm(mixed).to(maps.dtype)
-        norm.track_running_stats = False  # a checkpointed block in the backward pass
+        return self._normed(self.norms[i], mixed).to(maps.dtype)
+
+    def _normed(self, norm: nn.BatchNorm2d, mixed: torch.Tensor) -> torch.Tensor:
+        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if not (norm.training and in_backward):
+            return norm(mixed)
+        momentum, norm.momentum = norm.momentum, 0.0  # a checkpointed block is computed again
         try:
-            return norm(mixed).to(maps.dtype)
+            return norm(mixed)
         finally:
-            norm.track_running_stats = True
+            norm.momentum = momentum
+            norm.num_batches_tracked -= 1

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..similarity import unit
-from .registry import check_number, remedy
+from .registry import check_integer, check_number, remedy
 from .sites import BlockShape
 
 
@@ -41,9 +41,7 @@ class GraphFilter(nn.Module):
 
     def __init__(self, blocks: Sequence[BlockShape], *, gfsa_order: int = 4):
         super().__init__()
-        self.order = check_number("gfsa_order", gfsa_order, at_least=2)
-        if not isinstance(gfsa_order, int):
-            raise ValueError(f"gfsa_order must be an integer; got {gfsa_order!r}")
+        self.order = check_integer("gfsa_order", gfsa_order, at_least=2)
         self.strength = nn.ParameterList(block.filled(block.num_heads) for block in blocks)
 
     def forward(self, i: int, y: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -113,8 +111,8 @@ class Laplacian(nn.Module):
     def __init__(self, blocks: Sequence[BlockShape], *, laplacian_heads: int | None = None):
         super().__init__()
         fewest = min(block.num_heads for block in blocks)
-        if laplacian_heads is not None and laplacian_heads not in range(1, fewest + 1):
-            raise ValueError(f"laplacian_heads must be an integer from 1 to {fewest} or None; got {laplacian_heads!r}")
+        if laplacian_heads is not None and check_integer("laplacian_heads", laplacian_heads, at_least=1) > fewest:
+            raise ValueError(f"laplacian_heads must be at most {fewest}, the heads of a block; got {laplacian_heads}")
         self.counts = [laplacian_heads or (block.num_heads + 1) // 2 for block in blocks]
 
     def forward(self, i: int, y: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -122,12 +122,20 @@ def find_remedy(name: str) -> Remedy:
     return REMEDIES[name]
 
 
-def check_number(setting: str, value: object, at_least: float = -math.inf) -> float:
+def check_number(setting: str, value: object, at_least: float = -math.inf, above: float = -math.inf) -> float:
     """The value of a setting, or ValueError where it is not a finite number, or too small."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value < at_least:
-        bound = "" if at_least == -math.inf else f" of at least {at_least:g}"
+    if not is_number or value < at_least or value <= above:
+        bounds = {" of at least": at_least, " above": above}
+        bound = "".join(f"{words} {number:g}" for words, number in bounds.items() if number > -math.inf)
         raise ValueError(f"{setting} must be a finite number{bound}; got {value!r}")
+    return value
+
+
+def check_integer(setting: str, value: object, at_least: int) -> int:
+    """The value of a setting, or ValueError where it is not an integer, or too small."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{setting} must be an integer of at least {at_least}; got {value!r}")
     return value
 
 

@@ -46,7 +46,7 @@ class ContraNorm(nn.Module):
     ):
         super().__init__()
         self.scale = check_number("contranorm_scale", contranorm_scale, at_least=0)
-        self.temperature = check_number("contranorm_temperature", contranorm_temperature, at_least=1e-6)
+        self.temperature = check_number("contranorm_temperature", contranorm_temperature, above=0)
         if contranorm_where not in INPUTS_OF:
             raise ValueError(f"contranorm_where must be one of {', '.join(INPUTS_OF)}; got {contranorm_where!r}")
         self.changes = INPUTS_OF[contranorm_where]
