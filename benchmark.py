@@ -2,13 +2,15 @@
 
     python benchmark.py step --model deit_small_patch16_224_diverse --batch-size 16
     python benchmark.py terms --model deit_small_patch16_224_diverse --batch-size 16
+    python benchmark.py remedies --model deit_small_patch16_224_diverse --batch-size 16
     python benchmark.py loader --data-path DATA --resized RESIZED
     python benchmark.py bytes --model deit_small_patch16_224_diverse --batch-size 1024
     python benchmark.py gpu --minutes 8
 
 `step` times a plain timm training step, this project's with all terms, with further flags (--variant) and with each
 term alone, and a textbook's. `terms` times every term alone, more precisely, as a fraction of the plain step, and
-measures the memory that it adds. `loader` times the input pipeline, of random images without --data-path. `bytes`
+measures the memory that it adds. `remedies` times the plain step with every remedy alone, with further flags too
+(--variant). `loader` times the input pipeline, of random images without --data-path. `bytes`
 counts, without a GPU, the memory traffic and the kernels of the compiled step on an H100. `card` has the two speeds of
 the device, and `kernels` where a step spends its time. `gpu` runs all of this and the tests for a GPU, with a time
 limit for each, and writes a report; on a CPU with tiny models.
@@ -29,7 +31,7 @@ if __name__ == "__main__":
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler prints no messages
 
-from benchmarks import cuda_bytes, gpu, loader, steps, terms
+from benchmarks import cuda_bytes, gpu, loader, remedies, steps, terms
 from diversity import ALIASES, REGULARIZERS
 from diversity.classification import MIXING
 from models.execution import set_backends
@@ -41,6 +43,7 @@ from utils import cpu_count, init_world, quiet_warnings, run_command, write_json
 WHATS = {
     "step": steps.compare_steps,
     "terms": terms.compare_terms,
+    "remedies": remedies.compare_remedies,
     "loader": loader.compare_loaders,
     "bytes": cuda_bytes.compare_bytes,
     "card": gpu.describe_card,
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None):
     add("--steps", type=positive_int, default=None,
         help="training steps of a round, by default 10 on a GPU and 1 on a CPU; loader: batches, 8")  # fmt: skip
     add("--variant", action="append", default=[], metavar="FLAGS", dest="variants",
-        help="step: a row of the diversified step with these flags too, such as --variant=--no-compile")  # fmt: skip
+        help="step, remedies: a row of the step with these flags too, such as --variant=--no-compile")  # fmt: skip
     add("--terms", nargs="*", type=lambda name: ALIASES.get(name, name), choices=(MIXING, *REGULARIZERS),
         metavar="TERM", default=None, help="only these; for step and bytes the list may be empty")  # fmt: skip
     add("--resized", default="", metavar="DIR", help="loader: a copy of the images by script/resize_imagenet.sh")

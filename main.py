@@ -13,6 +13,7 @@ import torch
 from datasets import DataOptions, build_data
 from engine import autocast_dtype, train_one_epoch
 from models.execution import set_backends
+from models.remedies import remedy_lines
 from pipeline.transforms import preprocessing_line
 from pipeline.workers import loader_errors
 from training import arguments, build
@@ -103,7 +104,8 @@ def train(args: Namespace, world: World, folder: Path | None):
         return
 
     flags, objective = arguments.repeatable(args), diverse_loss.objective
-    tables = [args.preset and f"preset {args.preset}", objective.table(), diverse_loss.tapped.table()]
+    tables = [args.preset and f"preset {args.preset}", *remedy_lines(args.remedy, args.remedy_kwargs)]
+    tables += [objective.table(), diverse_loss.tapped.table()]
     numbers = {"global_batch": global_batch, "accum_steps": args.accum_steps, "learning_rate": lr}
     numbers |= {"precision": str(amp_dtype or torch.float32).removeprefix("torch.")}
     lines = [

@@ -1,10 +1,13 @@
 """Building timm models from the command line. Importing this package registers the paper's models with timm."""
 
+from collections.abc import Collection, Mapping
+
 import timm
 import timm.data
 from torch import nn
 
 from diversity.spelling import did_you_mean
+from models.remedies import apply_remedies
 from models.weights import refusal
 from utils import is_bug
 
@@ -20,6 +23,8 @@ def build_model(
     patch_size: int | None = None,
     drop: float = 0.0,
     drop_path: float = 0.0,
+    remedies: Collection[str] = (),
+    remedy_kwargs: Mapping[str, object] | None = None,
     **model_kwargs,
 ) -> nn.Module:
     """A timm model with initial weights.
@@ -30,10 +35,13 @@ def build_model(
         input_size: side of the square input in pixels; models without a fixed size take any.
         patch_size: side of a patch in pixels; None = the model's own.
         drop, drop_path: rates of dropout and stochastic depth; 0 = off.
+        remedies: names in `diversity.REMEDIES`, applied in the order of that registry.
+        remedy_kwargs: settings of these remedies that are not at their defaults.
         model_kwargs: further arguments of the timm model, such as depth or embed_dim.
 
     Raises:
-        ValueError: an unknown name, arguments the model does not take, or a size its patches do not divide.
+        ValueError: an unknown name, arguments the model does not take, a size its patches do not divide, or remedies
+            that do not serve the model.
     """
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models(), "; timm.list_models() lists them")
@@ -59,6 +67,10 @@ def build_model(
     if input_size % patch[0] or input_size % patch[1]:
         line = f"{name} has patches of {patch[0]} pixels, which do not divide --input-size {input_size}"
         raise ValueError(f"{line}; change one of them (--patch-size)")
+    try:
+        apply_remedies(model, remedies, remedy_kwargs or {})
+    except ValueError as error:
+        raise ValueError(f"{name} with {error}") from error
     return model
 
 

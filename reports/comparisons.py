@@ -20,6 +20,9 @@ DATA = {"classes": "classes", "train_images": "training images", "val_images": "
 TERMS = {"preset", *(f"{name}_coef" for name in (MIXING, *REGULARIZERS, *ALIASES))}
 """Flags by which the rows of an ablation differ."""
 
+STOCK_REMEDIES = ("attn_layer", "reg_tokens", "init_values")
+"""Keys of --model-kwargs by which they differ too: timm's own answers to redundancy, see docs/remedies.md."""
+
 NOTED = ("processes", "device", "card", "precision", "python", "torch", "torchvision", "timm", "commit")
 """Keys of environment.json that do not prevent a comparison."""
 
@@ -27,9 +30,8 @@ NOTED = ("processes", "device", "card", "precision", "python", "torch", "torchvi
 def setting(run: Run) -> dict[str, object]:
     """{words: value} of what must be equal; None for a value that is not known."""
     start, flags = run.starts[-1] if run.starts else {}, run.flags
-    kwargs = flags.get("model_kwargs") or {}
-    kwargs = {"patch_size": flags.get("patch_size")} | kwargs
-    details = [f"{key}={value}" for key, value in kwargs.items() if value is not None]
+    kwargs = {"patch_size": flags.get("patch_size")} | model_kwargs(run)
+    details = [f"{key}={value}" for key, value in kwargs.items() if value is not None and key not in STOCK_REMEDIES]
     return {
         "data": run.data_name,
         **{words: start.get("data", {}).get(key) for key, words in DATA.items()},
@@ -38,6 +40,11 @@ def setting(run: Run) -> dict[str, object]:
         "images per optimizer step": start.get("global_batch"),
         "learning rate": start.get("learning_rate"),
     }
+
+
+def model_kwargs(run: Run) -> dict[str, object]:
+    """The further arguments of a run's timm model."""
+    return run.flags.get("model_kwargs") or {}
 
 
 def conflicts(run: Run, other: Run) -> list[str]:
@@ -102,15 +109,21 @@ def compared(runs: list[Run], owner: str = "all runs") -> str:
 def notes(runs: list[Run]) -> list[str]:
     """One line for each flag beyond the terms, and each condition of training, that differs between comparable runs.
 
+    Remedies are among them.
+
     Flags are those of a row, conditions those of all starts of a run. Further lines name changed runs, and those of
     which little is known.
     """
-    rows = {name: of_row[0].flags for name, of_row in by_configuration(runs).items()}
+    first_runs = {name: of_row[0] for name, of_row in by_configuration(runs).items()}
+    rows = {name: run.flags for name, run in first_runs.items()}
     ignored = {*MAY_DIFFER, *TERMS, *MODEL}  # a difference between models prevents a comparison
     names = dict.fromkeys(name for flags in rows.values() for name in flags if name not in ignored)
     lines = []
     for name in names:
         lines += differing(flag_of(name), [(row, flags[name]) for row, flags in rows.items() if name in flags])
+    for key in STOCK_REMEDIES:
+        values = [(row, model_kwargs(run).get(key, "not set")) for row, run in first_runs.items() if run.flags]
+        lines += differing(f"--model-kwargs {key}", values)
     for name in NOTED:
         lines += differing(name, [(run.name, start[name]) for run in runs for start in run.starts if name in start])
     for run in runs:

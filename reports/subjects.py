@@ -117,6 +117,7 @@ def find_subject(run: str, flags: list[str], preprocessing: Mapping[str, object]
         return find_subject(str(file), [*flags, "--finetune", str(file)])._replace(run=run, folder=None)
     data = dataclasses.replace(options_of(DataOptions, args), eval=True)  # it reads no training set
     model = {"name": args.model, "input_size": args.input_size, "patch_size": args.patch_size, **args.model_kwargs}
+    model |= {"remedies": args.remedy, "remedy_kwargs": args.remedy_kwargs}
     seed = args.seed if run == RANDOM and file is None else None
     return Subject(run, file, folder, epoch, model, data, classes, trained_with, seed, is_average)
 

@@ -7,7 +7,7 @@ from helpers import TINY, make_image_folder
 
 import benchmark
 import diversity
-from benchmarks import loader
+from benchmarks import loader, remedies
 
 SMALL_STEP = (
     *("--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=2", "--device", "cpu"),
@@ -63,3 +63,15 @@ def test_loaders(capsys, tmp_path, monkeypatch):
     parts = ["decode once", "fast crop", "bytes", "all three", "all three, resized copy", "all three, 1 processes"]
     assert [*rows] == ["DeiT's", *parts]
     assert all(float(row[0]) > 0 for row in rows.values())
+
+
+def test_remedies(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(remedies, "REMEDIES", ["attnscale", "xsa"])  # of all, which take longer
+    words = ["--input-size", "32", "--patch-size", "16", "--variant=--remedy xsa centered"]
+    benchmark.main(["remedies", *SMALL_STEP, *words, "--json", str(tmp_path / "remedies.json")])
+    rows = table(capsys.readouterr().out)
+    stock = ["`--model-kwargs attn_layer=diff`", "`--model-kwargs reg_tokens=4`", "`--model-kwargs init_values=1e-05`"]
+    names = ["plain timm", "`attnscale`", "`xsa`", *stock, "`--opt muon`"]
+    assert [*rows] == [*names, "--remedy xsa centered"]
+    assert all(float(cell) > 0 for row in rows.values() for cell in row[:3])
+    assert json.loads((tmp_path / "remedies.json").read_text())["remedies"]["plain timm"]["to_plain"] == 1

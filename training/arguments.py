@@ -9,8 +9,9 @@ import torch
 from diversity import ALIASES, REGULARIZERS, resolve_aliases
 from diversity.classification import MIXING
 from diversity.spelling import did_you_mean
+from models.remedies import settings_of
 from pipeline.sources import SOURCE_FLAGS, find_source
-from training.changes import MODEL
+from training.changes import MODEL, REMEDIES
 from training.flags import build_parser
 from training.parsing import flag_of, with_hyphens, with_lists
 from training.preprocessing import fill_preprocessing
@@ -27,6 +28,8 @@ HAVE_FLAGS = {
     "pretrained": "--finetune",
     "checkpoint_path": "--finetune",
     "name": "--model",
+    "remedies": "--remedy",
+    "remedy_kwargs": "--remedy-kwargs",
 }
 """Keys that --model-kwargs may not contain, as they have flags."""
 
@@ -68,10 +71,11 @@ def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace
     """
     config = {name: value for name, value in stored.items() if name not in (*NOT_REPEATED, *NOT_OF_AN_EVALUATION)}
     args = parse_args(argv, config)
-    for name in MODEL:
-        if name in stored and with_lists(getattr(args, name)) != with_lists(stored[name]):
+    known = {**defaults(), **stored} if stored else {}  # an earlier version lacks flags, which were at their defaults
+    for name in (*MODEL, *REMEDIES):
+        if name in known and with_lists(getattr(args, name)) != with_lists(known[name]):
             raise SystemExit(
-                f"error: {flag_of(name)} is {getattr(args, name)}, but the checkpoint's model has {stored[name]}; "
+                f"error: {flag_of(name)} is {getattr(args, name)}, but the checkpoint's model has {known[name]}; "
                 "leave the flag out"
             )
     return args
@@ -182,6 +186,10 @@ def _check(parser, args, on_command_line: set[str]):
     for name in args.model_kwargs:
         if name in HAVE_FLAGS:
             parser.error(f"--model-kwargs {name}: use {HAVE_FLAGS[name]}")
+    try:
+        settings_of(args.remedy, args.remedy_kwargs)
+    except ValueError as error:
+        parser.error(f"--remedy-kwargs: {error}")
     if args.residual_dtype == "bfloat16" and args.amp in ("fp16", "off"):
         parser.error(f"--residual-dtype bfloat16 needs --amp bf16, not --amp {args.amp}")
     if optimizer.second_order:

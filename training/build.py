@@ -51,7 +51,8 @@ def build_initial(args: Namespace, num_classes: int) -> nn.Module:
     random_seed(args.seed)
     shape = num_classes, args.input_size, args.patch_size
     with errors_of("--model"):
-        model = build_model(args.model, *shape, args.drop, args.drop_path, **args.model_kwargs)
+        rates = args.drop, args.drop_path
+        model = build_model(args.model, *shape, *rates, args.remedy, args.remedy_kwargs, **args.model_kwargs)
     changes = [
         (args.patch_product, embed_patches_by_product, "--patch-product"),
         (args.residual_dtype == "bfloat16", keep_residual_in_bfloat16, "--residual-dtype bfloat16"),

@@ -9,6 +9,9 @@ from training.parsing import flag_of, with_lists
 from training.resuming import Checkpoint
 
 MODEL = ("model", "patch_size", "model_kwargs")
+REMEDIES = ("remedy", "remedy_kwargs")
+"""Flags of the model too, by which the rows of an ablation may differ."""
+
 LABELS = ("data_set", "inat_category", "num_classes")
 UNRELATED = {
     *("config", "resume", "resume_with_changes", "finetune", "start_epoch", "eval", "preset", "data_path"),
@@ -69,7 +72,7 @@ def find_changes(
     numbers |= {"val_images": "validation images"}
     old, new = {**stored.get("data", {}), **stored}, {**data, "global_batch": global_batch}
     counts = [Change(text, old[key], new[key]) for key, text in numbers.items() if old.get(key, new[key]) != new[key]]
-    for fixed, what in ((("input_size", *MODEL), "model"), (LABELS, "data set")):
+    for fixed, what in ((("input_size", *MODEL, *REMEDIES), "model"), (LABELS, "data set")):
         if other := [change for change in changes if change.name in map(flag_of, fixed)]:
             raise SystemExit(
                 f"error: --resume {path} has another {what}: {_listed(other)}; give the old values, or start a new run "

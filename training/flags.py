@@ -6,7 +6,7 @@ The names are DeiT's and the released code's. `--output_dir` and `--output-dir` 
 import argparse
 from argparse import BooleanOptionalAction as Switch
 
-from diversity import ALIASES, MIXING_BALANCES, MIXING_WHERE, PRESETS, REGULARIZERS, WEIGHT_GROUPS
+from diversity import ALIASES, MIXING_BALANCES, MIXING_WHERE, PRESETS, REGULARIZERS, REMEDIES, WEIGHT_GROUPS
 from diversity.classification import MIXING
 from training.data_flags import add_augmentation, add_data, add_preprocessing
 from training.parsing import (
@@ -19,6 +19,7 @@ from training.parsing import (
     group_list,
     layer_list,
     literal,
+    names_of,
     none_or_text,
     nonneg_float,
     nonneg_int,
@@ -142,6 +143,16 @@ def _model(parser):
     add("--patch-size", type=positive_int, default=None, help="side of a patch in pixels; None = the model's default")
     add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE",
         help="further arguments of the timm model, e.g. depth=6 embed_dim=96")  # fmt: skip
+    formulas = "; ".join(f"{remedy.name} = {remedy.formula}" for remedy in REMEDIES.values())
+    add("--remedy", nargs="*", action=names_of(REMEDIES), default=[], metavar="NAME",
+        help=f"other papers' changes of attention and residual branches: {formulas}".replace("%", "%%"))  # fmt: skip
+    settings = (
+        f"{setting} of {remedy.name} ({default}): {remedy.setting_help(setting)}"
+        for remedy in REMEDIES.values()
+        for setting, default in remedy.settings.items()
+    )
+    add("--remedy-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE",
+        help=f"settings of the chosen remedies: {'; '.join(settings)}".replace("%", "%%"))  # fmt: skip
     add("--drop", type=fraction_below_one, default=0.0, help="dropout rate; 0 = off")
     add("--drop-path", type=fraction_below_one, default=0.1, help="stochastic depth rate; 0 = off")
 

@@ -4,7 +4,7 @@ import argparse
 import ast
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import yaml
@@ -128,6 +128,20 @@ class KeyValues(ParseKwargs):
         if without_equals:
             parser.error(f"argument {option_string}: needs KEY=VALUE; got {without_equals[0]!r}")
         super().__call__(parser, namespace, values, option_string)
+
+
+def names_of(known: Collection[str]) -> type[argparse.Action]:
+    """An action for `add_argument`: NAME ... as a list of some of the known names, in their order, each once."""
+
+    class Names(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            for value in values:
+                if value not in known:
+                    hint = did_you_mean(value, known, f"; there are {', '.join(known)}")
+                    parser.error(f"{option_string} {value} is unknown{hint}")
+            setattr(namespace, self.dest, [name for name in known if name in values])
+
+    return Names
 
 
 def _is_text(word: str) -> bool:

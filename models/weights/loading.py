@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from models.remedies import compare_with_file
 from models.weights.files import class_names, local_file, read
 from models.weights.layouts import Tensors, unknown_names, weights_in
 
@@ -39,12 +40,17 @@ def load_weights(
     stored = read(path)
     weights, notes = weights_in(stored, use_ema, path)
     weights = {name: tensor.float() if tensor.dtype in HALF else tensor for name, tensor in weights.items()}
-    notes += _fit_classifier(model, weights, new_head, class_names(stored), classes)
+    try:
+        of_remedies, initial = compare_with_file(model, stored, weights)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    notes += [*of_remedies, *_fit_classifier(model, weights, new_head, class_names(stored), classes)]
     weights, resampled = _resample(model, weights)
     notes += resampled
     if not model.state_dict().keys() & weights.keys():
         raise ValueError(f"{path} does not fit {type(model).__name__}: {unknown_names(weights)}")
-    load_state_dict(model, weights, path, may_miss=[note.split()[0] for note in notes])
+    may_miss = [*(note.split()[0] for note in notes), *(initial if new_head else ())]
+    load_state_dict(model, weights, path, may_miss)
     return notes
 
 

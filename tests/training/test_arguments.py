@@ -15,12 +15,18 @@ FLAGS = [
     if action.help != argparse.SUPPRESS and action.dest not in ("help", "config")
     for flag in action.option_strings
 ]
-NEEDS = {"--eval": ("--resume", "a.pth"), "--distillation-type": ("--teacher-path", "a.pth")}
+NEEDS = {
+    "--eval": ("--resume", "a.pth"),
+    "--distillation-type": ("--teacher-path", "a.pth"),
+    "--remedy-kwargs": ("--remedy", "neutreno"),
+}
 SPECIAL = {
     "--device": ["cpu"],
     "--opt": ["sgd"],
     "--model-kwargs": ["depth=4", "embed_dim=96"],
     "--preset": ["corrected"],
+    "--remedy": ["xsa"],
+    "--remedy-kwargs": ["neutreno_strength=0.5"],
     "--weight-groups": ["proj,fc1"],
 }
 

@@ -26,7 +26,11 @@ def compared(before=(), after=(), *, stored=None, data=(), allowed=False, path="
 
 def test_every_flag_is_of_one_kind():
     flags = {*arguments.defaults()}
-    kinds = [{"input_size", *changes.MODEL}, {*changes.LABELS}, changes.UNRELATED - {"check_data", "dry_run"}]
+    kinds = [
+        {"input_size", *changes.MODEL, *changes.REMEDIES},
+        {*changes.LABELS},
+        changes.UNRELATED - {"check_data", "dry_run"},
+    ]
     assert all(kind <= flags for kind in kinds)
     assert sum(map(len, kinds)) == len(set().union(*kinds))
 
@@ -85,6 +89,7 @@ def test_what_changes_the_training_needs_a_word(before, after, listed):
         ("--patch-size", "16"),
         ("--data-set", "FAKE"),
         ("--num-classes", "11"),
+        ("--remedy", "xsa"),
     ],
     ids=" ".join,
 )
