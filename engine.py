@@ -63,6 +63,7 @@ def train_one_epoch(
     """
     loss_fn.train()
     mixup = unwrap_model(loss_fn).mixup
+    unwrap_model(loss_fn).set_epoch(state.epoch)
     first_batch = state.step * update.accum_steps
     for batch, (images, labels) in enumerate(progress.batches(loader), start=first_batch):
         ends_step = (batch + 1) % update.accum_steps == 0

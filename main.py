@@ -143,7 +143,6 @@ def train(args: Namespace, world: World, folder: Path | None):
         predictions = Predictions(data, world) if args.save_predictions else None
         while state.epoch < num_epochs:
             epoch, last_step = state.epoch, (state.epoch + 1) * data.num_steps - 1
-            diverse_loss.set_epoch(epoch)
             train_stats = train_one_epoch(
                 loss_fn, data.batches(epoch, state.step), state, update, progress, world,
                 seed=args.seed, amp_dtype=amp_dtype, after_step=saver.after_step, before_batch=gradient_norms.measure,

@@ -40,6 +40,8 @@ def compare_terms(own: Namespace, args: Namespace, world: World) -> dict:
             base = [MIXING] if "tokens" in DiversityObjective({name: 1.0}).reads else []
             with_term, without = only(args, [*base, name]), only(args, base)
             objectives = [DiversityObjective(**objective_settings(flags)) for flags in (without, with_term)]
+            for objective in objectives:
+                objective.set_epoch(args.diversity_warmup)  # whose coefficients are the full ones
             reads, patch_logits = objectives[1].reads, objectives[1].patch_logits
             with TappedViT(model, reads, patch_logits, **tap_settings(with_term)).train() as tapped:
                 seconds = term_seconds(tapped, objectives, with_term, world, rounds)

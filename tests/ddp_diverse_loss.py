@@ -23,7 +23,8 @@ def train(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The losses of the steps and the weights after them."""
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224", **SIZE).double()
-    loss_fn = DiverseLoss(model, COEFS, smoothing=0.1)
+    loss_fn = DiverseLoss(model, COEFS, smoothing=0.1, diversity_warmup=4)
+    loss_fn.set_epoch(3)
     wrapped = DistributedDataParallel(loss_fn) if size > 1 else loss_fn
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(1)
@@ -31,6 +32,8 @@ def train(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     for index in range(ACCUMULATED * STEPS):
         images = torch.randn(BATCH, 3, 32, 32, generator=generator, dtype=torch.float64)
         labels = torch.randint(5, (BATCH,), generator=generator)
+        if size > 1 and rank == 0:  # which changes nothing, though the other rank does not take part
+            loss_fn.gradient_norms(images[:2], labels[:2])
         loss, terms = wrapped(images.chunk(size)[rank], labels.chunk(size)[rank])
         assert [*terms] == [*loss_fn.names]
         (loss / ACCUMULATED).backward()

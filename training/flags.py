@@ -103,7 +103,7 @@ def _run(parser):
         help="epochs between measurements of redundancy on fixed validation images; 0 = off")  # fmt: skip
     add("--grad-norms-every", type=nonneg_int, default=0, metavar="EPOCHS",
         help="epochs between measurements of each term's gradient norm, on the first batch of the epoch; each takes a "
-        "forward pass and a backward pass for every term; 0 = off")  # fmt: skip
+        "forward pass and a backward pass per term, with the paper's five terms about four steps; 0 = off")  # fmt: skip
     add("--save-predictions", action=Switch, default=False,
         help="save the predicted class of each validation image after the last epoch: predictions.npz")  # fmt: skip
     add("--tensorboard", action=Switch, default=True, help="write events into the run folder")

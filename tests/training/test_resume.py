@@ -52,6 +52,14 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(cuts, uninterrupted, tmp
     assert [s.pop("training_seconds") >= 0 for s in summaries] and summaries[0] == summaries[1]
 
 
+def test_gradient_norms_change_nothing(uninterrupted, tmp_path, monkeypatch):
+    folder, digests = uninterrupted
+    assert cut_run(monkeypatch, tmp_path / "run", flags=(*EVERYTHING, "--grad-norms-every", "0")) == digests
+    assert content(tmp_path / "run") == content(folder)
+    with_norms = [{n: v for n, v in record.items() if not n.startswith("gradnorm_")} for record in records(folder)]
+    assert records(tmp_path / "run") == with_norms != records(folder)
+
+
 def test_the_number_of_workers_changes_nothing(uninterrupted, tmp_path, monkeypatch):
     folder, digests = uninterrupted
     assert cut_run(monkeypatch, tmp_path / "run", (1, 5), then=("--num-workers", "2")) == digests
@@ -126,6 +134,14 @@ def test_two_ranks_stopped_by_a_signal_end_as_if_they_were_not(cut, on_two, tmp_
     assert content(tmp_path / "run") == content(folder)
     assert records(tmp_path / "run") == records(folder)
     assert points(tmp_path / "run") == points(folder)
+
+
+@pytest.mark.slow
+def test_gradient_norms_of_the_main_rank_change_nothing(on_two, tmp_path):
+    folder, steps = on_two
+    flags = ("--batch-size", "16", "--grad-norms-every", "0")
+    assert ranks(2, tmp_path / "run", tmp_path / "steps", *flags) == steps
+    assert content(tmp_path / "run") == content(folder)
 
 
 @pytest.mark.parametrize(("when", "name", "at"), [("step:1:3", "INT", (0, 3)), ("validation:1", "USR1", (0, STEPS))])
