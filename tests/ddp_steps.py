@@ -1,5 +1,7 @@
 """Three training steps with every term on this rank's part of each batch; rank 0 saves the weights.
 
+All but `emb_vcreg`, whose statistics are those of the tokens of one process.
+
 Run by tests/test_distributed.py: python ddp_steps.py OUTPUT, alone or under torchrun.
 """
 
@@ -20,7 +22,7 @@ def main(output: str):
         torch.manual_seed(0)
         size = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": WIDTH, "num_heads": HEADS, "num_classes": 5}
         model = timm.create_model("deit_tiny_patch16_224", **size).double()
-        coefs = {"mixing": 1.0} | dict.fromkeys(REGULARIZERS, 0.01)
+        coefs = {"mixing": 1.0} | dict.fromkeys(REGULARIZERS, 0.01) | {"emb_vcreg": 0.0}
         objective = DiversityObjective(coefs, smoothing=0.1)
         tapped = TappedViT(model, objective.reads, objective.patch_logits)
         wrapped = DistributedDataParallel(tapped) if world.size > 1 else tapped
