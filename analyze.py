@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 from diversity import TapError
 from pipeline.workers import loader_errors
+from reports.function_level import PROBE_IMAGES, TEST_IMAGES, function_options
 from reports.redundancy import analyze
 from training.parsing import Parser, device_name, nonneg_int, with_hyphens
 from utils import joined_world, one_line_errors, quiet_warnings, run_command
@@ -49,9 +50,18 @@ def main(argv: list[str] | None = None):
     add("--layer", type=_block, default="last", metavar="BLOCK",
         help="whose heads are drawn: first, last or an index from 0 (default: last)")  # fmt: skip
     add("--image", type=nonneg_int, default=0, help="whose attention is drawn, of the first batch (default: 0)")
+    add("--function-level", action="store_true",
+        help="also accuracies without heads, patch tokens or blocks, k-NN and probes, on labelled images")  # fmt: skip
+    add("--function-images", type=nonneg_int, metavar="N",
+        help=f"validation images of --function-level, of all classes; 0 = all (default: {TEST_IMAGES})")  # fmt: skip
+    add("--probe-images", type=nonneg_int, metavar="N",
+        help=f"training images of its k-NN and probes; 0 = all (default: {PROBE_IMAGES})")  # fmt: skip
     add("--device", type=device_name, default="auto", help="auto, cuda or cpu")
     options, flags = parser.parse_known_args([with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
     settings = vars(options)
+    settings["function_level"] = function_options(
+        settings.pop("function_level"), settings.pop("function_images"), settings.pop("probe_images")
+    )
     quiet_warnings()
     with one_line_errors(), loader_errors("start again"), joined_world(settings.pop("device"), "env://") as world:
         try:

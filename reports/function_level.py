@@ -23,6 +23,29 @@ TEST_IMAGES, PROBE_IMAGES = 2000, 5000
 SEED = 0  # of the choice of images and of what the measures draw, the same for all runs
 
 
+class FunctionOptions(NamedTuple):
+    """How many validation and training images the function-level measures read; 0 = all."""
+
+    test_images: int = TEST_IMAGES
+    probe_images: int = PROBE_IMAGES
+
+
+def function_options(is_on: bool, test_images: int | None, probe_images: int | None) -> FunctionOptions | None:
+    """The options of the flags --function-level, --function-images and --probe-images; None without the first.
+
+    Raises:
+        SystemExit: a number of images without --function-level.
+    """
+    given = {"--function-images": test_images, "--probe-images": probe_images}
+    named = [flag for flag, count in given.items() if count is not None]
+    if named and not is_on:
+        raise SystemExit(f"error: {named[0]} needs --function-level")
+    defaults = FunctionOptions()
+    test_images = defaults.test_images if test_images is None else test_images
+    probe_images = defaults.probe_images if probe_images is None else probe_images
+    return FunctionOptions(test_images, probe_images) if is_on else None
+
+
 class LabelledData(NamedTuple):
     """The images of the function-level measures.
 
@@ -37,16 +60,16 @@ class LabelledData(NamedTuple):
     words: str
 
 
-def labelled_data(subject: Subject, world: World, num_images: int, probe_images: int) -> LabelledData:
-    """The first images of a fixed random order of each split, spread over the classes; 0 = all.
+def labelled_data(subject: Subject, world: World, options: FunctionOptions) -> LabelledData:
+    """The first images of a fixed random order of each split, spread over the classes.
 
     Raises:
         SystemExit: the validation images have no labels, or can be read only as a stream.
     """
-    test, files = _loader(subject, world, num_images, is_training=False)
+    test, files = _loader(subject, world, options.test_images, is_training=False)
     words = f"{len(test.dataset)} validation images (files {files})"
     try:
-        train, files = _loader(subject, world, probe_images, is_training=True)
+        train, files = _loader(subject, world, options.probe_images, is_training=True)
     except SystemExit as error:
         print(f"{subject.run}: k-NN and linear probes are not measured: {str(error).removeprefix('error: ')}")
         return LabelledData(test, None, words)
@@ -90,7 +113,6 @@ def add_function(report: dict, subject: Subject, model: nn.Module, data: Labelle
     with errors_of(f"{subject.run}, --function-level:"):
         function = measure_function(model, data.test, data.train, seed=SEED)
     report["function"] = function
-    report["measured_on"] |= {"function": data.words}
     report["summary"] |= function["summary"]
     for reason in function["not_measured"].values():
         print(f"{subject.run}: {reason}")
@@ -104,13 +126,13 @@ def console_line(function: dict) -> str:
     return ", ".join(text.replace(" ↑", "") for text in texts) + " (percent)"
 
 
-def tables(configurations: dict[str, list[dict]]) -> list[str]:
-    """Markdown of the curves of each configuration whose reports have them: means over its runs."""
+def function_tables(configurations: dict[str, list[dict]]) -> list[str]:
+    """Markdown of the curves of each configuration, means over its runs; nothing for reports without them."""
     blocks = []
     for name, reports in configurations.items():
-        functions = [report["function"] for report in reports if "function" in report]
-        if len(functions) < len(reports):
-            continue
+        if not all("function" in report for report in reports):
+            return []
+        functions = [report["function"] for report in reports]
         runs = f", mean of {len(reports)} runs" if len(reports) > 1 else ""
         words = reports[0]["measured_on"]["function"]
         blocks.append(f"{name}{runs}, function level: top-1 accuracies in percent, {words}")

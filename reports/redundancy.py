@@ -11,8 +11,9 @@ from torch import nn
 from diversity import TapError, TappedViT, measure_redundancy
 from diversity.backbones import Backbone
 from pipeline.transforms import preprocessing_line
-from reports import comparisons, figures, redundancy_figures
-from reports.run_folders import PROVENANCE, REPORT, Run, read_run
+from reports import comparisons, figures, function_figures, redundancy_figures
+from reports.function_level import FunctionOptions, add_function, function_tables, labelled_data
+from reports.run_folders import MAY_LACK, PROVENANCE, REPORT, Run, read_run
 from reports.subjects import (
     Subject,
     architecture,
@@ -59,7 +60,7 @@ def draw_heads(
 
 def analyze(
     runs: list[str], names: list[str] | None, num_images: int, output_dir: str | None, ema: bool, layer: str,
-    image: int, overwrite: bool, flags: list[str], world: World,
+    image: int, overwrite: bool, flags: list[str], world: World, function_level: FunctionOptions | None = None,
 ):  # fmt: skip
     """Measure every RUN and write reports, tables and figures; see the flags of analyze.py. `flags` are main.py's."""
     if world.size > 1:
@@ -76,6 +77,9 @@ def analyze(
     ]
     sources = [images(subject, world, num_images, kind) for subject, kind in zip(subjects, kinds, strict=True)]
     models = [load_model(subject, of.num_classes, ema, world) for subject, of in zip(subjects, sources, strict=True)]
+    labelled = [function_level and labelled_data(subject, world, function_level) for subject in subjects]
+    for source, of in zip(sources, labelled, strict=True):
+        source.measured_on.update({"function": of.words} if of else {})
     data = [MEASURED.format_map(of.measured_on) for of in sources]
     for what, (first, *others) in (("models", [*map(architecture, models)]), ("images", data)):
         for run, other in zip(runs[1:], others, strict=True):
@@ -98,13 +102,17 @@ def analyze(
             else:
                 own[subject.run] = subject.folder / REPORT
     configurations = {name: [] for name in names}
-    for name, subject, model, (batches, _, measured_on) in zip(names, subjects, models, sources, strict=True):
+    for name, subject, model, (batches, _, measured_on), of in zip(
+        names, subjects, models, sources, labelled, strict=True
+    ):
         first = next(batches, torch.empty(0))
         if not configurations[name]:
             draw_heads(name, subject, model, first, image, layer, folder / f"heads_{files[name]}")
         with errors_of(f"{subject.run} cannot be measured:"):
             report = measure_redundancy(model, itertools.chain([first], batches))
         report = {"run": subject.run, "measured_on": measured_on} | report
+        if of:
+            add_function(report, subject, model, of)
         if subject.run in own:
             write_json(report, own[subject.run])
         configurations[name].append(report)
@@ -122,8 +130,8 @@ def other_report(folder: Path, measured_on: dict) -> str:
         before = json.loads(path.read_text())["measured_on"] if path.exists() else measured_on
     except (ValueError, KeyError, TypeError):
         return f"{path} cannot be read or is of an earlier version"
-    now = measured_on | {"files": measured_on["files"] if "files" in before else None}
-    differ = [words.format(before.get(name)) for name, words in PROVENANCE.items() if before.get(name) != now[name]]
+    now = {name: value for name, value in measured_on.items() if name in before or name not in MAY_LACK}
+    differ = [words.format(before.get(name)) for name, words in PROVENANCE.items() if before.get(name) != now.get(name)]
     return f"{path} was measured otherwise ({', '.join(differ)})" if differ else ""
 
 
@@ -143,12 +151,15 @@ def write_all(configurations: dict[str, list[dict]], notes: list[str], styles: l
     """Write reports, tables and figures of all configurations."""
     reports = [report for of_runs in configurations.values() for report in of_runs]
     write_json(reports[0] if len(reports) == 1 else {"cells": configurations}, output_dir / REPORT)
-    text = comparison(configurations, notes)
+    functions = function_tables(configurations)
+    text = "\n\n".join([comparison(configurations, notes).rstrip("\n"), *functions]) + "\n"
     (output_dir / "redundancy.md").write_text(text, encoding="utf-8")
     figures.save(redundancy_figures.redundancy_depth(configurations, styles), output_dir / "depth")
     figures.save(redundancy_figures.weight_depth(configurations, styles), output_dir / "weights")
     figures.save(redundancy_figures.weight_spectra(configurations, styles), output_dir / "spectra")
     figures.save(redundancy_figures.variance(configurations, styles), output_dir / "variance")
+    if functions:
+        figures.save(function_figures.function_level(configurations, styles), output_dir / "function")
     print("\n\n".join(text.split("\n\n")[:2]))
-    drawn = "depth, heads, spectra, variance and weights"
+    drawn = f"depth, {'function, ' if functions else ''}heads, spectra, variance and weights"
     print(f"written to {output_dir}: {REPORT}, redundancy.md, and the figures {drawn} (png, pdf)")

@@ -32,8 +32,10 @@ PROVENANCE = {
     "images": "the first {} images",
     "input_size": "{} pixels wide",
     "weights": "{} weights",
+    "function": "function level on {}",
 }
 """{what must be equal in all runs, where it is known: its words in a note}."""
+MAY_LACK = ("files", "function")  # unknown in a report of an earlier version, or without these measures
 
 
 @dataclass
@@ -198,7 +200,7 @@ def _logged(run: Run) -> Measured:
     images = measures.pop("images", None)
     provenance = {"data_set": run.data_name, "split": run.flags.get("val_split") or "validation"}
     provenance["files"] = run.starts[-1]["data"]["val_digest"] if run.starts else None
-    provenance |= {"input_size": run.flags.get("input_size"), "images": images, "weights": "raw"}
+    provenance |= {"input_size": run.flags.get("input_size"), "images": images, "weights": "raw"} | {"function": None}
     return Measured(measures, record.get("epoch"), provenance)
 
 

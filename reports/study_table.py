@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from diversity.measures import summary_measures
 from diversity.spelling import did_you_mean
 from reports import comparisons
 from reports.comparisons import check_rows, comparable_groups, compared, conflict
-from reports.run_folders import ACCURACIES, PROVENANCE, REPORT, Run, find_runs
-from reports.tables import latex, markdown
+from reports.run_folders import ACCURACIES, MAY_LACK, PROVENANCE, REPORT, Run, find_runs
+from reports.tables import known_measures, latex, markdown
 from training.records import LOG
 
 BEST = {"lower": min, "higher": max}
@@ -124,7 +123,7 @@ def text_tables(table: pd.DataFrame, measures: list[str], baseline: str) -> list
     first_columns = {"configuration": names, "n": [str(n) for n in table["n"]]}
     accuracies = {f"top-1 {text}, % ↑": _texts(table, name, 2, max, baseline) for name, text in ACCURACIES.items()}
     speed = _texts(table.drop(columns="images_per_s_std"), "images_per_s", None, None, baseline)
-    redundancy, known = {}, summary_measures()
+    redundancy, known = {}, known_measures()
     for name in measures:
         measure, place = known.get(name, (None, ""))
         best = BEST.get(measure.better) if measure else None
@@ -183,7 +182,7 @@ def check_measures(names: list[str], runs: list[Run]):
         SystemExit: a name is neither a measure of this project nor in any run.
     """
     in_runs = {name for run in runs for measured in run.redundancy.values() for name in measured.measures}
-    known = sorted({*summary_measures(), *in_runs})
+    known = sorted({*known_measures(), *in_runs})
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known, ".")
@@ -217,17 +216,18 @@ def choose_redundancy(runs: list[Run]) -> tuple[str | None, str | None]:
 
 def _reason_against(source: str, runs: list[Run]) -> str | None:
     """Why a source does not serve for all runs; None if it does."""
-    for run in runs:
+    for number, run in enumerate(runs):
         if source not in run.redundancy:
             return f"{run.name} has none in {REPORT if source == REPORT else f'the last epoch of {LOG}'}"
-        ours, theirs, last = runs[0].redundancy[source], run.redundancy[source], run.records[-1]["epoch"]
+        theirs, last = run.redundancy[source], run.records[-1]["epoch"]
         if theirs.epoch != last:
             epoch = "an unknown epoch" if theirs.epoch is None else f"epoch {theirs.epoch}"
             return f"the {source} of {run.name} is of {epoch}, not of its last, {last}"
         for name, text in PROVENANCE.items():
-            values = ours.provenance[name], theirs.provenance[name]
-            is_unknown = name == "files" and None in values  # to a version without environment.json
-            if values[0] != values[1] and not is_unknown:
+            know = [one for one in runs[: number + 1] if one.redundancy[source].provenance[name] is not None]
+            first = know[0] if know and name in MAY_LACK else runs[0]
+            values = first.redundancy[source].provenance[name], theirs.provenance[name]
+            if values[0] != values[1] and not (name in MAY_LACK and None in values):
                 values = [*map(text.format, values)]
-                return f"in {source}, {runs[0].name} was measured on {values[0]}, {run.name} on {values[1]}"
+                return f"in {source}, {first.name} was measured on {values[0]}, {run.name} on {values[1]}"
     return None

@@ -4,7 +4,8 @@ import re
 import statistics
 from collections.abc import Callable, Iterable
 
-from diversity.measures import measures_of, summary_measures
+from diversity.function_level import FunctionMeasure, function_summaries
+from diversity.measures import Measure, measures_of, summary_measures
 
 LATEX_SYMBOLS = {"±": r"$\pm$", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "|": r"\textbar{}"}
 ONE_COLUMN = 45  # characters of a row that fit into one of the two columns of a page
@@ -92,13 +93,19 @@ def _latex_number(text: str) -> str:
     return re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", number)
 
 
+def known_measures() -> dict[str, tuple[Measure | FunctionMeasure, str]]:
+    """{name in a report's summary: its measure, and the layers, matrices or parts it is of}."""
+    return summary_measures() | function_summaries()
+
+
 def comparison(configurations: dict[str, list[dict]], notes: list[str]) -> str:
     """The Markdown of analyze.py: summaries with the differences from the first configuration; notes; layers, matrices.
 
     Numbers are means over the reports of a configuration's runs, and standard deviations of a sample.
     """
-    (first_name, (first_report, *_)), *_ = configurations.items()
-    known = {name: entry for name, entry in summary_measures().items() if name in first_report["summary"]}
+    first_name, *_ = configurations
+    in_all = set.intersection(*({*report["summary"]} for reports in configurations.values() for report in reports))
+    known = {name: entry for name, entry in known_measures().items() if name in in_all}
     columns, baseline = {"measure": [measure.label(place) for measure, place in known.values()]}, None
     for name, reports in configurations.items():
         values = [[report["summary"][key] for report in reports] for key in known]

@@ -1,0 +1,105 @@
+"""The figure of function-level measures: accuracies without a part of the model, probes by layer, the patch probe."""
+
+import textwrap
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from reports.figures import curve_styles, panels
+
+CURVES = {
+    ("heads", "least_important"): "Heads removed,\nleast important first",
+    ("heads", "random"): "Heads removed,\nin random order",
+    ("blocks", "skipped"): "A block skipped",
+    ("tokens", "random"): "Patch tokens dropped,\nat random",
+    ("tokens", "most_similar"): "Patch tokens dropped,\nmost similar first",
+    ("tokens", "least_attended"): "Patch tokens dropped,\nleast attended first",
+    ("knn", "layers"): "k-NN on training images ↑",
+    ("probe", "layers"): "Linear probe on training images ↑",
+}
+"""{(measure, key of its value): title of its panel}."""
+XLABELS = {
+    "heads": "fraction of all heads",
+    "blocks": "block",
+    "tokens": "fraction of an image's patch tokens",
+    "knn": "layer (0: input of block 0)",
+    "probe": "layer (0: input of block 0)",
+}
+BARS = {"all": "probe,\nall patches", "pasted": "probe,\npasted", "head": "own head,\nall patches"}
+
+
+def function_level(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
+    """Top-1 accuracies of each configuration, a panel for each curve of `CURVES` and one for the patch probe.
+
+    A curve or bar is the mean over the runs; its band or line reaches from the least to the greatest. A measure that
+    does not apply to a model is left out. `configurations` is {name: the reports of its runs}, each with "function".
+    """
+    figure, axes = panels(3, 3, 11, 9.4)
+    styles = [style for style, _ in zip(styles or curve_styles(), configurations, strict=False)]
+    functions = [[report["function"] for report in reports] for reports in configurations.values()]
+    for axis, ((measure, key), title) in zip(axes.flat, CURVES.items(), strict=False):
+        drawn = [_draw(axis, style, of_runs, measure, key) for style, of_runs in zip(styles, functions, strict=True)]
+        if not any(drawn):
+            axis.text(0.5, 0.5, "does not apply", transform=axis.transAxes, ha="center", color="#555555")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(XLABELS[measure])
+        if measure in ("heads", "tokens"):
+            axis.xaxis.set_major_formatter(PercentFormatter(1))
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for line in axes:
+        line[0].set_ylabel("top-1 accuracy, percent")
+    for axis in axes[:2].flat:
+        axis.sharey(axes[0, 0])  # what is left of the accuracy of the complete model
+    axes[2, 0].sharey(axes[2, 1])
+    _draw_patches(axes[2, 2], styles, functions)
+    for axis in axes.flat:
+        axis.set_ylim(bottom=0)
+    handles = [Line2D([], [], **style) for style in styles]
+    labels = [
+        textwrap.fill(name + (f" (mean and range of {len(reports)} runs)" if len(reports) > 1 else ""), 50)
+        for name, reports in configurations.items()
+    ]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    return figure
+
+
+def _draw(axis: Axes, style: dict, functions: list[dict], measure: str, key: str) -> bool:
+    """Draw the mean and the range of a curve over runs, None as a gap; returns whether there was one to draw."""
+    values = [function.get(measure) and function[measure][key] for function in functions]
+    if None in values:
+        return False
+    values = np.array(values, dtype=float)
+    x = functions[0][measure].get("fractions", range(values.shape[1]))
+    axis.plot(x, values.mean(axis=0), **style, marker="o", markersize=3)
+    if len(values) > 1:
+        axis.fill_between(x, values.min(axis=0), values.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
+    return True
+
+
+def _draw_patches(axis: Axes, styles: list[dict], functions: list[list[dict]]):
+    """Bars of the patch probe, and lines of the two baselines, which are the same for all models of equal data."""
+    axis.set_title("Patch probe: whose patch is it? ↑", fontsize=10)
+    axis.set_xticks(range(len(BARS)), BARS.values())
+    axis.grid(False, axis="x")
+    width, baselines = 0.8 / len(functions), {}
+    for number, (style, of_runs) in enumerate(zip(styles, functions, strict=True)):
+        values = [function.get("patch_probe") for function in of_runs]
+        if None in values:
+            continue
+        baselines = {"most of image": values[0]["majority"], "chance": values[0]["chance"]}
+        for place, key in enumerate(BARS):
+            of_key = [value[key] for value in values]
+            if None not in of_key:
+                x, mean = place + (number - (len(functions) - 1) / 2) * width, np.mean(of_key)
+                axis.bar(x, mean, 0.9 * width, color=style["color"], hatch="" if style["linestyle"] == "-" else "//")
+                axis.plot([x, x], [min(of_key), max(of_key)], color="black", linewidth=0.8)
+    for text, value in baselines.items():
+        axis.axhline(value, color="#555555", linewidth=0.9, linestyle=":")
+        axis.annotate(text, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8,
+                      color="#555555")  # fmt: skip
+    if not baselines:
+        axis.text(0.5, 0.5, "does not apply", transform=axis.transAxes, ha="center", color="#555555")
