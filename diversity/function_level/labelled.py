@@ -74,9 +74,8 @@ class LabelledImages:
             raise ValueError(f"the {self.words} need one integer label for each image; got {tuple(labels.shape)}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
             wrong = labels[(labels < 0) | (labels >= self.num_classes)][0]
-            raise ValueError(
-                f"the {self.words} have the label {wrong}, but the classes are 0 to {self.num_classes - 1}"
-            )
+            classes = f"the classes of the model are 0 to {self.num_classes - 1}"
+            raise ValueError(f"the {self.words} have the label {wrong}, but {classes}")
         return images, labels.long()
 
 

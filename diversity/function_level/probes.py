@@ -34,7 +34,7 @@ def knn(model, backbone, train, test, num_classes):
         chunks = [(_units(features(images)), labels) for _, images, labels in test]
         labels = torch.cat([of_chunk for _, of_chunk in chunks])
         queries = [_joined(layer) for layer in zip(*(units for units, _ in chunks), strict=True)]
-        nearest = [None if layer is None else _Nearest(layer) for layer in queries]
+        nearest = [None if layer is None else Nearest(layer) for layer in queries]
         for _, images, of_bank in train:
             for layer, units in zip(nearest, _units(features(images)), strict=True):
                 if layer is not None:
@@ -97,7 +97,7 @@ def layer_features(model: nn.Module, backbone: Backbone) -> Iterator[Callable[[t
         yield features
 
 
-class _Nearest:
+class Nearest:
     """The training images nearest to each query, from a stream; memory does not grow with their number."""
 
     def __init__(self, queries: torch.Tensor):

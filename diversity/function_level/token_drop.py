@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..hooks import ModelHooks
+from ..remedies import REMEDIES
 from .ablation import rounded
 from .labelled import hits, percent
 from .registry import NotMeasured, function_measure
@@ -74,10 +75,13 @@ def middle_block(model: nn.Module, backbone: Backbone) -> int:
     """
     biases = [getattr(block.attn, "relative_position_bias_table", None) for block in backbone.blocks]
     biases.append(getattr(model, "rel_pos_bias", None))
+    keeps_first = [name for name in getattr(model, "remedies", ()) if "first_values" in REMEDIES[name].reads]
     if hasattr(backbone.blocks[0], "window_size"):
         reason = "its windows need every patch of the grid"
     elif any(bias is not None for bias in biases):
         reason = "its relative position bias needs every patch of the grid"
+    elif keeps_first:
+        reason = f"its remedy {keeps_first[0]} needs every token of the first block in the later ones"
     elif len(backbone.blocks) < 2:
         reason = "it has a single block"
     elif math.prod(backbone.grid) < 2:
