@@ -14,6 +14,7 @@ from . import circuit_terms  # isort: skip
 from .backbones import WEIGHT_GROUPS, TapError
 from .classification import MIXING_BALANCES, MIXING_WHERE
 from .cross_entropy import token_cross_entropy
+from .function_level import FUNCTION_MEASURES, measure_function
 from .loss import DiverseLoss
 from .measures import MEASURES, Measure
 from .mixing import MixedTarget, PatchMixup, patch_lam
@@ -27,6 +28,7 @@ from .taps import TAPS, Tap, TapOutput
 
 __all__ = [
     "ALIASES",
+    "FUNCTION_MEASURES",
     "LEVELS",
     "MEASURES",
     "MIXING_BALANCES",
@@ -56,6 +58,7 @@ __all__ = [
     "embedding",
     "markdown_table",
     "measurable",
+    "measure_function",
     "measure_redundancy",
     "patch_lam",
     "regularizer",

@@ -5,13 +5,13 @@ from statistics import fmean
 from typing import NamedTuple
 
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from datasets import DataOptions, loader_settings
-from diversity.function_level import FUNCTION_MEASURES, function_summaries, measure_function
+from diversity.function_level import FUNCTION_MEASURES, measure_function
 from pipeline.images import ReadableImages
 from pipeline.labelled import known_labels, spread_sample
-from pipeline.sources import build_source, find_classes, labels_by_name
+from pipeline.sources import build_source, find_classes, find_source, labels_by_name
 from pipeline.transforms import build_transform
 from pipeline.workers import StoppableLoader
 from reports.subjects import Subject
@@ -52,11 +52,13 @@ class LabelledData(NamedTuple):
     Attributes:
         test: a loader of validation images.
         train: a loader of training images without augmentation; None where there are none.
+        num_classes: of their labels.
         words: what they are; runs are compared where it is the same.
     """
 
     test: DataLoader
     train: DataLoader | None
+    num_classes: int
     words: str
 
 
@@ -66,34 +68,35 @@ def labelled_data(subject: Subject, world: World, options: FunctionOptions) -> L
     Raises:
         SystemExit: the validation images have no labels, or can be read only as a stream.
     """
-    test, files = _loader(subject, world, options.test_images, is_training=False)
+    source = find_source(subject.data.data_set)
+    if source.is_stream or not source.has_labels:
+        lacks = "reads images by their number, and it is a stream" if source.is_stream else "needs labels"
+        raise SystemExit(f"error: --data-set {subject.data.data_set} does not serve --function-level, which {lacks}")
+    test, num_classes, files = _loader(subject, world, options.test_images, is_training=False)
     words = f"{len(test.dataset)} validation images (files {files})"
     try:
-        train, files = _loader(subject, world, options.probe_images, is_training=True)
+        train, _, files = _loader(subject, world, options.probe_images, is_training=True)
     except SystemExit as error:
         print(f"{subject.run}: k-NN and linear probes are not measured: {str(error).removeprefix('error: ')}")
-        return LabelledData(test, None, words)
-    return LabelledData(test, train, f"{words} and {len(train.dataset)} training images (files {files})")
+        return LabelledData(test, None, num_classes, words)
+    return LabelledData(test, train, num_classes, f"{words} and {len(train.dataset)} training images (files {files})")
 
 
-def _loader(subject: Subject, world: World, count: int, is_training: bool) -> tuple[DataLoader, str]:
-    """A loader of images of a split, preprocessed as in validation, and the digest of the split's files."""
+def _loader(subject: Subject, world: World, count: int, is_training: bool) -> tuple[DataLoader, int, str]:
+    """A loader of images of a split, preprocessed as in validation; the number of classes; the digest of the files."""
     options: DataOptions = subject.data
     source = build_source(options, is_training)
-    if isinstance(source, IterableDataset):
-        raise SystemExit(f"error: --function-level reads images by their number; --data-set {options.data_set} streams")
     num_classes, names = find_classes(options, None, source)
-    if num_classes < 2:
-        raise SystemExit(f"error: --function-level needs labels of two classes; --data-set {options.data_set} has one")
     labels = []
     if subject.classes and names and subject.classes != names:
         labels = labels_by_name(names, subject.classes, is_training=False)
+    num_classes = options.num_classes or len(subject.classes) or num_classes
     transform = build_transform(options, is_training=False)
     images = ReadableImages(source, transform, options.max_bad_images if is_training else 0, labels=labels)
     chosen = Subset(images, spread_sample(known_labels(source), len(source), count, SEED))
     settings = loader_settings(options, world, is_training=False)
     loader = StoppableLoader(chosen, batch_size=options.batch_size, **settings)
-    return loader, digest(source, options.data_set, options.data_path)
+    return loader, num_classes, digest(source, options.data_set, options.data_path)
 
 
 def add_function(report: dict, subject: Subject, model: nn.Module, data: LabelledData):
@@ -102,16 +105,8 @@ def add_function(report: dict, subject: Subject, model: nn.Module, data: Labelle
     Raises:
         SystemExit: labels that do not fit the model.
     """
-    classifier = model.get_classifier()
-    published = getattr(model, "pretrained_cfg", {}).get("num_classes")
-    outputs = getattr(classifier, "out_features", None)
-    if subject.file is None and subject.seed is None and published not in (None, outputs):
-        print(
-            f"{subject.run}: the head of {outputs} classes has initial weights, as the published one has {published}; "
-            "only k-NN and probes say something"
-        )
     with errors_of(f"{subject.run}, --function-level:"):
-        function = measure_function(model, data.test, data.train, seed=SEED)
+        function = measure_function(model, data.test, data.train, num_classes=data.num_classes, seed=SEED)
     report["function"] = function
     report["summary"] |= function["summary"]
     for reason in function["not_measured"].values():
@@ -120,10 +115,22 @@ def add_function(report: dict, subject: Subject, model: nn.Module, data: Labelle
 
 
 def console_line(function: dict) -> str:
-    """The summary of the function-level measures on one line, in percent."""
-    known = function_summaries()
-    texts = [f"{known[name][0].label(known[name][1])} {value:.1f}" for name, value in function["summary"].items()]
-    return ", ".join(text.replace(" ↑", "") for text in texts) + " (percent)"
+    """The most telling numbers of the function-level measures, in percent; the table has all of them."""
+    short = {
+        "function_accuracy": "accuracy",
+        "function_heads_50": "without the least important half of the heads",
+        "function_tokens_50_random": "without a random half of the patch tokens",
+        "function_knn_last": "k-NN",
+        "function_probe_last": "linear probe",
+        "function_patch_probe": "patch probe",
+    }
+    numbers = function["summary"]
+    texts = [f"{text} {numbers[name]:.1f} %" for name, text in short.items() if name in numbers]
+    if patches := function["patch_probe"]:
+        texts[-1] += (
+            f" (label of most patches {patches['majority']:.1f} %, most frequent label {patches['chance']:.1f} %)"
+        )
+    return ", ".join(texts)
 
 
 def function_tables(configurations: dict[str, list[dict]]) -> list[str]:
