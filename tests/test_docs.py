@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from families import build
 from helpers import REPOSITORY
 
 import diversity
@@ -172,6 +173,43 @@ def test_the_table_of_measures_is_the_registrys():
     assert measures_table() in (REPOSITORY / "docs" / "analysis.md").read_text()
 
 
+def test_the_table_of_remedies_is_the_registrys():
+    assert diversity.remedies_table() in (REPOSITORY / "docs" / "remedies.md").read_text()
+
+
+REFUSING = {
+    "ViT, DeiT": ("vit", "average", "registers", "distilled", "deit3", "layerscale"),
+    "ViTs with rotary embedding": ("eva02", "eva02_clip", "dinov3", "rope"),
+    "BEiT, and EVA": ("beit", "beit_shared", "eva"),
+    "Swin V1": ("swin", "swin_windows"),
+    "Swin V2": ("swinv2",),
+    "differential attention": ("differential",),
+}
+"""{beginning of a row of the models that refuse remedies: its models in families.py, or variants of its DeiT}"""
+
+VARIANTS = {"layerscale": {"init_values": 1e-5}, "differential": {"attn_layer": "diff"}}
+
+
+@pytest.mark.parametrize("models", REFUSING)
+def test_the_remedies_that_models_refuse_are_listed(models):
+    page = (REPOSITORY / "docs" / "remedies.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {models}")]
+    listed = re.findall(r"`(\w+)`", row.split("|")[2])
+    for name in REFUSING[models]:
+        model = build("deit", **VARIANTS[name]) if name in VARIANTS else build(name)
+        refused = []
+        for remedy in diversity.REMEDIES:
+            try:
+                diversity.apply_remedy(model, remedy).remove()
+            except diversity.RemedyError:
+                refused.append(remedy)
+        assert refused == listed, name
+
+
+def test_the_readme_counts_the_remedies():
+    assert "applies eleven of these" in README.read_text() and len(diversity.REMEDIES) == 11
+
+
 def test_the_table_of_data_sets_is_the_registrys():
     assert sources.markdown_table() in (REPOSITORY / "docs" / "data.md").read_text()
 
@@ -212,7 +250,12 @@ def test_every_example_runs(example):
 
 
 def test_the_readme_has_an_example():
-    assert [name for name, _ in EXAMPLES] == ["README.md", "docs/your-own-loop.md", "docs/your-own-loop.md"]
+    assert [name for name, _ in EXAMPLES] == [
+        "README.md",
+        "docs/remedies.md",
+        "docs/your-own-loop.md",
+        "docs/your-own-loop.md",
+    ]
 
 
 def test_the_cost_model_is_arithmetic():
