@@ -117,6 +117,14 @@ def test_it_begins_as_the_stock_model_where_the_formula_says_so(remedy):
     assert is_stock == ("where the model equals the stock model" in REMEDIES[remedy].doc)
 
 
+def test_learned_weights_of_values_begin_at_the_settings():
+    weights = {"value_residual_first": 0.8, "value_residual_own": 0.3}
+    fixed, learned = build(), build()
+    apply_remedy(fixed, "value_residual", **weights)
+    apply_remedy(learned, "value_residual", value_residual_learnable=True, **weights)
+    torch.testing.assert_close(learned(images()), fixed(images()))
+
+
 @pytest.mark.parametrize("remedy", ["xsa", "ortho_residual", "contranorm"])
 def test_vectors_of_length_zero_have_finite_gradients(remedy):
     model = build().float()

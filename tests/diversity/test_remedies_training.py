@@ -51,7 +51,8 @@ def test_taps_see_the_softmax_and_the_changed_tokens():
 
 def results(model, *batches, call=None):
     """Gradients and buffers after the forward passes of several batches and then their backward passes."""
-    for loss in [((call or model)(batch) * torch.arange(5.0).double()).sum() for batch in batches]:
+    call = model if call is None else call
+    for loss in [(call(batch) * torch.arange(5.0).double()).sum() for batch in batches]:
         loss.backward()
     assert model.remedies._kept == {}
     return gradients(model), dict(model.named_buffers())
@@ -81,6 +82,17 @@ def test_blocks_that_do_not_follow_each_other_are_reported():
     model = with_remedies(build(), {"neutreno": {}})
     with pytest.raises(RuntimeError, match="the input of block 1 is not the output of block 0"):
         model.blocks[1](torch.zeros(1, 17, 24, dtype=torch.float64))
+
+
+def test_a_hook_that_changes_the_input_of_blocks():
+    """As the one that passes tokens from block to block in bfloat16."""
+    found = []
+    for changed in (False, True):
+        model = build()
+        for block in model.blocks if changed else ():
+            block.register_forward_pre_hook(lambda block, inputs: (inputs[0].clone(),))
+        found.append(with_remedies(model, {"value_residual": {}, "neutreno": {}})(images()))
+    assert torch.equal(*found)
 
 
 def test_reentrant_checkpointing_is_reported():
