@@ -13,7 +13,8 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of an import; see `run_command`
 
-from reports.study_table import DEFAULT_MEASURES, write_table
+from reports.chosen_measures import DEFAULT_MEASURES
+from reports.study_table import write_table
 from training.parsing import Parser
 from utils import run_command
 
@@ -26,12 +27,18 @@ def main(argv: list[str] | None = None):
     add("--format", choices=("markdown", "latex", "csv"), default="markdown", help="default: markdown")
     add("--measures", nargs="*", metavar="NAME", help=f"of redundancy; default: {' '.join(DEFAULT_MEASURES)}")
     add("--baseline", default="plain", metavar="CONFIGURATION", help="to compare with; default: plain")
+    add("--pairwise", action="store_true",
+        help="also compare each configuration with each other one; as csv, these pairs are the table")  # fmt: skip
+    add("--mcnemar", action="store_true",
+        help="also compare runs of one seed image by image (predictions.npz); as csv, these are the table")  # fmt: skip
     add("--curves", type=Path, metavar="FILE.png", help="draw training curves, also as PDF; default: none")
     add("--output", type=Path, metavar="FILE", help="write the table there; default: print it")
     args = parser.parse_args(argv)
     if args.curves and args.curves.suffix != ".png":
         parser.error(f"--curves needs a file that ends in .png; got {args.curves}")
-    write_table(args.out, args.format, args.measures, args.baseline, args.output, args.curves)
+    write_table(
+        args.out, args.format, args.measures, args.baseline, args.output, args.curves, args.pairwise, args.mcnemar
+    )
 
 
 if __name__ == "__main__":

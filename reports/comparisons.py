@@ -97,6 +97,16 @@ def by_configuration(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return {run.configuration: rows[run.configuration] for run in runs}
 
 
+def row_values(runs: list[Run], source: str | None, names: Iterable[str]) -> dict[str, dict[str, list[float]]]:
+    """{name: {configuration: values of its finished runs that have one}}, for `names` of `Run.values`."""
+    of_runs = [(run.configuration, run.values(source)) for run in runs if not run.problem]
+    rows = [*by_configuration(runs)]
+    return {
+        name: {row: [v[name] for owner, v in of_runs if owner == row and v.get(name) is not None] for row in rows}
+        for name in names
+    }
+
+
 def compared(runs: list[Run], owner: str = "all runs") -> str:
     """What comparable runs have in common."""
     values = {}

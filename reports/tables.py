@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterable
 from diversity.function_level import FunctionMeasure, function_summaries
 from diversity.measures import Measure, measures_of, summary_measures
 
-LATEX_SYMBOLS = {"±": r"$\pm$", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "|": r"\textbar{}"}
+LATEX_SYMBOLS = {
+    "±": r"$\pm$",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+    "|": r"\textbar{}",
+    "<": "$<$",
+    "≥": r"$\geq$",
+}
 ONE_COLUMN = 45  # characters of a row that fit into one of the two columns of a page
 
 

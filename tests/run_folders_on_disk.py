@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import table
-from reports import study_table
+from reports import chosen_measures
 
 
 def make_run(folder, seed=0, acc1=90.0, ema=None, epochs=2, done=None, finished=True, last=None, **flags):
@@ -56,11 +56,13 @@ def start(folder, data=None, **values):
 
 def redundancy(*values):
     """The first of the default measures, as a record of log.txt has them."""
-    measures = {f"redundancy_{name}": value for name, value in zip(study_table.DEFAULT_MEASURES, values, strict=False)}
+    measures = {
+        f"redundancy_{name}": value for name, value in zip(chosen_measures.DEFAULT_MEASURES, values, strict=False)
+    }
     return measures | {"redundancy_images": 64}
 
 
-def report(folder, value=0.25, measure=study_table.DEFAULT_MEASURES[0], **measured_on):
+def report(folder, value=0.25, measure=chosen_measures.DEFAULT_MEASURES[0], **measured_on):
     """A redundancy.json as analyze.py leaves it in a run folder of two epochs."""
     on = {"data_set": "CIFAR10", "split": "test", "input_size": 224, "images": 512, "weights": "EMA", "epoch": 1}
     content = {"summary": {measure: value}, "measured_on": on | measured_on}

@@ -6,12 +6,13 @@ import statistics
 
 import pandas as pd
 import pytest
+import scipy.stats
 from helpers import run_process
 from run_folders_on_disk import error_of, make_run, redundancy, squeezed, tabulated
 
 import table
 from diversity.measures import summary_measures
-from reports import figures, run_folders, study_table, tables
+from reports import figures, rows, run_folders, tables
 
 
 @pytest.fixture
@@ -28,27 +29,43 @@ def study(tmp_path):
 
 
 MARKDOWN = """\
-| configuration   | n | top-1 raw, % ↑           | top-1 EMA, % ↑       | images/s |
-| --------------- | - | ------------------------ | -------------------- | -------- |
-| plain           | 2 | 90.50 ± 0.71             | **91.25 ± 0.35**     | 100      |
-| broken (failed) | 0 | -                        | -                    | -        |
-| emb_cos         | 2 | **92.25 ± 0.35** (+1.75) | 91.00 ± 0.00 (-0.25) | 100      |
+| configuration   | n | top-1 raw, % ↑                                        | top-1 EMA, % ↑                      \
+              | images/s |
+| --------------- | - | ----------------------------------------------------- | \
+------------------------------------------------- | -------- |
+| plain           | 2 | 90.50 ± 0.71                                          | **91.25 ± 0.35**                    \
+              | 100      |
+| broken (failed) | 0 | -                                                     | -                                   \
+              | -        |
+| emb_cos         | 2 | **92.25 ± 0.35** (+1.75 [-1.71, 5.21], p 0.13, n. s.) | 91.00 ± 0.00 (-0.25 [-3.43, 2.93], \
+p 0.50, n. s.) | 100      |
 
-| configuration   | n | token cosine, last layer ↓  | absolute token cosine, last layer ↓ | \
-effective rank, last layer ↑ | head cosine, first block ↓ | condition number, q k v ↓ | absolute row cosine, q k v ↓ |
-| --------------- | - | --------------------------- | ----------------------------------- | \
----------------------------- | -------------------------- | ------------------------- | ---------------------------- |
-| plain           | 2 | 0.550 ± 0.071               | **0.600 ± 0.000**                   | \
-41.0 ± 1.4                   | 0.0500 ± 0.0000            | **2000 ± 0**              | 0.0250 ± 0.0071              |
-| broken (failed) | 0 | -                           | -                                   | \
--                            | -                          | -                         | -                            |
-| emb_cos         | 2 | **-0.200 ± 0.000** (-0.750) | 0.620 (+0.020, n = 1)               | \
-**52.0** (+11.0, n = 1)      | 0.0500 (0.0000, n = 1)     | 2100 (+100, n = 1)        | **0.0100** (-0.0150, n = 1)  |
+| configuration   | n | token cosine, last layer ↓                            | absolute token cosine, last layer ↓ \
+| effective rank, last layer ↑ |
+| --------------- | - | ----------------------------------------------------- | ----------------------------------- \
+| ---------------------------- |
+| plain           | 2 | 0.550 ± 0.071                                         | **0.600 ± 0.000**                   \
+| 41.0 ± 1.4                   |
+| broken (failed) | 0 | -                                                     | -                                   \
+| -                            |
+| emb_cos         | 2 | **-0.200 ± 0.000** (-0.750 [-1.385, -0.115], p 0.042) | 0.620 (+0.020, n = 1)               \
+| **52.0** (+11.0, n = 1)      |
 
-- mean ± standard deviation of a sample of n runs (difference from the mean of plain); the best in bold
+| configuration   | n | head cosine, first block ↓ | condition number, q k v ↓ | absolute row cosine, q k v ↓ |
+| --------------- | - | -------------------------- | ------------------------- | ---------------------------- |
+| plain           | 2 | 0.0500 ± 0.0000            | **2000 ± 0**              | 0.0250 ± 0.0071              |
+| broken (failed) | 0 | -                          | -                         | -                            |
+| emb_cos         | 2 | 0.0500 (0.0000, n = 1)     | 2100 (+100, n = 1)        | **0.0100** (-0.0150, n = 1)  |
+
+- mean ± standard deviation of a sample of n runs; the best mean in bold
+- in parentheses the difference from the mean of plain [its 95 % confidence interval] and its p-value, by Welch's t \
+for unequal variances, not corrected for their number
+- n. s. = not significant: p ≥ 0.05
+- no interval and no p-value: fewer than two runs on a side, or no deviation between runs
+- warning: fewer than 3 runs, too few to conclude anything from a difference: plain (n = 2), emb_cos (n = 2)
 - all runs: data DIGITS, epochs 2
-- redundancy: measured after the last epoch on data set DIGITS, split validation, the first 64 images, \
-32 pixels wide, raw weights (log.txt)
+- redundancy: measured after the last epoch on data set DIGITS, split validation, the first 64 images, 32 pixels \
+wide, raw weights (log.txt)
 - --lr differs: 0.0005 in plain, emb_cos; 1.0 in broken
 - files of the data, batches and effective rates are not compared: no environment.json in plain/seed0, plain/seed1, \
 broken/seed0, emb_cos/seed0 and 2 more
@@ -74,22 +91,25 @@ def test_the_latex_tables(study, capsys):
         r"\midrule",
         r"plain & 2 & 90.50 $\pm$ 0.71 &  & \textbf{91.25 $\pm$ 0.35} &  & 100 \\",
         r"broken (failed) & 0 & -- &  & -- &  & -- \\",
-        r"emb\_cos & 2 & \textbf{92.25 $\pm$ 0.35} & (+1.75) & 91.00 $\pm$ 0.00 & ($-$0.25) & 100 \\",
+        r"emb\_cos & 2 & \textbf{92.25 $\pm$ 0.35} & (+1.75 [$-$1.71, 5.21], p 0.13, n. s.) & 91.00 $\pm$ 0.00 "
+        r"& ($-$0.25 [$-$3.43, 2.93], p 0.50, n. s.) & 100 \\",
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{adjustbox}",
         r"\end{table*}",
     ]
-    second = lines[lines.index(r"\begin{tabular}{lr" + 6 * "r@{ }l" + "}") :]
+    second = lines[lines.index(r"\begin{tabular}{lr" + 3 * "r@{ }l" + "}") :]
     assert second[2].startswith(r" &  & token cosine &  & absolute token cosine &  & effective rank")
     assert squeezed(second[3]).endswith(
-        r" & first block $\downarrow$ & & q k v $\downarrow$ & & q k v $\downarrow$ & \\"
+        r" & last layer $\downarrow$ & & last layer $\downarrow$ & & last layer $\uparrow$ & \\"
     )
-    assert r"\textbf{$-$0.200 $\pm$ 0.000} & ($-$0.750) & 0.620 & (+0.020, n = 1)" in second[7]
-    assert all(row.count("&") == 13 and row.endswith(r" \\") for row in second[2:4] + second[5:8])
+    interval = r"($-$0.750 [$-$1.385, $-$0.115], p 0.042)"
+    assert rf"\textbf{{$-$0.200 $\pm$ 0.000}} & {interval} & 0.620 & (+0.020, n = 1)" in second[7]
+    assert all(row.count("&") == 7 and row.endswith(r" \\") for row in second[2:4] + second[5:8])
+    assert r"n. s. = not significant: p $\geq$ 0.05 \\" in lines
     assert lines[-4:] == [r"emb\_cos/seed2, unfinished: epoch 1 of 2 \\", r"\end{tabular}", "}", r"\end{table*}"]
     assert "**" not in "".join(lines)
-    assert len([line for line in lines if line.startswith(r"\end")]) == 7
+    assert len([line for line in lines if line.startswith(r"\end")]) == 10
 
 
 def test_a_narrow_latex_table_fits_into_a_column():
@@ -117,6 +137,10 @@ def test_the_csv_reads_back(study, capsys):
     assert table.loc["plain", "test_acc1_mean"] == 90.5
     assert table.loc["plain", "test_acc1_std"] == pytest.approx(statistics.stdev([90, 91]), rel=1e-15)
     assert table.loc["emb_cos", "test_acc1_difference"] == 1.75
+    test = scipy.stats.ttest_ind([92, 92.5], [90, 91], equal_var=False)
+    found = table.loc["emb_cos", ["test_acc1_low", "test_acc1_high", "test_acc1_p"]]
+    assert [*found] == pytest.approx([*test.confidence_interval(), test.pvalue], rel=1e-12)
+    assert table.loc["plain"].filter(regex="_(low|high|p)$").isna().all()
     assert table.loc["emb_cos", "embedding_token_cosine_last_mean"] == -0.2
     assert table.loc["emb_cos", "embedding_token_cosine_last_difference"] == pytest.approx(-0.75)
     assert table.loc["emb_cos", "embedding_effective_rank_last_n"] == 1
@@ -125,7 +149,7 @@ def test_the_csv_reads_back(study, capsys):
     counts = ["n", "unfinished", "failed", *(name for name in table if name.endswith("_n"))]
     assert table.loc["broken"].drop(counts).isna().all()
     assert "**" not in out and "↓" not in out
-    assert err.splitlines() == [line.removeprefix("- ") for line in MARKDOWN.splitlines()[-6:]]
+    assert err.splitlines() == [line.removeprefix("- ") for line in MARKDOWN.splitlines()[-7:]]
 
 
 def test_one_seed_has_no_deviation_and_one_configuration_no_best(tmp_path, capsys):
@@ -140,7 +164,7 @@ def test_without_the_baseline_nothing_is_subtracted(study, capsys):
     assert "palin" in err
     assert "_difference" not in tabulated(capsys, study, "--baseline", "palin", "--format", "csv").out
     out = tabulated(capsys, study, "--baseline", "emb_cos").out
-    assert "90.50 ± 0.71 (-1.75)" in out and "0.550 ± 0.071 (+0.750)" in out
+    assert "90.50 ± 0.71 (-1.75 [" in out and "0.550 ± 0.071 (+0.750 [" in out
     assert "difference from the mean of emb_cos" in out
 
 
@@ -174,8 +198,8 @@ def test_the_measures_shown_are_those_asked_for(study, capsys):
 def test_headings_best_values_and_digits(measure, heading, values, texts, tmp_path):
     for value, name in zip(values, "abc", strict=True):
         make_run(tmp_path / name, last={f"redundancy_{measure}": value})
-    statistics = study_table.statistics_table(run_folders.find_runs([tmp_path]), "log.txt", [measure], "a")
-    assert study_table.text_tables(statistics, [measure], "a")[1] == {
+    statistics = rows.statistics_table(run_folders.find_runs([tmp_path]), "log.txt", [measure], "a")
+    assert rows.text_tables(statistics, [measure], "a")[1] == {
         "configuration": [*"abc"],
         "n": ["1"] * 3,
         heading: texts,

@@ -6,7 +6,7 @@ import math
 import pytest
 from run_folders_on_disk import make_run, redundancy, report, tabulated
 
-from reports import run_folders, study_table
+from reports import chosen_measures, run_folders
 
 CHOSEN = (
     "redundancy: measured after the last epoch on data set CIFAR10, split test, the first 512 images, 224 pixels wide, "
@@ -19,7 +19,7 @@ LOGGED = (
 
 
 def chosen(out):
-    return study_table.choose_redundancy(run_folders.find_runs([out]))
+    return chosen_measures.choose_redundancy(run_folders.find_runs([out]))
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def measured(tmp_path):
 
 def test_the_report_is_chosen_where_all_finished_runs_have_it(measured, capsys):
     assert chosen(measured) == ("redundancy.json", CHOSEN)
-    out = tabulated(capsys, measured, "--measures", study_table.DEFAULT_MEASURES[0]).out
+    out = tabulated(capsys, measured, "--measures", chosen_measures.DEFAULT_MEASURES[0]).out
     assert f"- {CHOSEN}\n" in out
     assert out.count("| 0.250 ") == 2 and "0.500" not in out
 
@@ -59,7 +59,7 @@ def test_reports_that_were_measured_differently_are_not_used(change, reason, mea
     source, note = chosen(measured)
     assert source == "log.txt"
     assert note.startswith(f"{LOGGED}, as ") and reason in note
-    out = tabulated(capsys, measured, "--measures", study_table.DEFAULT_MEASURES[0]).out
+    out = tabulated(capsys, measured, "--measures", chosen_measures.DEFAULT_MEASURES[0]).out
     assert out.count("| 0.500 ") == 2 and "0.250" not in out
 
 
@@ -85,7 +85,7 @@ def test_sources_are_never_mixed(tmp_path, capsys):
     out, _ = tabulated(capsys, tmp_path)
     assert f"- {note}\n" in out and "cosine" not in out and out.count("| configuration ") == 1
     out, err = tabulated(capsys, tmp_path, "--format", "csv")
-    assert note in err.splitlines() and len(err.splitlines()) == 3 and "cosine" not in out
+    assert note in err.splitlines() and len(err.splitlines()) == 4 and "cosine" not in out
     assert "not in the table" not in tabulated(capsys, tmp_path, "--measures").out
 
 
@@ -95,7 +95,7 @@ def test_only_the_last_epoch_of_the_log_counts(tmp_path):
     first = json.dumps(json.loads(first) | redundancy(0.9, 0.9, 0.9))
     (folder / "log.txt").write_text(f"{first}\n{last}\n")
     (run,) = run_folders.find_runs([tmp_path])
-    assert run.redundancy["log.txt"].measures == {study_table.DEFAULT_MEASURES[0]: 0.5}
+    assert run.redundancy["log.txt"].measures == {chosen_measures.DEFAULT_MEASURES[0]: 0.5}
     (folder / "log.txt").write_text(f"{first}\n{json.dumps({'epoch': 1, 'train_loss': 1.0, 'test_acc1': 90.0})}\n")
     assert chosen(tmp_path) == (None, None)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 from run_folders_on_disk import error_of, make_run, squeezed, tabulated
 
-from reports import run_folders, study_table
+from reports import rows, run_folders
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_runs_are_found_once_and_sorted_as_people_count(tmp_path, capsys):
     make_run(tmp_path / "plain" / "seed0")
     runs = run_folders.find_runs([tmp_path, tmp_path / "plain"])
     assert [run.configuration for run in runs] == ["layers2", "layers10", "plain"]
-    assert [*study_table.statistics_table(runs, None, [], "plain").index] == ["plain", "layers2", "layers10"]
+    assert [*rows.statistics_table(runs, None, [], "plain").index] == ["plain", "layers2", "layers10"]
 
 
 def test_a_flag_that_an_earlier_version_did_not_have_is_at_its_default(tmp_path, capsys):
