@@ -16,7 +16,7 @@ import sys
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of an import; see `run_command`
 
-from diversity import TapError
+from diversity import MEASURES, TapError
 from pipeline.workers import loader_errors
 from reports.function_level import PROBE_IMAGES, TEST_IMAGES, function_options
 from reports.redundancy import analyze
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None):
         help=f"validation images of --function-level, of all classes; 0 = all (default: {TEST_IMAGES})")  # fmt: skip
     add("--probe-images", type=nonneg_int, metavar="N",
         help=f"training images of its k-NN and probes; 0 = all (default: {PROBE_IMAGES})")  # fmt: skip
+    add("--extra-measures", nargs="+", default=[], choices=[name for name, entry in MEASURES.items() if entry.optional],
+        metavar="NAME", help="measures that are off by default, as they take long: %(choices)s")  # fmt: skip
     add("--device", type=device_name, default="auto", help="auto, cuda or cpu")
     options, flags = parser.parse_known_args([with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
     settings = vars(options)

@@ -132,17 +132,22 @@ class Data:
         """Validation batches that every process has; one process may have an image more than another."""
         return math.ceil(self.num_val // world.size / self.val.batch_sampler.batch_size)
 
-    def first_val_images(self, count: int) -> torch.Tensor:
-        """The first validation images [n, 3, S, S], the same in every process; no random number is drawn."""
+    def first_val_batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first validation images [n, 3, S, S] and their labels [n], the same in every process.
+
+        No random number is drawn.
+        """
         if self.is_stream:
             with torch.random.fork_rng(devices=()):  # a loader draws a seed for its workers
                 num_batches = math.ceil(count / self.val.batch_sampler.batch_size)
-                return torch.cat([images for images, _ in itertools.islice(self.val, num_batches)])[:count]
+                parts = zip(*itertools.islice(self.val, num_batches), strict=True)
+                images, labels = (torch.cat(of_batches)[:count] for of_batches in parts)
+                return images, labels
         dataset = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
-        batch = default_collate([dataset[i] for i in range(min(count, len(dataset)))])
+        images, labels, *_ = default_collate([dataset[i] for i in range(min(count, len(dataset)))])
         if isinstance(self.val, Prefetcher):
-            [batch] = Prefetcher([batch], self.val.device, self.val.transform)
-        return batch[0]
+            [(images, labels)] = Prefetcher([(images, labels)], self.val.device, self.val.transform)
+        return images, labels
 
     @property
     def is_stream(self) -> bool:

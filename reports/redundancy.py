@@ -60,7 +60,8 @@ def draw_heads(
 
 def analyze(
     runs: list[str], names: list[str] | None, num_images: int, output_dir: str | None, ema: bool, layer: str,
-    image: int, overwrite: bool, flags: list[str], world: World, function_level: FunctionOptions | None = None,
+    image: int, overwrite: bool, extra_measures: list[str], flags: list[str], world: World,
+    function_level: FunctionOptions | None = None,
 ):  # fmt: skip
     """Measure every RUN and write reports, tables and figures; see the flags of analyze.py. `flags` are main.py's."""
     if world.size > 1:
@@ -102,14 +103,15 @@ def analyze(
             else:
                 own[subject.run] = subject.folder / REPORT
     configurations = {name: [] for name in names}
-    for name, subject, model, (batches, _, measured_on), of in zip(
+    for name, subject, model, (batches, classes, measured_on), of in zip(
         names, subjects, models, sources, labelled, strict=True
     ):
         first = next(batches, torch.empty(0))
+        samples = first if torch.is_tensor(first) else first[0]
         if not configurations[name]:
-            draw_heads(name, subject, model, first, image, layer, folder / f"heads_{files[name]}")
+            draw_heads(name, subject, model, samples, image, layer, folder / f"heads_{files[name]}")
         with errors_of(f"{subject.run} cannot be measured:"):
-            report = measure_redundancy(model, itertools.chain([first], batches))
+            report = measure_redundancy(model, itertools.chain([first], batches), classes, extra_measures)
         report = {"run": subject.run, "measured_on": measured_on} | report
         if of:
             add_function(report, subject, model, of)
@@ -154,12 +156,20 @@ def write_all(configurations: dict[str, list[dict]], notes: list[str], styles: l
     functions = function_tables(configurations)
     text = "\n\n".join([comparison(configurations, notes).rstrip("\n"), *functions]) + "\n"
     (output_dir / "redundancy.md").write_text(text, encoding="utf-8")
-    figures.save(redundancy_figures.redundancy_depth(configurations, styles), output_dir / "depth")
-    figures.save(redundancy_figures.weight_depth(configurations, styles), output_dir / "weights")
-    figures.save(redundancy_figures.weight_spectra(configurations, styles), output_dir / "spectra")
-    figures.save(redundancy_figures.variance(configurations, styles), output_dir / "variance")
+    drawn = {
+        "depth": redundancy_figures.redundancy_depth(configurations, styles),
+        "weights": redundancy_figures.weight_depth(configurations, styles),
+        "spectra": redundancy_figures.weight_spectra(configurations, styles),
+        "variance": redundancy_figures.variance(configurations, styles),
+    }
+    if reports[0]["circuit"]:
+        drawn["circuits"] = redundancy_figures.circuits(configurations, styles)
+    if reports[0]["cka"]:
+        drawn["cka"] = redundancy_figures.layer_similarity(configurations)
     if functions:
-        figures.save(function_figures.function_level(configurations, styles), output_dir / "function")
+        drawn["function"] = function_figures.function_level(configurations, styles)
+    for name, figure in drawn.items():
+        figures.save(figure, output_dir / name)
     print("\n\n".join(text.split("\n\n")[:2]))
-    drawn = f"depth, {'function, ' if functions else ''}heads, spectra, variance and weights"
-    print(f"written to {output_dir}: {REPORT}, redundancy.md, and the figures {drawn} (png, pdf)")
+    *names, last = sorted([*drawn, "heads"])
+    print(f"written to {output_dir}: {REPORT}, redundancy.md, and the figures {', '.join(names)} and {last} (png, pdf)")

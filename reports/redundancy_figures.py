@@ -22,22 +22,24 @@ HEADS_PER_LINE = 6
 
 
 def redundancy_depth(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
-    """The measures of embeddings over the layers, and below them those of attention over the blocks."""
-    levels = {level: measures_of(level) for level in ("embedding", "attention")}
-    lines = {level: math.ceil(len(measures) / MAX_COLUMNS) for level, measures in levels.items()}
-    columns = max(math.ceil(len(measures) / lines[level]) for level, measures in levels.items())
-    rows = sum(math.ceil(len(measures) / columns) for measures in levels.values())
+    """The measures of embeddings over the layers, and below them those of attention and MLPs over the blocks."""
+    places = {"layer (0: input of block 0)": ["embedding"], "block": ["attention", "mlp"]}
+    groups = {label: measured(_first_report(configurations), levels) for label, levels in places.items()}
+    columns = max(math.ceil(len(group) / math.ceil(len(group) / MAX_COLUMNS)) for group in groups.values())
+    rows = sum(math.ceil(len(group) / columns) for group in groups.values())
     figure, axes = panels(rows, columns, 3 * columns, 2.7 * rows)
     figure.get_layout_engine().set(wspace=0.05)
     stages = _stages(configurations)
     free = iter(axes.flat)
-    for level, measures in levels.items():
-        for (key, measure), axis in zip(measures.items(), free, strict=False):
-            values = _of_runs(configurations, lambda report, level=level, key=key: report[level][key])
-            _draw_depth(axis, configurations, styles, values, [i + (level == "embedding") for i in stages], measure)
+    for label, group in groups.items():
+        for measure, axis in zip(group, free, strict=False):
+            values = _of_runs(configurations, lambda report, measure=measure: report[measure.level][measure.key])
+            borders = [i + (measure.level == "embedding") for i in stages]
+            _draw_depth(axis, configurations, styles, values, borders, measure)
             axis.set_title(_title(measure, width=28), fontsize=9)
-            axis.set(xlabel="layer (0: input of block 0)" if level == "embedding" else "block", ylabel=measure.unit)
-        for _ in range(-len(measures) % columns):
+            scale = " (log scale)" if measure.geometric else ""
+            axis.set(xlabel=label, ylabel=measure.unit + scale)
+        for _ in range(-len(group) % columns):
             next(free).remove()
     _legend_below(figure, axes[0, 0], configurations, "grey lines: stages" if stages else None)
     return figure
@@ -45,7 +47,8 @@ def redundancy_depth(configurations: dict[str, list[dict]], styles: list[dict] |
 
 def weight_depth(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
     """The measures of weights over the blocks, one row for each measure and one column for each matrix."""
-    matrices, measures = list(_first_report(configurations)["weight"]), measures_of("weight")
+    matrices = list(_first_report(configurations)["weight"])
+    measures = {measure.key: measure for measure in measured(_first_report(configurations), ["weight"])}
     rows, columns = len(measures), len(matrices)
     figure, axes = panels(rows, columns, 2.3 * columns + 0.6, 2 * rows, sharex=True, sharey="row")
     stages = _stages(configurations)
@@ -88,6 +91,55 @@ def weight_spectra(configurations: dict[str, list[dict]], styles: list[dict] | N
     blocks = "the blocks of the last stage" if len(first["stages"]) > 1 else "the blocks"
     figure.suptitle(f"Singular values; curve: geometric mean over {blocks}; band: least to greatest", fontsize=10)
     _legend_below(figure, axes[0, 0], configurations)
+    return figure
+
+
+def circuits(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
+    """The measures of QK and OV circuits over the blocks, and below them the spectra of a head's circuit.
+
+    A spectrum is the mean over heads and blocks (of the last stage of a Swin) and runs of singular values over the
+    largest.
+    """
+    first = _first_report(configurations)
+    measures = measured(first, ["circuit"])
+    figure, axes = panels(len(measures) + 1, len(first["circuit"]), 9, 2.7 * (len(measures) + 1), sharey="row")
+    stages = _stages(configurations)
+    for column, name in zip(axes.T, first["circuit"], strict=True):
+        column[0].set_title(f"{name.upper()} circuits")
+        for axis, measure in zip(column, measures, strict=False):
+            values = _of_runs(configurations, lambda report, n=name, key=measure.key: report["circuit"][n][key])
+            _draw_depth(axis, configurations, styles, values, stages, measure)
+            axis.set_xlabel("block")
+        spectra = _of_runs(
+            configurations,
+            lambda report, n=name: np.mean(report["circuit_spectra"][n][report["stages"][-1] :], axis=0),
+        )
+        _draw_curves(column[-1], configurations, styles, spectra, start=1)
+        column[-1].set(xlabel="singular value, number", ylim=(0, None))
+    for axis, measure in zip(axes[:, 0], measures, strict=False):
+        axis.set_ylabel(_title(measure, width=22))
+    axes[-1, 0].set_ylabel("singular value\nover the largest")
+    _legend_below(figure, axes[0, 0], configurations, "grey lines: stages" if stages else None)
+    return figure
+
+
+def layer_similarity(configurations: dict[str, list[dict]]) -> Figure:
+    """Linear CKA between all layers, one map for each configuration, the mean over its runs."""
+    columns = min(len(configurations), MAX_COLUMNS)
+    rows = math.ceil(len(configurations) / columns)
+    figure, axes = panels(rows, columns, 3.2 * columns + 1, 3.3 * rows)
+    for axis in axes.flat[len(configurations) :]:
+        axis.remove()
+    for axis, (name, reports) in zip(axes.flat, configurations.items(), strict=False):
+        maps = np.array([report["cka"] for report in reports], dtype=float)
+        image = axis.imshow(maps.mean(axis=0), vmin=0, vmax=1, cmap="viridis", origin="lower")
+        several = f" (mean of {len(reports)} runs)" if len(reports) > 1 else ""
+        axis.set_title(textwrap.fill(name + several, 34), fontsize=9)
+        axis.set(xlabel="layer (0: input of block 0)", ylabel="layer")
+        axis.grid(False)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, shrink=0.8).set_label("linear CKA of mean patch tokens")
     return figure
 
 
@@ -148,6 +200,14 @@ def attention_heads(
         figure.colorbar(image, ax=axes[row, -1], shrink=0.8).set_label("attention\n(colour: square root)", fontsize=8)
     figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=10)
     return figure
+
+
+def measured(report: dict, levels: list[str]) -> list[Measure]:
+    """The measures of some levels that a report has."""
+    keys = {level: set(report.get(level, ())) for level in levels}
+    for level in ("weight", "circuit"):
+        keys[level] = {key for of_matrix in report.get(level, {}).values() for key in of_matrix}
+    return [measure for level in levels for key, measure in measures_of(level).items() if key in keys[level]]
 
 
 def _of_runs(configurations: dict[str, list[dict]], read: Callable[[dict], list]) -> list[list]:

@@ -61,12 +61,12 @@ class Images(NamedTuple):
     """The first images of a validation set.
 
     Attributes:
-        batches: of at most `count` images in all.
+        batches: of at most `count` images in all, with labels in tuples where the data has labels.
         num_classes: of the data.
         measured_on: what two runs must have in common to be compared.
     """
 
-    batches: Iterator[torch.Tensor]
+    batches: Iterator[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
     num_classes: int
     measured_on: dict
 
@@ -200,8 +200,9 @@ def images(subject: Subject, world: World, num_images: int, kind: str = "raw") -
 
     def stream():
         left = count
-        for samples, _ in data.val:
-            yield samples[:left].to(world.device)
+        for samples, labels in data.val:
+            batch = samples[:left].to(world.device), labels[:left].to(world.device)
+            yield batch if data.has_labels else batch[0]
             left -= len(samples)
             if left <= 0:
                 return

@@ -128,30 +128,43 @@ def comparison(configurations: dict[str, list[dict]], notes: list[str]) -> str:
     blocks = [markdown_table(columns), _list(notes)]
     for name, reports in configurations.items():
         runs = f", mean of {len(reports)} runs" if len(reports) > 1 else ""
-        heading = f"{name}, {reports[0]['images']} images{runs}: tokens by layer, attention by block"
-        blocks += [heading, markdown_table(_by_layer(reports))]
-        blocks += [f"{name}{runs}: weights by block and matrix", markdown_table(_by_matrix(reports))]
+        blocks += [f"{name}, {reports[0]['images']} images{runs}: tokens by layer", markdown_table(_by_layer(reports))]
+        blocks += [f"{name}{runs}: attention and MLPs by block", markdown_table(_by_block(reports))]
+        for level, heading in (("weight", "weights by block and matrix"), ("circuit", "circuits of heads by block")):
+            if reports[0][level]:
+                blocks += [f"{name}{runs}: {heading}", markdown_table(_by_matrix(reports, level))]
     return "\n\n".join(blocks) + "\n"
 
 
 def _by_layer(reports: list[dict]) -> dict[str, list[str]]:
     layers = range(len(reports[0]["variance"]))
     columns = {"layer": [str(layer) for layer in layers], "block before": ["-", *map(str, layers[:-1])]}
-    for level in ("embedding", "attention"):
-        before = [] if level == "embedding" else ["-"]  # layer 0 is the input of the first block
-        for key, measure in measures_of(level).items():
-            of_runs = zip(*(report[level][key] for report in reports), strict=True)
-            columns[measure.label()] = [*before, *map(_mean, of_runs)]
-    return columns
+    return columns | _columns(reports, "embedding")
 
 
-def _by_matrix(reports: list[dict]) -> dict[str, list[str]]:
-    spectra = reports[0]["spectra"]
-    depth = max(map(len, spectra.values()), default=0)
-    rows = [(i, name) for i in range(depth) for name in spectra if i < len(spectra[name])]
-    columns = {"block": [str(i) for i, _ in rows], "matrix": [name for _, name in rows]}
-    for key, measure in measures_of("weight").items():
-        columns[measure.label()] = [_mean([report["weight"][name][key][i] for report in reports]) for i, name in rows]
+def _by_block(reports: list[dict]) -> dict[str, list[str]]:
+    blocks = range(len(reports[0]["variance"]) - 1)
+    return {"block": [*map(str, blocks)]} | _columns(reports, "attention") | _columns(reports, "mlp")
+
+
+def _columns(reports: list[dict], level: str) -> dict[str, list[str]]:
+    """{heading: texts} of the measures of a level over layers or blocks."""
+    measures = [measure for key, measure in measures_of(level).items() if key in reports[0][level]]
+    values = [zip(*(report[level][measure.key] for report in reports), strict=True) for measure in measures]
+    return {measure.label(): [*map(_mean, of_runs)] for measure, of_runs in zip(measures, values, strict=True)}
+
+
+def _by_matrix(reports: list[dict], level: str) -> dict[str, list[str]]:
+    """The measures of weights by block and matrix, or of circuits by block and kind."""
+    names = reports[0][level]
+    depth = len(reports[0]["variance"]) - 1
+    keys = [key for key in measures_of(level) if any(key in of_name for of_name in names.values())]
+    rows = [(i, name) for i in range(depth) for name, of_name in names.items() if i < len(of_name[keys[0]])]
+    kind = "matrix" if level == "weight" else level
+    columns = {"block": [str(i) for i, _ in rows], kind: [name for _, name in rows]}
+    for key in keys:
+        texts = [_mean([report[level][name][key][i] for report in reports]) for i, name in rows]
+        columns[measures_of(level)[key].label()] = texts
     return columns
 
 

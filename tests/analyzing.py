@@ -40,10 +40,10 @@ def numbers(report):
 
 
 def measured(model, num_images=256, flags=TINY):
-    """`measure_redundancy` of a model on the first validation images of the digits."""
+    """`measure_redundancy` of a model on the first validation images of the digits and their labels."""
     data = build_data(data_options(*flags), world())
-    samples = torch.cat([batch for batch, _ in data.val])[:num_images]
-    return measure_redundancy(model, [samples])
+    samples, labels = (torch.cat(parts)[:num_images] for parts in zip(*data.val, strict=True))
+    return measure_redundancy(model, [(samples, labels)], data.num_classes)
 
 
 def small_model(name="deit_tiny_patch16_224", weights=None, depth=2):

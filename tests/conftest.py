@@ -63,7 +63,8 @@ def undrawn(monkeypatch):
     """No figure of redundancy is drawn."""
     from reports import figures, redundancy_figures
 
-    for name in ("redundancy_depth", "weight_depth", "weight_spectra", "variance", "attention_heads"):
+    names = ("redundancy_depth", "weight_depth", "weight_spectra", "variance", "circuits", "layer_similarity")
+    for name in (*names, "attention_heads"):
         monkeypatch.setattr(redundancy_figures, name, lambda *args: None)
     monkeypatch.setattr(figures, "save", lambda figure, path: None)
 

@@ -46,7 +46,7 @@ def test_a_run_folder(runs, tmp_path, capsys, unsaved):
     analyze.main([str(tmp_path / "run"), "--num-images", "40", "--device", "cpu"])
     written = {path.name: path for path in (tmp_path / "run").iterdir() if path.name not in before}
     assert written.keys() == {"redundancy.json", "redundancy.md"}
-    names = ("depth", "heads_run", "spectra", "variance", "weights")
+    names = ("circuits", "cka", "depth", "heads_run", "spectra", "variance", "weights")
     assert {*unsaved} == {tmp_path / "run" / name for name in names}
     report = json.loads(written["redundancy.json"].read_text())
     assert numbers(report) == measured(small_model(weights=loaded(runs / "plain" / checkpoint.LAST)), 40)
@@ -178,8 +178,9 @@ def test_exactly_so_many_images_are_streamed(num_images, batch_size):
     options = data_options("--batch-size", batch_size, "--eval", "--resume", "none.pth")
     subject = subjects.Subject("", None, None, None, {}, options, [])
     stream, num_classes, measured_on = subjects.images(subject, world(), num_images)
-    every = torch.cat([samples for samples, _ in build_data(options, world()).val])
-    assert torch.equal(torch.cat([*stream]), every[: num_images or 360]) and num_classes == 10
+    every = [torch.cat(parts) for parts in zip(*build_data(options, world()).val, strict=True)]
+    streamed = [torch.cat(parts) for parts in zip(*stream, strict=True)]
+    assert all(map(torch.equal, streamed, (part[: num_images or 360] for part in every))) and num_classes == 10
     assert measured_on["images"] == min(num_images or 360, 360)
 
 
@@ -197,8 +198,7 @@ def compared(runs, tmp_path_factory):
 
 def rows_of(table):
     """{first text: the other texts} of each row of a Markdown table."""
-    rows = [[text.strip() for text in line.strip("|").split("|")] for line in table.strip().splitlines()]
-    return {first: others for first, *others in (rows[0], *rows[2:])}
+    return {first: others for first, *others in lines_of(table)}
 
 
 def test_the_table_of_two_configurations_has_their_differences(compared):
@@ -225,30 +225,45 @@ def test_the_table_of_two_configurations_has_their_differences(compared):
 def test_every_layer_and_matrix_is_in_a_table(compared):
     folder, configurations = compared
     _, _, *parts = (folder / "redundancy.md").read_text().split("\n\n")
-    assert parts[::4] == [
-        "plain, 50 images: tokens by layer, attention by block",
-        "mine, 50 images, mean of 2 runs: tokens by layer, attention by block",
+    headings, tables = parts[::2], [lines_of(table) for table in parts[1::2]]
+    assert headings == [
+        "plain, 50 images: tokens by layer",
+        "plain: attention and MLPs by block",
+        "plain: weights by block and matrix",
+        "plain: circuits of heads by block",
+        "mine, 50 images, mean of 2 runs: tokens by layer",
+        "mine, mean of 2 runs: attention and MLPs by block",
+        "mine, mean of 2 runs: weights by block and matrix",
+        "mine, mean of 2 runs: circuits of heads by block",
     ]
-    for layers, matrices, reports in zip(parts[1::4], parts[3::4], configurations.values(), strict=True):
-        rows = rows_of(layers)
-        columns = [measure for level in ("embedding", "attention") for measure in measures_of(level).values()]
-        assert rows.pop("layer") == ["block before", *(measure.label() for measure in columns)]
-        assert {layer: row[0] for layer, row in rows.items()} == {"0": "-", "1": "0", "2": "1"}
-        for k, measure in enumerate(columns, 1):
-            runs = [[None] * (measure.level == "attention") + r[measure.level][measure.key] for r in reports]
-            assert [row[k] for row in rows.values()] == [mean_text(values) for values in zip(*runs, strict=True)]
-        texts_of = [[text.strip() for text in line.strip("|").split("|")] for line in matrices.splitlines()]
-        assert texts_of[0] == [
-            "block",
-            "matrix",
-            *(measure.label() for measure in measures_of("weight").values()),
-        ]
-        assert [row[:2] for row in texts_of[2:]] == [
-            [str(i), name] for i in range(2) for name in ("q", "k", "v", "proj", "fc1", "fc2")
-        ]
-        for i, name, *texts in texts_of[2:]:
-            weight = [report["weight"][name] for report in reports]
-            assert texts == [mean_text([of_run[m][int(i)] for of_run in weight]) for m in measures_of("weight")]
+    for of_one, reports in zip((tables[:4], tables[4:]), configurations.values(), strict=True):
+        (layers, blocks, matrices, circuits), first = of_one, reports[0]
+        tokens = [measure for key, measure in measures_of("embedding").items() if key in first["embedding"]]
+        others = [*measures_of("attention").values(), *measures_of("mlp").values()]
+        assert layers[0] == ["layer", "block before", *(measure.label() for measure in tokens)]
+        assert [row[:2] for row in layers[1:]] == [["0", "-"], ["1", "0"], ["2", "1"]]
+        assert blocks[0] == ["block", *(measure.label() for measure in others)]
+        assert [row[0] for row in blocks[1:]] == ["0", "1"]
+        for table, measures, start in ((layers, tokens, 2), (blocks, others, 1)):
+            for k, measure in enumerate(measures, start):
+                runs = [report[measure.level][measure.key] for report in reports]
+                assert [row[k] for row in table[1:]] == [mean_text(values) for values in zip(*runs, strict=True)]
+        for table, level, names in (
+            (matrices, "weight", ("q", "k", "v", "proj", "fc1", "fc2")),
+            (circuits, "circuit", ("qk", "ov")),
+        ):
+            kind = {"weight": "matrix"}.get(level, level)
+            assert table[0] == ["block", kind, *(measure.label() for measure in measures_of(level).values())]
+            assert [row[:2] for row in table[1:]] == [[str(i), name] for i in range(2) for name in names]
+            for i, name, *texts in table[1:]:
+                values = [report[level][name] for report in reports]
+                assert texts == [mean_text([of_run[m][int(i)] for of_run in values]) for m in measures_of(level)]
+
+
+def lines_of(table):
+    """The texts of a Markdown table, line by line, without the line below the headings."""
+    lines = [[text.strip() for text in line.strip("|").split("|")] for line in table.strip().splitlines()]
+    return [lines[0], *lines[2:]]
 
 
 def mean_text(values):
@@ -257,7 +272,7 @@ def mean_text(values):
 
 def test_several_runs_leave_figures_and_a_report_each(compared, runs):
     folder, configurations = compared
-    names = ("depth", "heads_plain", "heads_mine", "spectra", "variance", "weights")
+    names = ("circuits", "cka", "depth", "heads_plain", "heads_mine", "spectra", "variance", "weights")
     drawn = {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert {path.name for path in folder.iterdir()} == {"redundancy.json", "redundancy.md", *drawn}
     for name in drawn:

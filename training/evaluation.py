@@ -58,19 +58,19 @@ class RedundancyMonitor:
     """
 
     def __init__(self, every: int, model: nn.Module, name: str, data: Data, world: World, draw: Callable):
-        self.every, self.model, self.draw, self.images = every, model, draw, None
+        self.every, self.model, self.draw, self.batch, self.num_classes = every, model, draw, None, data.num_classes
         if every:
             with errors_of(f"--redundancy-every cannot measure --model {name}:"):
                 measurable(model)
             if world.is_main:
-                self.images = data.first_val_images(REDUNDANCY_IMAGES).to(world.device)
+                self.batch = tuple(part.to(world.device) for part in data.first_val_batch(REDUNDANCY_IMAGES))
 
     def measure(self, epoch: int, is_last: bool, log: RunLog, step: int) -> dict[str, float]:
         """Means over the layers of what analyze.py measures, for the epoch's record; `log` gets a figure of them."""
-        if self.images is None or not ((epoch + 1) % self.every == 0 or is_last):
+        if self.batch is None or not ((epoch + 1) % self.every == 0 or is_last):
             return {}
         try:
-            report = measure_redundancy(self.model, [self.images])
+            report = measure_redundancy(self.model, [self.batch], self.num_classes)
         except ValueError as error:
             log.print(f"epoch {epoch}: redundancy is not measured: {error}")
             return {}

@@ -81,7 +81,7 @@ def test_evaluation_is_that_of_the_float_path(ranks, tmp_path):
     assert ours.common_val_batches(world(0, ranks)) == theirs.common_val_batches(world(0, ranks))
     before = torch.get_rng_state()
     for count in (3, 20, 100):
-        torch.testing.assert_close(ours.first_val_images(count), theirs.first_val_images(count), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.first_val_batch(count), theirs.first_val_batch(count), rtol=0, atol=1e-6)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -94,7 +94,7 @@ def test_streams_are_those_of_the_float_path(tmp_path):
     assert len([*ours.batches(1, 3)]) == ours.num_steps - 3
     assert_same(ours.val, theirs.val, rtol=0, atol=1e-6)
     for count in (1, 4, 9):
-        torch.testing.assert_close(ours.first_val_images(count), theirs.first_val_images(count), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.first_val_batch(count), theirs.first_val_batch(count), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -105,9 +105,9 @@ def test_mean_and_deviation_are_those_of_the_float_path(size, tmp_path):
     ours, theirs = build(*words), build(*words, "--no-prefetcher")
     assert_same(normalised(ours.batches(0, 0), mean, std), theirs.batches(0, 0), rtol=0, atol=3e-6)
     assert_same(ours.val, theirs.val, rtol=0, atol=3e-6)
-    torch.testing.assert_close(ours.first_val_images(20), theirs.first_val_images(20), rtol=0, atol=3e-6)
+    torch.testing.assert_close(ours.first_val_batch(20), theirs.first_val_batch(20), rtol=0, atol=3e-6)
     image = transforms.ToTensor()(Image.open(tmp_path / "val" / "cat" / "0.png").resize((size, size), Image.BICUBIC))
-    squared = build(*words, "--crop-pct", 1).first_val_images(1)[0]
+    squared = build(*words, "--crop-pct", 1).first_val_batch(1)[0][0]
     expected = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(squared, expected, rtol=0, atol=3e-6)
 

@@ -1,15 +1,24 @@
 """The figures of redundancy: what is drawn, read back from the axes."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from diversity import MEASURES
-from diversity.measures import Measure, measures_of
-from reports.redundancy_figures import redundancy_depth, variance, weight_depth, weight_spectra
+from diversity.measures import measures_of
+from reports.redundancy_figures import (
+    circuits,
+    layer_similarity,
+    redundancy_depth,
+    variance,
+    weight_depth,
+    weight_spectra,
+)
 
 MATRICES = ["q", "k", "v", "proj", "fc1", "fc2"]
+CIRCUITS = ["qk", "ov"]
 SWIN = [0, 2, 4, 10]
 
 
@@ -21,7 +30,11 @@ def make_report(seed, stages=(0,), depth=4, width=6):
         "stages": list(stages),
         "embedding": {key: list(generator.random(depth + 1)) for key in measures_of("embedding")},
         "attention": {key: list(generator.random(depth)) for key in measures_of("attention")},
+        "mlp": {key: list(generator.random(depth)) for key in measures_of("mlp")},
         "weight": {m: {key: list(generator.random(depth) + 1) for key in measures_of("weight")} for m in MATRICES},
+        "circuit": {c: {key: list(generator.random(depth)) for key in measures_of("circuit")} for c in CIRCUITS},
+        "circuit_spectra": {c: [sorted(generator.random(3), reverse=True) for _ in widths] for c in CIRCUITS},
+        "cka": generator.random((depth + 1, depth + 1)).tolist(),
         "variance": [list(generator.dirichlet(np.ones(width))) for width in [widths[0], *widths]],
         "spectra": {m: [sorted(generator.random(n) + 0.1, reverse=True) for n in widths] for m in MATRICES},
     }
@@ -46,7 +59,7 @@ def borders_of(axis):
 
 def depth_panels(figure):
     """{(level, key): axis} of `redundancy_depth`, in the order in which they are drawn."""
-    places = [(level, key) for level in ("embedding", "attention") for key in measures_of(level)]
+    places = [(level, key) for level in ("embedding", "attention", "mlp") for key in measures_of(level)]
     return dict(zip(places, figure.axes, strict=True))
 
 
@@ -73,8 +86,9 @@ def more_measures(monkeypatch):
     for level, count in {"embedding": 3, "attention": 2, "weight": 1}.items():
         for i in range(count):
             name = f"{level}_new_{i}"
-            registry[name] = Measure(name, level, f"new measure {i}", "unit", "lower", level == "weight", (), "", None)
-    monkeypatch.setattr("diversity.measures.MEASURES", registry)
+            new = {"name": name, "heading": f"new measure {i}", "unit": "unit", "geometric": level == "weight"}
+            registry[name] = dataclasses.replace(MEASURES["token_cosine"], level=level, **new)
+    monkeypatch.setattr("diversity.measures.registry.MEASURES", registry)
 
 
 def assert_apart(figure):
@@ -94,11 +108,12 @@ def test_every_measure_has_a_panel_however_many_there_are(more_measures):
     assert_apart(figure)
     for (level, key), axis in panels.items():
         assert on_one_line(axis.get_title()) == title_of(measures_of(level)[key])
-        assert axis.get_ylabel() == measures_of(level)[key].unit
+        scale = " (log scale)" if measures_of(level)[key].geometric else ""
+        assert axis.get_ylabel() == measures_of(level)[key].unit + scale
         np.testing.assert_allclose(curves_of(axis)["all"][1], configurations["all"][0][level][key])
     below = {level: {panels[level, key].get_subplotspec().rowspan.start for key in measures_of(level)}
-             for level in ("embedding", "attention")}  # fmt: skip
-    assert max(below["embedding"]) < min(below["attention"])
+             for level in ("embedding", "attention", "mlp")}  # fmt: skip
+    assert max(below["embedding"]) < min(below["attention"]) and max(below["attention"]) <= min(below["mlp"])
     weights = weight_panels(figure := weight_depth(configurations))
     assert_apart(figure)
     axis = weights["new_0", "q"]
@@ -113,7 +128,8 @@ def test_depth_curves_are_means_over_runs_with_their_range():
         runs = np.array([report[level][measure] for report in configurations["all"]])
         x, y = drawn["all (mean and range of 3 runs)"]
         assert list(x) == list(range(5 if level == "embedding" else 4))
-        np.testing.assert_allclose(y, runs.mean(axis=0))
+        is_log = measures_of(level)[measure].geometric
+        np.testing.assert_allclose(y, np.exp(np.log(runs).mean(axis=0)) if is_log else runs.mean(axis=0))
         np.testing.assert_allclose(drawn["plain"][1], configurations["plain"][0][level][measure])
         (band,) = axis.collections  # none for a single run
         bounds = band_of(band)
@@ -164,14 +180,14 @@ def test_weights_are_drawn_for_each_matrix():
         assert bool(axis.get_ylabel()) is (matrix == "q")
         left = figure.axes[list(measures_of("weight")).index(measure) * 6]
         assert axis.get_ylim() == left.get_ylim()
-    assert "degrees" in figure.axes[18].get_ylabel() and figure.axes[18].get_xlabel() == "block"
+    assert "degrees" in figure.axes[-6].get_ylabel() and figure.axes[-6].get_xlabel() == "block"
 
 
 def test_a_matrix_that_the_model_lacks_has_no_column():
     report = make_report(0)
     for key in ("weight", "spectra"):
         report[key] = {"proj": report[key]["proj"]}
-    assert len(weight_depth({"plain": [report]}).axes) == 4
+    assert len(weight_depth({"plain": [report]}).axes) == len(measures_of("weight"))
     assert len(weight_spectra({"plain": [report]}).axes) == 1
 
 
@@ -224,6 +240,33 @@ def test_spectra_of_a_swin_are_those_of_the_last_stage():
     assert len(y) == 6 * 8
 
 
+def test_circuits_are_drawn_with_their_spectra():
+    configurations = {"plain": [make_report(0)], "all": [make_report(1), make_report(2)]}
+    figure = circuits(configurations)
+    assert_apart(figure)
+    rows = np.array(figure.axes).reshape(-1, 2)
+    assert [axis.get_title() for axis in rows[0]] == ["QK circuits", "OV circuits"]
+    for column, name in zip(rows.T, CIRCUITS, strict=True):
+        for axis, key in zip(column, measures_of("circuit"), strict=False):
+            runs = np.array([report["circuit"][name][key] for report in configurations["all"]])
+            np.testing.assert_allclose(curves_of(axis)["all (mean and range of 2 runs)"][1], runs.mean(axis=0))
+        x, y = curves_of(column[-1])["plain"]
+        np.testing.assert_allclose(y, np.mean(configurations["plain"][0]["circuit_spectra"][name], axis=0))
+        assert list(x) == [1, 2, 3]
+    assert all(axis.get_ylabel() for axis in rows[:, 0])
+
+
+def test_similarity_of_layers_is_a_map_for_each_configuration():
+    configurations = {"plain": [make_report(0)], "all": [make_report(1), make_report(2)]}
+    figure = layer_similarity(configurations)
+    *maps, bar = figure.axes
+    assert [axis.get_title() for axis in maps] == ["plain", "all (mean of 2 runs)"] and "CKA" in bar.get_ylabel()
+    for axis, reports in zip(maps, configurations.values(), strict=True):
+        (image,) = axis.images
+        np.testing.assert_allclose(image.get_array(), np.mean([report["cka"] for report in reports], axis=0))
+        assert image.get_clim() == (0, 1)
+
+
 def test_variance_adds_up_shares_in_the_first_middle_and_last_layer():
     reports = [make_report(0, SWIN, depth=12), make_report(1, SWIN, depth=12)]
     figure = variance({"plain": reports})
@@ -239,7 +282,7 @@ def test_variance_adds_up_shares_in_the_first_middle_and_last_layer():
     assert "percent" in figure.axes[0].get_ylabel()
 
 
-@pytest.mark.parametrize("draw", [redundancy_depth, weight_depth, weight_spectra, variance])
+@pytest.mark.parametrize("draw", [redundancy_depth, weight_depth, weight_spectra, variance, circuits])
 def test_a_legend_lies_within_the_figure(draw):
     names = [f"_a configuration with quite a long name, such as --emb_contrast_cross_coef 0.{i}" for i in range(7)]
     figure = draw({name: [make_report(2 * i), make_report(2 * i + 1)] for i, name in enumerate(names)})
