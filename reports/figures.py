@@ -1,6 +1,8 @@
 """The style of every plot, and training curves. The figures of redundancy are in redundancy_figures.py."""
 
 import itertools
+import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +61,16 @@ def study_styles(folders: list[Path | None]) -> list[dict]:
 def panels(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
     """A figure of a size in inches, and its axes [rows, columns]."""
     return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
+
+
+def legend_below(figure: Figure, handles: list[Line2D], labels: list[str], title: str | None = None):
+    """A legend below all panels, for which the figure becomes higher, in as many columns as fit into its width."""
+    labels = [textwrap.fill(label, 60) for label in labels]
+    inches = 0.6 + 0.075 * max(len(line) for label in labels for line in label.splitlines())
+    ncols = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
+    lines = math.ceil(len(labels) / ncols) * max(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(figure.get_figheight() + 0.2 + 0.18 * lines + (0.2 if title else 0))
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, title=title)
 
 
 def save(figure: Figure, path: Path):

@@ -1,14 +1,12 @@
 """The figure of function-level measures: accuracies without a part of the model, probes by layer, the patch probe."""
 
-import textwrap
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from reports.figures import curve_styles, panels
+from reports.figures import curve_styles, legend_below, panels
 
 CURVES = {
     ("heads", "least_important"): "Heads removed,\nleast important first",
@@ -25,8 +23,8 @@ XLABELS = {
     "heads": "fraction of all heads",
     "blocks": "block",
     "tokens": "fraction of an image's patch tokens",
-    "knn": "layer (0: input of block 0)",
-    "probe": "layer (0: input of block 0)",
+    "knn": "layer (1: output of block 0)",
+    "probe": "layer (1: output of block 0)",
 }
 BARS = {"all": "probe,\nall patches", "pasted": "probe,\npasted", "head": "own head,\nall patches"}
 
@@ -37,7 +35,7 @@ def function_level(configurations: dict[str, list[dict]], styles: list[dict] | N
     A curve or bar is the mean over the runs; its band or line reaches from the least to the greatest. A measure that
     does not apply to a model is left out. `configurations` is {name: the reports of its runs}, each with "function".
     """
-    figure, axes = panels(3, 3, 11, 9.4)
+    figure, axes = panels(3, 3, 11, 9)
     styles = [style for style, _ in zip(styles or curve_styles(), configurations, strict=False)]
     functions = [[report["function"] for report in reports] for reports in configurations.values()]
     for axis, ((measure, key), title) in zip(axes.flat, CURVES.items(), strict=False):
@@ -47,7 +45,7 @@ def function_level(configurations: dict[str, list[dict]], styles: list[dict] | N
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(XLABELS[measure])
         if measure in ("heads", "tokens"):
-            axis.xaxis.set_major_formatter(PercentFormatter(1))
+            axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         else:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for line in axes:
@@ -60,10 +58,10 @@ def function_level(configurations: dict[str, list[dict]], styles: list[dict] | N
         axis.set_ylim(bottom=0)
     handles = [Line2D([], [], **style) for style in styles]
     labels = [
-        textwrap.fill(name + (f" (mean and range of {len(reports)} runs)" if len(reports) > 1 else ""), 50)
+        name + (f" (mean and range of {len(reports)} runs)" if len(reports) > 1 else "")
         for name, reports in configurations.items()
     ]
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
+    legend_below(figure, handles, labels)
     return figure
 
 
@@ -82,7 +80,8 @@ def _draw(axis: Axes, style: dict, functions: list[dict], measure: str, key: str
 
 def _draw_patches(axis: Axes, styles: list[dict], functions: list[list[dict]]):
     """Bars of the patch probe, and lines of the two baselines, which are the same for all models of equal data."""
-    axis.set_title("Patch probe: whose patch is it? ↑", fontsize=10)
+    axis.set_title("Patch probe ↑", fontsize=10)
+    axis.set_ylabel("accuracy over patches, percent")
     axis.set_xticks(range(len(BARS)), BARS.values())
     axis.grid(False, axis="x")
     width, baselines = 0.8 / len(functions), {}
@@ -90,7 +89,7 @@ def _draw_patches(axis: Axes, styles: list[dict], functions: list[list[dict]]):
         values = [function.get("patch_probe") for function in of_runs]
         if None in values:
             continue
-        baselines = {"most of image": values[0]["majority"], "chance": values[0]["chance"]}
+        baselines = {"label of\nmost patches": values[0]["majority"], "chance": values[0]["chance"]}
         for place, key in enumerate(BARS):
             of_key = [value[key] for value in values]
             if None not in of_key:
@@ -99,7 +98,7 @@ def _draw_patches(axis: Axes, styles: list[dict], functions: list[list[dict]]):
                 axis.plot([x, x], [min(of_key), max(of_key)], color="black", linewidth=0.8)
     for text, value in baselines.items():
         axis.axhline(value, color="#555555", linewidth=0.9, linestyle=":")
-        axis.annotate(text, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8,
-                      color="#555555")  # fmt: skip
+        place = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "color": "#555555"}
+        axis.annotate(text, (1.01, value), **place)
     if not baselines:
         axis.text(0.5, 0.5, "does not apply", transform=axis.transAxes, ha="center", color="#555555")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from diversity.measures import Measure, measures_of
-from reports.figures import curve_styles, panels
+from reports.figures import curve_styles, legend_below, panels
 
 MAX_COLUMNS = 5
 HEADS_PER_LINE = 6
@@ -289,11 +289,6 @@ def _title(measure: Measure, width: int) -> str:
 
 
 def _legend_below(figure: Figure, axis: Axes, configurations: dict[str, list[dict]], title: str | None = None):
-    """A legend below all panels, for which the figure becomes higher, in as many columns as fit into its width."""
+    """A legend below all panels, of the first curves of an axis."""
     handles = axis.lines[: len(configurations)]
-    labels = [textwrap.fill(line.get_label(), 60) for line in handles]  # matplotlib itself would leave out _old
-    inches = 0.6 + 0.075 * max(len(line) for label in labels for line in label.splitlines())
-    ncols = max(1, min(len(labels), int(figure.get_figwidth() / inches)))
-    lines = math.ceil(len(labels) / ncols) * max(label.count("\n") + 1 for label in labels)
-    figure.set_figheight(figure.get_figheight() + 0.2 + 0.18 * lines + (0.2 if title else 0))
-    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, title=title)
+    legend_below(figure, handles, [line.get_label() for line in handles], title)  # matplotlib would leave out _old
