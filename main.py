@@ -110,7 +110,7 @@ def train(args: Namespace, world: World, folder: Path | None):
     numbers |= {"precision": str(amp_dtype or torch.float32).removeprefix("torch.")}
     lines = [
         preprocessing_line(options),
-        f"fast path: {', '.join(build.fast_path(args, world, objective, data)) or 'off'}",
+        f"fast path: {', '.join(build.fast_path(args, world, diverse_loss, data)) or 'off'}",
         *(f"warning: {line}" for line in build.warnings(args, amp_dtype, lr, data.num_steps)),
     ]
     log = begin_run(folder, world, state, data, start, changes, flags, numbers, lines, "\n".join(filter(None, tables)))

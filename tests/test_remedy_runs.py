@@ -239,6 +239,30 @@ def test_analyze_measures_a_run_with_its_remedies(trained, plain, tmp_path, undr
     assert "the initial weights of seed 0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("remedy", "is_fused"), [("gfsa", True), ("reattention", False)])
+def test_a_run_says_whether_attention_is_fused(remedy, is_fused, capsys):
+    run_main(*SHORT, "--remedy", remedy, "--dry-run")
+    assert ("fast path: fused attention" in capsys.readouterr().out) == is_fused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "remedies",
+    [
+        ("attnscale", "xsa", "gfsa"),
+        ("value_residual", "neutreno", "contranorm", "ortho_residual"),
+        ("reattention", "laplacian", "centered", "featscale"),
+    ],
+    ids=" ".join,
+)
+def test_a_compiled_run_trains_as_an_eager_one(remedies, tmp_path):
+    for name, flag in (("eager", "--no-compile"), ("compiled", "--compile")):
+        run_main(*SHORT, "--remedy", *remedies, flag, "--output-dir", tmp_path / name)
+    eager, compiled = (log_of(tmp_path / name)[-1] for name in ("eager", "compiled"))
+    for column in ("train_loss", "train_emb_cos_within", "test_loss", "test_loss_ema"):
+        assert compiled[column] == pytest.approx(eager[column], rel=1e-4), column
+
+
 def test_two_ranks_take_the_steps_of_one_process(tmp_path):
     still = ("--mixup", 0, "--cutmix", 0, "--aa", "none", "--reprob", 0, "--drop-path", 0, "--hflip", 0)
     flags = (*SHORT, *SEVERAL, *still, "--opt", "sgd", "--lr", 0.05, "--epochs", 1)

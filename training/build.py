@@ -164,11 +164,11 @@ def has_static_graph(args: Namespace) -> bool:
     return args.static_graph and args.accum_steps == 1  # otherwise some passes do not synchronize gradients
 
 
-def fast_path(args: Namespace, world: World, objective: DiversityObjective, data: Data) -> list[str]:
+def fast_path(args: Namespace, world: World, loss_fn: DiverseLoss, data: Data) -> list[str]:
     """What makes this run fast, for the log."""
     features = {
-        "compiled": should_compile(args, world, objective),
-        "fused attention": args.fused_attn,
+        "compiled": should_compile(args, world, loss_fn.objective),
+        "fused attention": any(getattr(module, "fused_attn", False) for module in loss_fn.model.modules()),
         "fused optimizer": can_fuse(args.opt),
         "prefetcher": data.prefetcher is not None,
         "static graph": world.size > 1 and has_static_graph(args),
