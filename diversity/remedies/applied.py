@@ -118,7 +118,7 @@ class Remedies(nn.ModuleDict):
     def _leave_block(self, i: int, block: nn.Module, inputs, output: torch.Tensor | None):
         """Keep nothing; called also after an error, and then without output."""
         values = self._kept.get(("first_values", i))
-        if values is not None and output is not None:
+        if values is not None and output is not None and i + 1 < len(self._num_heads):
             setattr(output, FIRST_VALUES, values)
         for need in ("residual", "values", "first_values", "queries", "keys", "maps"):
             self._kept.pop((need, i), None)

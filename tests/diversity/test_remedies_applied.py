@@ -172,10 +172,12 @@ def test_nothing_is_kept_after_a_forward_pass_even_one_that_fails():
 def refused(error, model, name, **settings):
     """The message of an error, after checking that it is one line and that the model stays as it is."""
     before, hooked = [*model.state_dict()], hooks(model)
+    modules = [*model.modules()]
     with pytest.raises(error) as caught:
         apply_remedy(model, name, **settings)
     assert type(caught.value) is error
     assert [*model.state_dict()] == before and hooks(model) == hooked
+    assert all(now is then for now, then in zip(model.modules(), modules, strict=True))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
