@@ -143,17 +143,16 @@ def function_tables(configurations: dict[str, list[dict]]) -> list[str]:
         runs = f", mean of {len(reports)} runs" if len(reports) > 1 else ""
         words = reports[0]["measured_on"]["function"]
         blocks.append(f"{name}{runs}, function level: top-1 accuracies in percent, {words}")
-        blocks += [markdown_table(table) for table in (_by_fraction(functions), _by_layer(functions))]
-        patches = _mean_of(functions, "patch_probe")
-        if patches:
-            blocks.append(markdown_table(_patches(patches)))
+        of_measures = [_by_fraction(functions), _by_layer(functions), _patches(functions)]
+        blocks += [markdown_table(columns) for columns in of_measures if any(columns.values())]
     return blocks
 
 
 def _by_fraction(functions: list[dict]) -> dict[str, list[str]]:
     """Accuracies against the fraction of heads or patch tokens that were removed."""
     heads, tokens = _mean_of(functions, "heads"), _mean_of(functions, "tokens")
-    columns = {"removed": [f"{fraction:.0%}" for fraction in functions[0]["heads"]["fractions"]] if heads else []}
+    fractions = (heads or tokens or {"fractions": []})["fractions"]
+    columns = {"removed": [f"{100 * fraction:.0f} %" for fraction in fractions]}
     curves = {"heads, least important first": ("heads", "least_important"), "heads, random": ("heads", "random")}
     curves |= {f"tokens, {key.replace('_', ' ')} first": ("tokens", key) for key in ("most_similar", "least_attended")}
     curves["tokens, random"] = ("tokens", "random")
@@ -167,17 +166,19 @@ def _by_layer(functions: list[dict]) -> dict[str, list[str]]:
     """Accuracies by layer, and with the block in front of it skipped."""
     values = {name: _mean_of(functions, name) for name in ("blocks", "knn", "probe")}
     skipped = values["blocks"] and [None, *values["blocks"]["skipped"]]
-    columns = {"block skipped": skipped} | {name: values[name] and values[name]["layers"] for name in ("knn", "probe")}
+    columns = {"block before it skipped": skipped}
+    for name in ("knn", "probe"):
+        columns[FUNCTION_MEASURES[name].label()] = values[name] and values[name]["layers"]
     depth = max(len(column or ()) for column in columns.values())
-    headings = {"block skipped": "block before it skipped"} | {
-        n: FUNCTION_MEASURES[n].label() for n in ("knn", "probe")
-    }
-    return {"layer": [str(layer) for layer in range(depth)]} | {
-        headings[name]: _texts(column, depth) for name, column in columns.items()
-    }
+    texts = {heading: _texts(column, depth) for heading, column in columns.items()}
+    return {"layer": [str(layer) for layer in range(depth)]} | texts
 
 
-def _patches(patches: dict) -> dict[str, list[str]]:
+def _patches(functions: list[dict]) -> dict[str, list[str]]:
+    """Accuracies of the patch probe and its baselines; nothing where a run lacks it."""
+    patches = _mean_of(functions, "patch_probe")
+    if patches is None:
+        return {}
     rows = {
         "probe, all patches": "all",
         "probe, pasted patches": "pasted",
