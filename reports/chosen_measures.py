@@ -6,7 +6,7 @@ from reports.tables import known_measures
 from training.records import LOG
 
 DEFAULT_MEASURES = (
-    *("embedding_token_cosine_last", "embedding_token_abscosine_last", "embedding_effective_rank_last"),
+    *("embedding_token_cosine_last", "embedding_token_abscosine_last", "embedding_participation_ratio_last"),
     *("attention_head_cosine_first", "weight_condition_number_qkv", "weight_row_abscosine_qkv"),
 )
 

@@ -41,15 +41,15 @@ MARKDOWN = """\
 p 0.50, n. s.) | 100      |
 
 | configuration   | n | token cosine, last layer ↓                            | absolute token cosine, last layer ↓ \
-| effective rank, last layer ↑ |
+| participation ratio, last layer ↑ |
 | --------------- | - | ----------------------------------------------------- | ----------------------------------- \
-| ---------------------------- |
+| --------------------------------- |
 | plain           | 2 | 0.550 ± 0.071                                         | **0.600 ± 0.000**                   \
-| 41.0 ± 1.4                   |
+| 41.0 ± 1.4                        |
 | broken (failed) | 0 | -                                                     | -                                   \
-| -                            |
+| -                                 |
 | emb_cos         | 2 | **-0.200 ± 0.000** (-0.750 [-1.385, -0.115], p 0.042) | 0.620 (+0.020, n = 1)               \
-| **52.0** (+11.0, n = 1)      |
+| **52.0** (+11.0, n = 1)           |
 
 | configuration   | n | head cosine, first block ↓ | condition number, q k v ↓ | absolute row cosine, q k v ↓ |
 | --------------- | - | -------------------------- | ------------------------- | ---------------------------- |
@@ -99,7 +99,7 @@ def test_the_latex_tables(study, capsys):
         r"\end{table*}",
     ]
     second = lines[lines.index(r"\begin{tabular}{lr" + 3 * "r@{ }l" + "}") :]
-    assert second[2].startswith(r" &  & token cosine &  & absolute token cosine &  & effective rank")
+    assert second[2].startswith(r" &  & token cosine &  & absolute token cosine &  & participation ratio")
     assert squeezed(second[3]).endswith(
         r" & last layer $\downarrow$ & & last layer $\downarrow$ & & last layer $\uparrow$ & \\"
     )
@@ -143,7 +143,7 @@ def test_the_csv_reads_back(study, capsys):
     assert table.loc["plain"].filter(regex="_(low|high|p)$").isna().all()
     assert table.loc["emb_cos", "embedding_token_cosine_last_mean"] == -0.2
     assert table.loc["emb_cos", "embedding_token_cosine_last_difference"] == pytest.approx(-0.75)
-    assert table.loc["emb_cos", "embedding_effective_rank_last_n"] == 1
+    assert table.loc["emb_cos", "embedding_participation_ratio_last_n"] == 1
     assert [*table["unfinished"]] == [0, 0, 1] and [*table["failed"]] == [0, 1, 0]
     assert table.loc["plain", "images_per_s_mean"] == 100.5
     counts = ["n", "unfinished", "failed", *(name for name in table if name.endswith("_n"))]
