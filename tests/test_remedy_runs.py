@@ -1,16 +1,14 @@
 """Runs with remedies, and with those of stock timm: training, stopping, averaging, evaluating, exporting, comparing."""
 
-import json
-
 import pytest
 import timm
 import torch
 import yaml
+from analyzing import PLAIN_VIT, analyzed, measured, numbers, small_model
 from cutting import InputRecorder, content, cut_run, records
 from helpers import TINY, few_digits, log_of, parse, run_main
 from ranks import run_ranks
 
-import analyze
 import table
 from diversity import REMEDIES, apply_remedy
 from training import checkpoint
@@ -69,6 +67,11 @@ def stored(folder):
     return torch.load(folder / checkpoint.LAST, weights_only=True)
 
 
+def apply_several(model):
+    for name in SEVERAL[1:6]:
+        apply_remedy(model, name, **({"laplacian_heads": 1} if name == "laplacian" else {}))
+
+
 def test_remedies_are_trained_and_saved_beside_the_keys_of_the_stock_model(trained, plain):
     folder, weights = trained
     saved = stored(folder)["model"]
@@ -106,6 +109,7 @@ def test_the_average_equals_one_by_hand(trained):
 def test_a_stopped_run_ends_as_one_that_was_not_stopped(flags, trained, tmp_path, monkeypatch):
     whole = trained[0] if flags is SEVERAL else tmp_path / "whole"
     if flags is not SEVERAL:
+        flags = (*flags, "--epochs", 1)
         run_main(*SHORT, *flags, "--output-dir", whole)
     cut_run(monkeypatch, tmp_path / "run", (0, 2), flags=(*SHORT, *flags))
     assert content(tmp_path / "run") == content(whole)
@@ -140,8 +144,7 @@ def test_the_stock_keys_load_into_stock_timm(trained):
     model, saved = timm.create_model("deit_tiny_patch16_224", **size), stored(folder)["model"]
     missing, unexpected = model.load_state_dict(saved, strict=False)
     assert not missing and unexpected == [name for name in saved if name.startswith("remedies.")]
-    for name in SEVERAL[1:6]:
-        apply_remedy(model, name, **({"laplacian_heads": 1} if name == "laplacian" else {}))
+    apply_several(model)
     model.load_state_dict(saved)  # strictly
 
 
@@ -219,24 +222,22 @@ def test_runs_with_remedies_are_rows_of_one_table(trained, plain, tmp_path, caps
     assert "--model-kwargs reg_tokens differs: not set in plain, several; 4 in registers" in printed
 
 
-def test_analyze_measures_a_run_with_its_remedies(trained, plain, tmp_path, undrawn, capsys):
-    words = ["--num-images", "8", "--device", "cpu", "--output-dir", str(tmp_path)]
-    analyze.main([str(trained[0]), str(plain), *words])
-    cells = json.loads((tmp_path / "redundancy.json").read_text())["cells"]
-    with_remedies = {name: reports[0]["summary"] for name, reports in cells.items()}["several"]
-    weights = tmp_path / "weights.pth"
-    torch.save({name: v for name, v in stored(trained[0])["model"].items() if "remedies" not in name}, weights)
-    flags = ["--data-set", "DIGITS", "--model", "deit_tiny_patch16_224", "--input-size", "32", "--patch-size", "8"]
-    flags += ["--num-workers", "0", "--model-kwargs", *TINY[-3:]]
-    analyze.main([str(weights), *words, *flags])
-    without = json.loads((tmp_path / "redundancy.json").read_text())["summary"]
-    name = "embedding_token_cosine_last"
-    assert abs(with_remedies[name] - without[name]) > 1e-3
-    weight = "weight_row_abscosine_qkv"
-    assert with_remedies[weight] == pytest.approx(without[weight])
-    capsys.readouterr()
-    analyze.main(["random", *words, *flags, "--remedy", "xsa", "attnscale"])
-    assert "the initial weights of seed 0" in capsys.readouterr().out
+def test_analyze_measures_a_run_with_its_remedies(trained, tmp_path, undrawn):
+    report = analyzed(tmp_path, trained[0], "--num-images", 20)
+    model = small_model("deit_tiny_patch16_224_diverse")
+    apply_several(model)
+    model.load_state_dict(stored(trained[0])["model"])
+    assert numbers(report) == measured(model, 20)
+
+
+def test_analyze_measures_published_weights_with_a_remedy(tmp_path, undrawn):
+    model, path = small_model(), tmp_path / "published.pth"
+    torch.save(model.state_dict(), path)
+    overlay = f"pretrained_cfg_overlay={ {'file': str(path), 'num_classes': 10} }"
+    words = (*PLAIN_VIT, overlay, "--remedy", "xsa", "--num-images", 20)
+    report = analyzed(tmp_path, "deit_tiny_patch16_224", *words)
+    apply_remedy(model, "xsa")
+    assert numbers(report) == measured(model, 20)
 
 
 @pytest.mark.parametrize(("remedy", "is_fused"), [("gfsa", True), ("reattention", False)])
