@@ -14,6 +14,7 @@ from families import build
 from helpers import REPOSITORY
 
 import diversity
+from diversity.function_level import function_table
 from diversity.measures import measures_table
 from pipeline import sources
 from training import arguments
@@ -171,6 +172,7 @@ def test_the_table_of_taps_is_the_registrys():
 
 def test_the_table_of_measures_is_the_registrys():
     assert measures_table() in (REPOSITORY / "docs" / "analysis.md").read_text()
+    assert function_table() in (REPOSITORY / "docs" / "analysis.md").read_text()
 
 
 def test_the_table_of_remedies_is_the_registrys():

@@ -21,7 +21,7 @@ RANDOM_ORDERS = 3
 def accuracy(model, test):
     """Top-1 accuracy of the complete model on the test images.
 
-    Source: what the curves below start from.
+    Source: none; the curves below start from it.
     """
     right = sum(hits(model(images), labels) for _, images, labels in test)
     return {"accuracy": percent(right, test.count())}

@@ -35,7 +35,7 @@ class FunctionMeasure:
             `function_<name><suffix>` in a report's summary and in tables are.
         needs_head: whether it classifies with the model's own head.
         reads: names of its function's parameters.
-        doc: its docstring: the definition, and further paragraphs with range, source and differences.
+        doc: its docstring: the definition, and in the last paragraph its source and what differs from it.
         function: the decorated function.
     """
 
@@ -109,6 +109,6 @@ def function_table() -> str:
         paragraphs = [" ".join(part.split()).replace("|", r"\|") for part in entry.doc.split("\n\n")]
         source = next(part.removeprefix("Source: ") for part in paragraphs if part.startswith("Source: "))
         names = ", ".join(f"`{PREFIX}{entry.name}{suffix}`" for suffix in entry.summary)
-        definition = " ".join(part for part in paragraphs if not part.startswith(("Source: ", "Differs: ")))
+        definition = " ".join(part for part in paragraphs if not part.startswith("Source: "))
         rows.append(f"| `{entry.name}` | {entry.label()} | {names} | {definition} | {source} |")
     return "\n".join(rows)
