@@ -9,6 +9,8 @@ DEFAULT_MEASURES = (
     *("embedding_token_cosine_last", "embedding_token_abscosine_last", "embedding_participation_ratio_last"),
     *("attention_head_cosine_first", "weight_condition_number_qkv", "weight_row_abscosine_qkv"),
 )
+FORMER = {"embedding_participation_ratio_last": "embedding_effective_rank_last"}
+"""{a default measure: what earlier versions measured in its place, shown where no run has the default one}."""
 
 
 def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | None, list[str], list[str]]:
@@ -23,6 +25,8 @@ def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | Non
     if source is None:
         return None, [], [note or "redundancy: not in the table, as no finished run has any measures"]
     measured = {name for run in runs if not run.problem for name in run.redundancy[source].measures}
+    if names is None:
+        chosen = [FORMER[name] if name not in measured and FORMER.get(name) in measured else name for name in chosen]
     missing = [name for name in chosen if name not in measured]
     note += f"; it lacks {', '.join(missing)}" if missing else ""
     return source, [name for name in chosen if name in measured], [note]

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from diversity.measures import Measure, measures_of
 from reports.figures import curve_styles, legend_below, panels
@@ -254,9 +254,15 @@ def _draw_depth(
     curves = _draw_curves(axis, configurations, styles, rows, geometric=measure.geometric, marker="o", markersize=3)
     for first in borders:
         axis.axvline(first - 0.5, color="#777777", linewidth=0.9, zorder=0)
-    if all(np.isnan(curve).all() for curve in curves):
-        axis.text(0.5, 0.5, "nothing to compare", transform=axis.transAxes, ha="center", color="#555555")
     axis.set(xlim=(-0.5, max(map(len, curves)) - 0.5), yscale="log" if measure.geometric else "linear")
+    values = np.concatenate(curves)
+    if np.isnan(values).all():
+        axis.text(0.5, 0.5, "nothing to compare", transform=axis.transAxes, ha="center", color="#555555")
+        axis.yaxis.set_ticks([])
+    elif measure.geometric and np.nanmax(values) < 100 * np.nanmin(values):  # no powers of ten
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -114,3 +114,13 @@ def test_without_any_measure_there_is_no_note_unless_asked_for(tmp_path, capsys)
     assert "redundancy" not in tabulated(capsys, tmp_path).out
     out = tabulated(capsys, tmp_path, "--measures", "attention_row_std").out
     assert "- redundancy: not in the table, as no finished run has any measures\n" in out
+
+
+def test_runs_of_an_earlier_version_show_the_effective_rank(tmp_path, capsys):
+    for name in ("plain", "other"):
+        make_run(tmp_path / name, last=redundancy(0.5) | {"redundancy_embedding_effective_rank_last": 12.0})
+    out = tabulated(capsys, tmp_path).out
+    assert "| effective rank, last layer ↑ |" in out and "participation" not in out
+    make_run(tmp_path / "new", last=redundancy(0.5, 0.5, 7.0))
+    out = tabulated(capsys, tmp_path).out
+    assert "| participation ratio, last layer ↑ |" in out and "effective rank, last layer" not in out
