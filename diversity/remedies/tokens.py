@@ -32,8 +32,9 @@ class ContraNorm(nn.Module):
         ValueError: a setting out of its range.
 
     Source: Guo et al., ContraNorm: A Contrastive Learning Perspective on Oversmoothing and Beyond, ICLR 2023.
-    Differs: the released ViT module also has a learned scale, a second softmax over the other axis and unit tokens in
-        the product, all off by default. The norms it replaces are not in the released files, so the default is ours.
+    Differs: the released training script replaces every norm of a ViT, also the final one, which is never changed here.
+        Its module also has a learned scale, a second softmax over the other axis and unit tokens in the product, all
+        off by default.
     """
 
     def __init__(
