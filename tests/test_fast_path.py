@@ -58,6 +58,7 @@ MORE_OBJECTIVES = {
     **{name: dict(coefs=preset.coefs, **preset.settings) for name, preset in PRESETS.items()},
     "released, no smoothing, no mixing":
         dict(coefs=PRESETS["released"].coefs, smoothing=0.0, mixup=PatchMixup(0, 0, grid=(4, 4))),
+    "cut images only, with a schedule": dict(coefs={"mixing": 1.0}, mixing_where="cutmix", diversity_until=9),
     **{name: dict(coefs={name: term.coef or 1e-3}) for name, term in REGULARIZERS.items() if "grad" not in term.reads},
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from golden_inputs import normals
 from helpers import assert_equal
 from torch import nn
 
-from diversity import REGULARIZERS, DiverseLoss, PatchMixup, TappedViT
+from diversity import REGULARIZERS, DiverseLoss, PatchMixup, TappedViT, apply_remedy
 
 COEFS = {"mixing": 0.7, "emb_cos_within": 0.5, "attn_cos_within": 1e-4, "weight_mha_so": 0.01}
 LABELS = torch.tensor([0, 3, 4, 2])
@@ -23,14 +23,10 @@ def vit(**kwargs):
     return timm.create_model("deit_tiny_patch16_224", **size | kwargs)
 
 
-class TokenBatchNorm(nn.BatchNorm1d):
-    def forward(self, tokens):
-        return super().forward(tokens.mT).mT
-
-
 def with_random_numbers_and_buffers():
     model = vit(proj_drop_rate=0.1, drop_path_rate=0.2)
-    model.patch_embed.norm = TokenBatchNorm(24)
+    apply_remedy(model, "reattention")  # which has the running statistics of a BatchNorm
+    assert any(True for _ in model.buffers())
     return model
 
 
@@ -139,6 +135,17 @@ def test_small_gradients_survive_float16():
     with torch.autocast("cpu", torch.float16):
         half = loss_fn.gradient_norms(images, LABELS)["emb_cos_within"]
     assert half.item() == pytest.approx(full.item(), rel=0.02)
+
+
+def test_under_autocast_the_norm_is_that_of_a_training_step():
+    """Whose backward pass is outside of autocast."""
+    model, images = vit(), normals(1, 4, 3, 32, 32).float()
+    loss_fn = DiverseLoss(model, {})
+    with torch.autocast("cpu", torch.bfloat16):
+        norm = loss_fn.gradient_norms(images, LABELS)["cls_ce"]
+        loss, _ = loss_fn(images, LABELS)
+    loss.backward()
+    assert nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()]) == norm
 
 
 def test_gradient_checkpointing_changes_nothing():
