@@ -76,7 +76,7 @@ def test_coinciding_circuits_of_vit_small_stay_finite_in_float32(name, spread, s
     assert value.isfinite() and torch.autograd.grad(value, circuits)[0].isfinite().all()
     if scale and spread < 1e-3:
         extreme = {"abscos": 1, "koleo": -math.log(1e-4), "uniformity": 0, "coding_rate": -math.log(1 + 4 * 384**2) / 2}
-        assert value.item() == pytest.approx(extreme[name.removeprefix("weight_circuit_")], rel=2e-2, abs=1e-5)
+        assert value.item() == pytest.approx(extreme[name.removeprefix("weight_circuit_")], rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["attn_coding_rate", "attn_koleo", "attn_uniformity"])
