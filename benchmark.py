@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler prints no messages
 
-from benchmarks import cuda_bytes, gpu, loader, remedies, steps, terms
+from benchmarks import cuda_bytes, gpu, loader, measure, remedies, steps, terms
 from diversity import ALIASES, REGULARIZERS
 from diversity.classification import MIXING
 from models.execution import set_backends
@@ -70,6 +70,8 @@ def main(argv: list[str] | None = None):
     add("--json", default="", metavar="FILE", help="file of the numbers; default: runs/benchmark_WHAT.json")
     add("--minutes", type=positive_float, default=8.0, help="gpu: time limit; what is not finished by then is stopped")
     add("--output", default="runs/benchmark_gpu", metavar="DIR", help="gpu: the folder of gpu.md and gpu.log")
+    add("--cpu-time", action="store_true",
+        help="measure the CPU time of the process, with one thread: for a busy machine")  # fmt: skip
     argv = sys.argv[1:] if argv is None else argv
     own, words = parser.parse_known_args(argv)
     defaults = {"model": "deit_small_patch16_224_diverse", "batch_size": 16, "preset": "released"}
@@ -77,6 +79,9 @@ def main(argv: list[str] | None = None):
     own.variants = {flags: arguments.parse_args([*words, *shlex.split(flags)], defaults) for flags in own.variants}
     quiet_warnings()
     world = init_world(args.device)
+    if own.cpu_time and world.device.type == "cuda":
+        raise SystemExit("error: --cpu-time does not include what a GPU computes; add --device cpu, or leave it out")
+    measure.use_clock(of_process=own.cpu_time)
     set_backends(args.fused_attn, args.tf32)
     own.environment = environment_lines(world, args.seed)
     print("\n".join(own.environment), file=sys.stderr)

@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+_clock = time.perf_counter
+
 
 def interleave(functions: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each function over `rounds` rounds in turns, A B A B ..., after one warm-up round.
@@ -98,10 +100,16 @@ def seconds_of_a_call(function: Callable) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, after the device has finished all its work."""
+    """Seconds on the clock that `use_clock` has chosen, after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return _clock()
+
+
+def use_clock(of_process: bool):
+    """Choose the clock of `now`: the CPU time of this process and all its threads, or the time that passes."""
+    global _clock
+    _clock = time.process_time if of_process else time.perf_counter
 
 
 def new_process() -> ProcessPoolExecutor:

@@ -67,7 +67,7 @@ def test_loaders(capsys, tmp_path, monkeypatch):
 
 def test_remedies(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(remedies, "REMEDIES", ["attnscale", "xsa"])  # of all, which take longer
-    words = ["--input-size", "32", "--patch-size", "16", "--variant=--remedy xsa centered"]
+    words = ["--input-size", "32", "--patch-size", "16", "--variant=--remedy xsa centered", "--cpu-time"]
     benchmark.main(["remedies", *SMALL_STEP, *words, "--json", str(tmp_path / "remedies.json")])
     rows = table(capsys.readouterr().out)
     stock = ["`--model-kwargs attn_layer=diff`", "`--model-kwargs reg_tokens=4`", "`--model-kwargs init_values=1e-05`"]

@@ -26,6 +26,12 @@ SEVERAL = (
 )
 """One remedy of each kind: it has parameters, changes heads, values, what a branch reads, and what it adds."""
 
+WITH_BUFFERS = (
+    *("--remedy", "reattention", "gfsa", "featscale", "value_residual"),
+    *("--remedy-kwargs", "value_residual_learnable=True"),
+)
+"""Remedies with parameters of other shapes, and with running statistics."""
+
 STOCK = {
     "differential attention": ("--model-kwargs", *TINY[-3:], "attn_layer=diff"),
     "registers": ("--model-kwargs", *TINY[-3:], "reg_tokens=4"),
@@ -105,7 +111,7 @@ def test_the_average_equals_one_by_hand(trained):
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("flags", [SEVERAL, *STOCK.values()], ids=["several remedies", *STOCK])
+@pytest.mark.parametrize("flags", [SEVERAL, WITH_BUFFERS, *STOCK.values()], ids=["several", "buffers", *STOCK])
 def test_a_stopped_run_ends_as_one_that_was_not_stopped(flags, trained, tmp_path, monkeypatch):
     whole = trained[0] if flags is SEVERAL else tmp_path / "whole"
     if flags is not SEVERAL:
