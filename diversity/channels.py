@@ -13,10 +13,10 @@ VARIANCE_EPSILON = 1e-4
 def emb_vcreg(last: torch.Tensor) -> torch.Tensor:
     """Variance and covariance of channels: 25 mean_c max(0, 1 - std_c) + 1/D sum over c != d of cov_cd^2.
 
-    The statistics are those of all patch tokens of the batch, each token x scaled to sqrt(D) x / |x|, and std_c is
-    sqrt(var_c + 1e-4). Of the P tokens of one image, P <= D, the covariance would have a rank below P: channels could
-    not be uncorrelated, and the value would depend on P. The scale of a token is removed because the final norm
-    removes it, so that a gradient cannot satisfy the hinge by longer tokens.
+    The statistics are those of all B * P patch tokens of the batch, each token x scaled to sqrt(D) x / |x|, and std_c
+    is sqrt(var_c + 1e-4). The P tokens of one image are usually fewer than D, and D channels of fewer tokens are always
+    correlated; those of a batch are enough from B * P > D on. The scale of a token is removed because the final norm
+    removes it: otherwise longer tokens would satisfy the hinge, and shorter ones lower the covariances.
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded; each layer has its own statistics. With several
@@ -26,7 +26,8 @@ def emb_vcreg(last: torch.Tensor) -> torch.Tensor:
         0-dim, >= 0: 0 when all channels have a standard deviation of 1 and no two are correlated; 24.75 when all tokens
         of the batch are parallel.
 
-    Source: VICReg (Bardes et al. 2022), the variance and covariance terms with their published weights of 25 and 1.
+    Source: VICReg (Bardes et al. 2022, arXiv 2105.04906), the variance and covariance terms with the published weights of
+        25 and 1.
     Differs: not in the released code. Tokens of the last block in place of embeddings of images, scaled as above;
         variances are divided by the number of tokens, not by one less.
     """

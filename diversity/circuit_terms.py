@@ -41,7 +41,8 @@ def weight_circuit_abscos(circuits: Stacks) -> torch.Tensor:
     Raises:
         ValueError: a single head.
 
-    Source: DiversePatch (Gong et al. 2021), the patch-wise cosine loss, with circuits (Elhage et al. 2021) as items.
+    Source: DiversePatch (Gong et al. 2021, arXiv 2104.12753), the patch-wise cosine loss, with the circuits of heads
+        (Elhage et al. 2021) as items.
     Differs: not in the released code.
     """
 

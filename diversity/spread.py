@@ -106,7 +106,8 @@ def emb_koleo(last: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: fewer than two patch tokens.
 
-    Source: Spreading vectors for similarity search (Sablayrolles et al. 2019), the KoLeo entropy estimate; DINOv2.
+    Source: Spreading vectors for similarity search (Sablayrolles et al. 2019, arXiv 1806.03198), the KoLeo regularizer;
+        DINOv2 (Oquab et al. 2023, arXiv 2304.07193).
     Differs: not in the released code. The neighbours are those of the same image, where DINOv2 compares class tokens.
     """
     return koleo(last).mean()
@@ -125,7 +126,8 @@ def emb_uniformity(last: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: fewer than two patch tokens.
 
-    Source: Understanding contrastive representation learning (Wang and Isola 2020), the uniformity loss with t = 2.
+    Source: Understanding contrastive representation learning (Wang and Isola 2020, arXiv 2005.10242), the uniformity
+        loss with t = 2.
     Differs: not in the released code. The pairs are those of an image, not of a batch.
     """
     return uniformity(cosines(last)).mean()
@@ -142,7 +144,7 @@ def emb_coding_rate(last: torch.Tensor) -> torch.Tensor:
         0-dim, for P <= D in [-P/2 log(1 + 4 D / P), -1/2 log(1 + 4 D)], in nats: highest when all tokens of an image
         are parallel, lowest when they are orthogonal.
 
-    Source: Maximal coding rate reduction (Yu et al. 2020), the rate of all items.
+    Source: Maximal coding rate reduction (Yu et al. 2020, arXiv 2006.08558), the rate of all items.
     Differs: not in the released code. The items are the tokens of an image, not of a batch.
     """
     return -coding_rate(last).mean()
