@@ -54,43 +54,48 @@ def measure_function(
         test: batches of (images [B, 3, S, S], labels [B]) that can be read several times, in a random order of the
             classes; B of any size.
         train: other images in the same form, without augmentation, for `knn` and `probe`; None = without them.
-        num_classes: of the labels; None = the outputs of the model's classifier.
+        num_classes: of the labels, needed for a model without a classifier; None = its outputs.
         seed: of random orders and boxes.
         measures: names of `FUNCTION_MEASURES`; None = all.
 
     Returns:
-        Numbers and lists only, ready for JSON: test_images, train_images, seed; for each measure its value, None
-        where it does not apply; not_measured: {measure: why}; summary: {name: number}, see `function_summaries`.
+        Numbers and lists only, ready for JSON: test_images and train_images, how many were read; seed; for each measure
+        its value, None where it does not apply; not_measured: {measure: why}; summary: {name: number}, see
+        `function_summaries`.
 
     Raises:
         TapError: a model of another family.
         TypeError, ValueError: images or labels that cannot be used, or an unknown measure; see `LabelledImages`.
     """
-    backbone = Backbone.require(model, "function")
-    names = [*FUNCTION_MEASURES] if measures is None else [*measures]
-    for name in names:
-        if name not in FUNCTION_MEASURES:
-            raise ValueError(f"unknown measure {name!r}; there are {', '.join(FUNCTION_MEASURES)}")
-    classifier = model.get_submodule(backbone.head[-1])
-    outputs = getattr(classifier, "out_features", None)
+    backbone = Backbone.require(model, "tokens")
+    entries = [_find(name) for name in (FUNCTION_MEASURES if measures is None else measures)]
+    outputs = getattr(model.get_submodule(backbone.head[-1]), "out_features", None)
     num_classes = num_classes or outputs
+    if outputs not in (None, num_classes):
+        raise ValueError(f"the model classifies into {outputs} classes, but the labels have {num_classes}")
     if num_classes is None:
         raise ValueError(f"{type(model).__name__} has no classifier, so num_classes is needed")
     device = next(model.parameters()).device
-    inputs = {"model": model, "backbone": backbone, "num_classes": num_classes, "seed": seed}
-    inputs["test"] = LabelledImages(test, num_classes, device, "test images")
-    inputs["train"] = None if train is None else LabelledImages(train, num_classes, device, "training images")
+    images = {"test": LabelledImages(test, num_classes, device, "test images")}
+    if train is not None:
+        images["train"] = LabelledImages(train, num_classes, device, "training images")
+    inputs = {"model": model, "backbone": backbone, "num_classes": num_classes, "seed": seed} | images
     values, reasons = {}, {}
     with eval_mode(model):
-        for name in names:
-            entry = FUNCTION_MEASURES[name]
+        for entry in entries:
             try:
-                if "train" in entry.reads and train is None:
-                    raise NotMeasured(f"{name} is not measured: there are no training images")
+                if not inputs.keys() >= {*entry.reads}:
+                    raise NotMeasured(f"{entry.name} is not measured: there are no training images")
                 if entry.needs_head and outputs is None:
-                    raise NotMeasured(f"{name} is not measured: the model has no classifier")
-                values[name] = entry(**inputs)
+                    raise NotMeasured(f"{entry.name} is not measured: the model has no classifier")
+                values[entry.name] = entry(**inputs)
             except NotMeasured as reason:
-                values[name], reasons[name] = None, str(reason)
-    counts = {f"{key}_images": inputs[key] and inputs[key].count() for key in ("test", "train")}
+                values[entry.name], reasons[entry.name] = None, str(reason)
+    counts = {f"{key}_images": images[key].num_images if key in images else None for key in ("test", "train")}
     return counts | {"seed": seed} | values | {"not_measured": reasons, "summary": summary_of(values)}
+
+
+def _find(name: str) -> FunctionMeasure:
+    if name not in FUNCTION_MEASURES:
+        raise ValueError(f"unknown measure {name!r}; there are {', '.join(FUNCTION_MEASURES)}")
+    return FUNCTION_MEASURES[name]
