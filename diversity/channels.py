@@ -26,7 +26,7 @@ def emb_vcreg(last: torch.Tensor) -> torch.Tensor:
         0-dim, >= 0: 0 when all channels have a standard deviation of 1 and no two are correlated; 24.75 when all tokens
         of the batch are parallel.
 
-    Source: VICReg (Bardes et al. 2022, arXiv 2105.04906), its variance and covariance terms with their published weights,
+    Source: VICReg (Bardes et al. 2022, arXiv 2105.04906), its variance and covariance terms with the published weights
         25 and 1.
     Differs: not in the released code. Tokens of the last block in place of embeddings of images, scaled as above;
         variances are divided by the number of tokens, not by one less.
