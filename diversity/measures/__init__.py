@@ -5,12 +5,13 @@ from . import embedding  # isort: skip
 from . import attention  # isort: skip
 from . import mlp  # isort: skip
 from . import weight  # isort: skip
-from .registry import MEASURES, Measure, measure, measures_of, measures_table, summary_measures
+from .registry import MEASURES, Measure, chosen, measure, measures_of, measures_table, summary_measures
 
 __all__ = [
     "MEASURES",
     "Measure",
     "attention",
+    "chosen",
     "embedding",
     "measure",
     "measures_of",

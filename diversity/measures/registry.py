@@ -6,7 +6,7 @@ images (`ChunkTokens`, `ChunkMaps`, `ChunkHeads`), of all images (`AllTokens`, `
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,12 @@ def measure(level: str, heading: str, unit: str, better: str | None, geometric: 
 def measures_of(level: str) -> dict[str, Measure]:
     """{key: the measures of a level}, in the order of `MEASURES`."""
     return {entry.key: entry for entry in MEASURES.values() if entry.level == level}
+
+
+def chosen(level: str, extra: Collection[str]) -> dict[str, Measure]:
+    """{key: the measures of a level}, without the optional ones that `extra` does not name."""
+    measures = measures_of(level).items()
+    return {key: measure for key, measure in measures if not measure.optional or measure.name in extra}
 
 
 def summary_measures() -> dict[str, tuple[Measure, str]]:

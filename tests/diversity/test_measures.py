@@ -13,9 +13,10 @@ from diversity import MEASURES, measurable, measure_redundancy
 from diversity.measures import cka, measures_table, registry, summary_measures
 from diversity.measures.cka import LayerSimilarity
 from diversity.measures.inputs import ChunkTokens
+from diversity.measures.meter import Meter
 from diversity.measures.ranks import effective_rank_of
 from diversity.measures.sums import TokenSums
-from diversity.redundancy import _Meter, _weights
+from diversity.redundancy import _weights
 
 WIDTH = 24  # of the models of families.py that are not Swin
 
@@ -231,7 +232,7 @@ def test_uniform_attention(name):
 
 def attention_of(*maps):
     """What is measured on maps [B, H, N, N] of successive blocks."""
-    meter = _Meter(measurable(build("average")), 0)
+    meter = Meter(measurable(build("average")), 0)
     meter.begin(maps[0], None)
     for i, block_maps in enumerate(maps):
         meter.add_maps(i, block_maps)

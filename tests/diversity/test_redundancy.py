@@ -146,8 +146,9 @@ def test_a_single_image_has_no_variance_between_images():
         ([(images(2), torch.tensor([0, 5]))], "1 of 2 labels are not among the 5 classes, which are 0 to 4"),
         ([(images(2), torch.tensor([-1, 0]))], "1 of 2 labels are not among the 5 classes"),
         ([(images(2), torch.tensor([0, 1])), images(2)], "some batches have labels and others have none"),
-        ([(images(2), torch.tensor([0]))], r"labels must be \[2\], one for each image; got \[1\]"),
-        ([(images(2), torch.eye(2))], r"labels must be \[2\], one for each image; got \[2, 2\]"),
+        ([(images(2), torch.tensor([0]))], r"labels must be \[2\], one class for each image; got \[1\]"),
+        ([(images(2), torch.eye(2))], r"labels must be \[2\], one class for each image; got \[2, 2\]"),
+        ([(images(2), torch.ones(2))], r"one class for each image; got \[2\] of torch.float32"),
     ],
 )
 def test_wrong_labels_are_refused(batches, message):
