@@ -32,9 +32,6 @@ class Remedies(nn.ModuleDict):
         self._was_fused: dict[int, bool] = {}  # whether the attention of a block was fused before it formed maps
         self._kept: dict[tuple[str, int], torch.Tensor] = {}  # while a block computes, what remedies read
 
-    def __getstate__(self):
-        return {**self.__dict__, "_kept": {}}
-
     def add(self, name: str, module: nn.Module):
         """Add a remedy, in the order of `REMEDIES`."""
         modules = {**self, name: module}
