@@ -149,6 +149,14 @@ def test_convolutional_net_runs():
         ("swin_tiny_patch4_window7_224", {"input_size": 222}, "222"),
         ("resnet10t", {"patch_size": 8}, "patch_size"),
         ("resnet10t", {"depth": 8}, "depth"),
+        ("resnet10t", {"remedies": ["xsa"]}, "--remedy xsa ResNet"),
+        ("deit_tiny_patch16_224", {"remedies": ["xs"]}, "xs xsa"),
+        (
+            "deit_tiny_patch16_224",
+            {"remedies": ["xsa"], "remedy_kwargs": {"gfsa_order": 3}},
+            "gfsa_order --remedy gfsa",
+        ),
+        ("deit_tiny_patch16_224", {"remedies": ["gfsa"], "remedy_kwargs": {"gfsa_order": 1}}, "--remedy gfsa 1"),
     ],
 )
 def test_wrong_models(name, arguments, named):
