@@ -1,8 +1,13 @@
 """What a run with --grad-norms-every and a schedule of the coefficients logs; test_resume.py tests what it trains."""
 
+from unittest import mock
+
 import pytest
+import torch
 from helpers import TINY, few_digits, log_of, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diversity import DiverseLoss
 
 RUN = (
     *(*TINY, "--preset", "released", "--mixing-where", "cutmix", "--epochs", "4", "--drop", "0.1"),
@@ -67,3 +72,11 @@ def test_norms_that_are_not_finite_are_reported_and_left_out(few_digits, capsys)
         run_main(*TINY, *words, "--dry-run")
     lines = capsys.readouterr().out.splitlines()
     assert "epoch 0: gradient norms that are not finite are not logged: emb_mgd" in lines
+
+
+def test_too_little_memory_for_norms_does_not_stop_a_run(few_digits, capsys):
+    with mock.patch.object(DiverseLoss, "gradient_norms", side_effect=torch.OutOfMemoryError):
+        run_main(*TINY, "--emb_cos_within_coef", "1", "--grad-norms-every", "1", "--log-interval", "0", "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert "epoch 0: gradient norms are not measured: the memory does not suffice" in lines
+    assert any(line.startswith("emb_cos_within") and line.endswith(" %") for line in lines)
