@@ -26,7 +26,13 @@ XLABELS = {
     "knn": "layer (1: output of block 0)",
     "probe": "layer (1: output of block 0)",
 }
-BARS = {"all": "probe,\nall patches", "pasted": "probe,\npasted", "head": "own head,\nall patches"}
+BARS = {
+    "all": "probe,\nall",
+    "head": "own\nhead, all",
+    "image": "class of\nimage, all",
+    "pasted": "probe,\npasted",
+    "image_pasted": "class of\nimage,\npasted",
+}
 
 
 def function_level(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
@@ -82,7 +88,7 @@ def _draw_patches(axis: Axes, styles: list[dict], functions: list[list[dict]]):
     """Bars of the patch probe, and lines of the two baselines, which are the same for all models of equal data."""
     axis.set_title("Patch probe ↑", fontsize=10)
     axis.set_ylabel("accuracy over patches, percent")
-    axis.set_xticks(range(len(BARS)), BARS.values())
+    axis.set_xticks(range(len(BARS)), BARS.values(), fontsize=8)
     axis.grid(False, axis="x")
     width, baselines = 0.8 / len(functions), {}
     for number, (style, of_runs) in enumerate(zip(styles, functions, strict=True)):

@@ -183,6 +183,8 @@ def _patches(functions: list[dict]) -> dict[str, list[str]]:
         "probe, all patches": "all",
         "probe, pasted patches": "pasted",
         "the model's own head, all patches": "head",
+        "the model's class of the complete image, all patches": "image",
+        "the model's class of the complete image, pasted patches": "image_pasted",
         "label of most patches of the image": "majority",
         "most frequent label": "chance",
     }

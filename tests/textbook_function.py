@@ -233,21 +233,25 @@ def patch_probe(name, model, grid, images, labels, seed):
                         image[:, y, x] = images[other][:, y, x]
                     of_patches.append((labels[other if is_pasted else own].item(), is_pasted))
             taps = unrolled(name, model, image[None])
-            halves[pair % 2] += [(tokens_of(name, model, taps)[0], taps["patch_logits"][0], of_patches)]
-    fit = torch.cat([features for features, _, _ in halves[0]])
+            of_image = taps["logits"].argmax().item()
+            halves[pair % 2] += [(tokens_of(name, model, taps)[0], taps["patch_logits"][0], of_image, of_patches)]
+    fit = torch.cat([features for features, *_ in halves[0]])
     weights, constants = ridge(fit, torch.tensor([label for *_, of in halves[0] for label, _ in of]), 5)
-    right, pasted, head, majority, all_labels = [], [], [], [], []
-    for features, logits, of_patches in halves[1]:
+    right, pasted, head, image, image_pasted, majority, all_labels = [], [], [], [], [], [], []
+    for features, logits, of_image, of_patches in halves[1]:
         own = [label for label, _ in of_patches]
         most = max(set(own), key=own.count)
         for token, logit, (label, is_pasted) in zip(features, logits, of_patches, strict=True):
             right.append((token @ weights + constants).argmax().item() == label)
             pasted += [right[-1]] if is_pasted else []
+            image.append(of_image == label)
+            image_pasted += [image[-1]] if is_pasted else []
             head.append(logit.argmax().item() == label)
             majority.append(label == most)
             all_labels.append(label)
     chance = 100 * max(all_labels.count(label) for label in all_labels) / len(all_labels)
     values = {"all": right, "pasted": pasted, "head": head, "majority": majority}
+    values |= {"image": image, "image_pasted": image_pasted}
     return {key: percent(hits) for key, hits in values.items()} | {"chance": chance, "patches": len(right)}
 
 

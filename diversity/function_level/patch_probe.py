@@ -34,6 +34,7 @@ class Mixed(NamedTuple):
         "": ("all patches", lambda value: value["all"]),
         "_pasted": ("pasted patches", lambda value: value["pasted"]),
         "_head": ("the model's own head", lambda value: value["head"]),
+        "_image": ("the class of the complete image", lambda value: value["image"]),
     },
     needs_head=False,
 )
@@ -43,8 +44,9 @@ def patch_probe(model, backbone, test, num_classes, seed):
     Test images 2k and 2k + 1 are a pair; both get the same box of the other. A box is a rectangle of complete patches,
     1 to rows - 1 high and 1 to columns - 1 wide, sizes and place uniform, so that no patch is cut. The map is fitted on
     even pairs, the accuracies are those on odd ones: over all patches, over the pasted ones, and of the model's own
-    head on every patch. A final token is what the head would classify, after the last norm. Two baselines need no
-    model: `majority` gives each patch the label of most patches of its image, `chance` the most frequent label.
+    head on every patch. A final token is what the head would classify, after the last norm. What needs no knowledge of
+    places: `image` and `image_pasted` give each patch the model's class of the complete mixed image, `majority` the
+    label of most patches of its image, `chance` the most frequent label.
 
     Source: the boxes of CutMix (Yun et al. 2019); the probe is this project's.
     Differs: boxes of CutMix have any size in pixels and may be cut by the border of the image.
@@ -57,7 +59,7 @@ def patch_probe(model, backbone, test, num_classes, seed):
     if ridge is None or test.count() < 4:
         raise NotMeasured("the patch probe needs four images")
     weights, bias = ridge.fit()
-    names = ("all", "pasted", "head", "majority")
+    names = ("all", "pasted", "head", "image", "image_pasted", "majority")
     right = {name: torch.zeros((), dtype=torch.float64, device=test.device) for name in names}
     of_classes, num_pasted = torch.zeros(num_classes, dtype=torch.float64, device=test.device), 0
     for mixed in mixed_pairs(test, backbone.grid, seed, parity=1):
@@ -65,7 +67,11 @@ def patch_probe(model, backbone, test, num_classes, seed):
         logits = tokens.double() @ weights + bias
         right["all"] += hits(logits, mixed.labels)
         right["pasted"] += hits(logits[mixed.is_pasted], mixed.labels[mixed.is_pasted])
-        right["head"] += hits(head(tokens), mixed.labels) if head else 0
+        if head:
+            of_image = model(mixed.images)[:, None].expand(-1, mixed.labels.shape[1], -1)
+            right["head"] += hits(head(tokens), mixed.labels)
+            right["image"] += hits(of_image, mixed.labels)
+            right["image_pasted"] += hits(of_image[mixed.is_pasted], mixed.labels[mixed.is_pasted])
         of_images = of_classes.new_zeros(len(mixed.labels), num_classes)
         of_images.scatter_add_(1, mixed.labels, torch.ones_like(mixed.labels, dtype=torch.float64))
         right["majority"] += of_images.max(dim=1).values.sum()
@@ -74,9 +80,10 @@ def patch_probe(model, backbone, test, num_classes, seed):
     num_patches = int(of_classes.sum())
     if right["majority"] == num_patches:
         raise NotMeasured("the patch probe needs pairs of two labels: give the images in a random order")
-    totals = dict.fromkeys(names, num_patches) | {"pasted": num_pasted}
-    accuracies = {name: percent(right[name], totals[name]) for name in names if name != "head" or head}
-    return {"head": None} | accuracies | {"chance": percent(of_classes.max(), num_patches), "patches": num_patches}
+    accuracies = {key: percent(count, num_pasted if "pasted" in key else num_patches) for key, count in right.items()}
+    if not head:
+        accuracies |= dict.fromkeys(("head", "image", "image_pasted"))
+    return accuracies | {"chance": percent(of_classes.max(), num_patches), "patches": num_patches}
 
 
 def patch_head(model: nn.Module, backbone: Backbone) -> Callable[[torch.Tensor], torch.Tensor] | None:
