@@ -75,6 +75,8 @@ def test_weights_of_transformers_on_photographs(file, photos, tmp_path, capsys):
                 of_layers = [(value, exact) for value, exact in pairs if exact is not None]
                 assert all(value == pytest.approx(exact, rel=1e-4) for value, exact in of_layers), (name, measure)
         assert report["weight"] == of_images["weight"]
+        for measure in ("within_class", "between_class"):
+            assert {*report["embedding"][measure]} == {None} and f"embedding_{measure}" not in report["summary"]
         on = {"data_set": "photos", "split": "without labels", "input_size": 70, "images": 7}
         assert on.items() <= report["measured_on"].items()
     printed = capsys.readouterr().out
@@ -114,6 +116,7 @@ def test_a_backbone_on_labelled_images_has_no_random_classifier(file, tmp_path, 
     assert f"{file}: {WITHOUT_HEAD}" in printed and "initial values" not in printed
     assert models[0].num_classes == 0 and [*models[0].head.parameters()] == []
     assert report["measured_on"]["split"] == "validation"
+    assert all(value > 0 for value in report["embedding"]["between_class"])
 
 
 @pytest.mark.usefixtures("undrawn")
