@@ -90,7 +90,8 @@ def curves(output_dir: Path, terms: list[str]) -> Path | None:
     if not records:
         return None
     columns = 3 if terms else 2
-    figure, ((loss, accuracy, *raw),) = panels(1, columns, 4.4 * columns, 4.2)
+    height = 4.2 + 0.17 * max(0, len(terms) // 2 - 4)  # room for the legend of many terms
+    figure, ((loss, accuracy, *raw),) = panels(1, columns, 4.4 * columns, height)
     _draw(loss, records, {"train_loss": "train, all terms", "test_loss": "test, raw", "test_loss_ema": "test, EMA"})
     loss.set(title="Loss", ylabel="nats per image")
     _draw(accuracy, records, {"test_acc1": "raw", "test_acc1_ema": "EMA"})
