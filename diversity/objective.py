@@ -195,7 +195,7 @@ class DiversityObjective(nn.Module):
         for name, coef in self.coefs.items():
             if name == MIXING:
                 balance, where = self.classification.mixing_balance, self.classification.mixing_where
-                reads = f"patch logits, per-patch labels; mixing_balance={balance}; mixing_where={where}"
+                reads = f"patch logits; mixing_balance={balance}; mixing_where={where}"
             else:
                 settings = [f"{option}={value}" for option, value in self.options[name].items() if value is not False]
                 reads = "; ".join([", ".join(self.terms[name].reads), *settings])

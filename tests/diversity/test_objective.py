@@ -178,7 +178,7 @@ def test_table_shows_settings():
     options = {"cond_orth_steps": 5, "cond_orth_normalize": True, "mhs_collapse_aware": True}
     lines = DiversityObjective(coefs, mixing_balance="equal", **options).table().splitlines()
     assert [line.split(maxsplit=2)[::2] for line in lines[1:]] == [
-        ["mixing", "patch logits, per-patch labels; mixing_balance=equal; mixing_where=always"],
+        ["mixing", "patch logits; mixing_balance=equal; mixing_where=always"],
         ["emb_so", "last"],
         ["emb_mhs", "last; mhs_collapse_aware=True"],
         ["weight_mha_cond_orth", "weights; cond_orth_steps=5; cond_orth_normalize=True"],
