@@ -59,7 +59,7 @@ def test_a_run_is_measured_on_images_of_both_splits(run, tmp_path, undrawn, monk
 
 
 def test_a_report_with_the_function_level_is_not_replaced_by_one_without(run, tmp_path, undrawn):
-    folder = shutil.copytree(run, tmp_path / "run")
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("redundancy.*"))
     words = [str(folder), "--num-images", "20", "--device", "cpu"]
     analyze.main(words)
     analyze.main([*words, *LEVEL])  # adds to it
