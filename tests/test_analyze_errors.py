@@ -76,7 +76,9 @@ def test_runs_that_cannot_be_compared(runs, tmp_path, undrawn, refused):
 
 def test_several_processes(runs):
     with pytest.raises(SystemExit, match="without torchrun"):
-        redundancy.analyze([str(runs / "plain")], None, 4, None, False, "last", 0, False, flags=[], world=world(0, 2))
+        redundancy.analyze(
+            [str(runs / "plain")], None, 4, None, False, "last", 0, False, [], flags=[], world=world(0, 2)
+        )
 
 
 def test_another_family(tmp_path, refused):
