@@ -7,13 +7,16 @@ import math
 import pytest
 import timm
 import torch
-from families import FAMILIES, build, fused, hooks, identity_blocks, images
+from families import CLASSES, FAMILIES, build, fused, hooks, identity_blocks, images
 from golden_inputs import normals
 from textbook_redundancy import assert_close, textbook_report
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diversity import MEASURES, TAPS, TapError, TappedViT, measurable, measure_redundancy, redundancy
+from diversity.hooks import ModelHooks
 from diversity.measures import measures_of, summary_measures
+from diversity.measures.meter import Meter
 
 # --- against the textbook
 
@@ -91,6 +94,29 @@ def test_no_number_is_read_back_before_the_last_image(name, labelled, monkeypatc
     with ReadBacks() as counter:
         measure_redundancy(model, batches())
     assert seen == [0] * 4 and len(counter.seen) > 20  # it does see those afterwards
+
+
+@pytest.mark.parametrize("name", ["registers", "swin"])
+def test_on_a_gpu_everything_stays_there(name):
+    """Fake tensors raise where a value is read, and where an operation mixes devices."""
+    model = build(name).float().eval()
+    with FakeTensorMode(), torch.no_grad():
+        for module in model.modules():
+            for stored in (module._parameters, module._buffers):
+                for key, value in stored.items():
+                    if value is not None:
+                        fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                        stored[key] = torch.nn.Parameter(fake) if stored is module._parameters else fake
+        meter = Meter(measurable(model), CLASSES)
+        with ModelHooks() as added:
+            meter.hook(added)
+            for _ in range(2):
+                samples = torch.empty(3, 3, 32, 32, device="cuda")
+                meter.begin(samples, torch.zeros(3, dtype=torch.int64))  # labels of a loader
+                model(samples)
+        sums = [value for layers in meter.sums.values() for of_layer in layers for value in of_layer.values()]
+        kept = [*sums, *meter.maxima, meter.tokens[0].within, meter.tokens[-1].of_classes, *meter.similarity.waiting[0]]
+        assert len(sums) > 20 and {value.device.type for value in kept} == {"cuda"}
 
 
 def test_autocast_and_tf32_change_neither_tokens_nor_weights():
