@@ -54,7 +54,7 @@ def draw_heads(
     picture = (samples[image].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     grid = backbone.grid if maps.shape[-1] == backbone.num_prefix_tokens + math.prod(backbone.grid) else None
     where = f"block {block} ({backbone.blocks_are} 0 to {len(backbone.blocks) - 1})"
-    title = f"{name}, {where}, validation image {image}" + ("" if grid else ", first window")
+    title = f"{name}, {where}, image {image}" + ("" if grid else ", first window")
     figures.save(redundancy_figures.attention_heads(maps, picture, prefix_names(model), grid, title), path)
 
 
