@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from diversity import ALIASES, REGULARIZERS
 from diversity.classification import MIXING
 from reports.run_folders import MAY_DIFFER, Run
+from training import arguments
 from training.changes import MODEL
 from training.parsing import flag_of
 from training.provenance import DIGESTS
@@ -121,11 +122,12 @@ def notes(runs: list[Run]) -> list[str]:
 
     Remedies are among them.
 
-    Flags are those of a row, conditions those of all starts of a run. Further lines name changed runs, and those of
-    which little is known.
+    Flags are those of a row, at their defaults where its version did not have them; conditions are those of all starts
+    of a run. Further lines name changed runs, and those of which little is known.
     """
     first_runs = {name: of_row[0] for name, of_row in by_configuration(runs).items()}
-    rows = {name: run.flags for name, run in first_runs.items()}
+    defaults = arguments.defaults()
+    rows = {name: run.flags | defaults | run.flags for name, run in first_runs.items() if run.flags}
     ignored = {*MAY_DIFFER, *TERMS, *MODEL}  # a difference between models prevents a comparison
     names = dict.fromkeys(name for flags in rows.values() for name in flags if name not in ignored)
     lines = []

@@ -117,6 +117,14 @@ def test_other_differences_are_noted(tmp_path, capsys):
     ]
 
 
+def test_a_flag_that_the_version_of_a_row_did_not_have_is_noted_at_its_default(tmp_path, capsys):
+    make_run(tmp_path / "plain" / "seed0")
+    make_run(tmp_path / "new" / "seed0", remedy=["xsa"], lr_noise=None)
+    lines = notes_of(tabulated(capsys, tmp_path).out)
+    assert "--remedy differs: [] in plain; ['xsa'] in new" in lines
+    assert not [line for line in lines if line.startswith("--lr-noise")]
+
+
 def test_reports_on_other_files_are_not_compared(study, capsys):
     report(study / "plain" / "seed0", files="bbbb")
     report(study / "all" / "seed0", files="cccc")

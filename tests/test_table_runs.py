@@ -129,7 +129,7 @@ def test_a_flag_that_only_one_run_has_is_a_difference(tmp_path):
 
 def test_runs_of_an_earlier_version_and_of_this_one_are_one_configuration(tmp_path):
     make_run(tmp_path / "plain" / "seed0", 0, fused_opt=True, decode_once=True)
-    make_run(tmp_path / "plain" / "seed1", 1, scale_lr_flag=False)
+    make_run(tmp_path / "plain" / "seed1", 1, scale_lr_flag=False, grad_norms_every=5)
     assert [run.problem for run in run_folders.find_runs([tmp_path])] == [None, None]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..backbones import Backbone
+from ..remedies.applied import FIRST_VALUES
 from .labelled import LabelledImages, hits, percent
 from .registry import NotMeasured, function_measure
 
@@ -72,6 +73,8 @@ def heads(model, backbone, test, seed):
 def blocks(model, backbone, test):
     """Top-1 accuracy with each block skipped: the tokens that it returns are those that it was given.
 
+    Remedies that read the values of the first block read them also where that block is skipped.
+
     Source: Veit et al. 2016 (Residual Networks Behave Like Ensembles of Relatively Shallow Networks).
     """
     right = torch.zeros(len(backbone.all_blocks), dtype=torch.float64, device=test.device)
@@ -106,7 +109,12 @@ def _masked(mask: torch.Tensor, proj: nn.Module, inputs: tuple[torch.Tensor]) ->
 
 
 def _input_of(block: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-    return inputs[0]
+    """The input of a block in place of its output, with the values of the first block that remedies read later."""
+    tokens, values = inputs[0], getattr(output, FIRST_VALUES, None)
+    if values is not None and not hasattr(tokens, FIRST_VALUES):  # the first block itself, which was computed
+        tokens = tokens.view_as(tokens)
+        setattr(tokens, FIRST_VALUES, values)
+    return tokens
 
 
 def _increases(model: nn.Module, test: LabelledImages, of_heads: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -64,8 +64,7 @@ def attention_distance(maps, distances):
         return None
     prefix = maps.shape[-1] - len(distances)
     to_patches = maps[..., prefix:, prefix:]
-    weights = 1 - maps[..., prefix:, :prefix].sum(dim=-1)
-    return ((to_patches * distances).sum(dim=-1) / weights).mean(dim=(-2, -1))
+    return ((to_patches * distances).sum(dim=-1) / to_patches.sum(dim=-1)).mean(dim=(-2, -1))
 
 
 @measure("attention", "attention sink", unit="attention", better=None)

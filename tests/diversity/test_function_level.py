@@ -111,6 +111,18 @@ def test_a_head_that_does_everything_is_the_last_to_be_removed():
     assert last == accuracy(removed, test[0][1::2], test[1][1::2])
 
 
+@pytest.mark.parametrize("remedy", ["neutreno", "value_residual"])
+def test_a_skipped_first_block_still_has_its_values(remedy):
+    """Without what its branches add, its values are the same."""
+    model, test = small("deit"), labelled_images(40)
+    apply_remedy(model, remedy)
+    skipped = measure_function(model, [test], measures=["blocks"])["blocks"]["skipped"]
+    for layer in (model.blocks[0].attn.proj, model.blocks[0].mlp.fc2):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    assert skipped[0] == measure_function(model, [test], measures=["accuracy"])["accuracy"]["accuracy"]
+
+
 def test_blocks_that_do_nothing_can_be_skipped():
     model, test = identity_blocks("vit"), labelled_images(30)
     report = measure_function(model, [test], measures=["accuracy", "blocks", "heads"])

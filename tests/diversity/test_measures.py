@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, PATCHES, build, identity_blocks, images
 from golden_inputs import normals
 from textbook_redundancy import assert_close, textbook_rank, variance_shares
+from torch.nn import functional as F
 
 from diversity import MEASURES, measurable, measure_redundancy
 from diversity.measures import cka, measures_table, registry, summary_measures
@@ -264,6 +265,16 @@ def test_the_distance_of_attention():
     measures, *_ = attention_of(torch.stack((itself, itself.roll(-1, dims=1)))[None])
     left = (12 * 1 + 3 * math.hypot(1, 3) + math.hypot(3, 3)) / 16
     assert measures["distance"] == pytest.approx(left / 2)
+
+
+def test_the_distance_of_attention_that_goes_almost_all_to_the_class_token():
+    """In float32, where 1 - the attention to the class token would be rounding."""
+    to_patches = torch.eye(16).roll(-1, dims=1).add(torch.eye(16)) / 2
+    maps = F.pad(1e-9 * to_patches, (1, 0, 1, 0), value=1)[None, None]
+    rows, columns = (places.flatten() for places in torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"))
+    distances = torch.hypot(rows - rows[:, None], columns - columns[:, None])
+    left = (12 * 1 + 3 * math.hypot(1, 3) + math.hypot(3, 3)) / 16
+    assert MEASURES["attention_distance"].function(maps, distances).tolist() == pytest.approx([left / 2])
 
 
 def test_a_change_of_basis_within_a_head_changes_no_output_and_no_circuit():
