@@ -10,6 +10,7 @@ from torch import nn
 
 from diversity import TapError, TappedViT, measure_redundancy
 from diversity.backbones import Backbone
+from pipeline.sources import find_source
 from pipeline.transforms import preprocessing_line
 from reports import comparisons, figures, function_figures, redundancy_figures
 from reports.function_level import FunctionOptions, add_function, function_tables, labelled_data
@@ -54,7 +55,8 @@ def draw_heads(
     picture = (samples[image].cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     grid = backbone.grid if maps.shape[-1] == backbone.num_prefix_tokens + math.prod(backbone.grid) else None
     where = f"block {block} ({backbone.blocks_are} 0 to {len(backbone.blocks) - 1})"
-    title = f"{name}, {where}, image {image}" + ("" if grid else ", first window")
+    of = "validation image" if find_source(subject.data.data_set).has_labels else "image"
+    title = f"{name}, {where}, {of} {image}" + ("" if grid else ", first window")
     figures.save(redundancy_figures.attention_heads(maps, picture, prefix_names(model), grid, title), path)
 
 
