@@ -21,16 +21,8 @@ MAY_DIFFER = (
     *("seed", "output_dir", "resume", "start_epoch", "config", "data_path", "num_workers", "pin_mem", "device"),
     *("dist_url", "dist_eval", "world_size", "local_rank", "resplit", "model_ema_force_cpu", "log_interval"),
     *("tensorboard", "redundancy_every", "grad_norms_every", "save_every_steps", "save_every_minutes"),
-    *(
-        "keep_checkpoints",
-        "save_predictions",
-        "check_data",
-        "dry_run",
-        "loader_timeout",
-        "deterministic",
-        "scale_lr_flag",
-    ),
-    *("fused_opt", "decode_once"),  # of earlier versions
+    *("keep_checkpoints", "save_predictions", "check_data", "dry_run", "loader_timeout", "deterministic"),
+    *("scale_lr_flag", "fused_opt", "decode_once"),  # the last two of earlier versions
 )  # flags of where and how a run ran, not of what it trained
 REPORT = "redundancy.json"  # of analyze.py; with the log of main.py the sources of redundancy, the better one first
 PROVENANCE = {
