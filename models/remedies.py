@@ -65,8 +65,8 @@ def compare_with_file(model: nn.Module, stored: object, weights: Mapping) -> tup
         weights: of the file, under the names of the model.
 
     Returns:
-        One line for each remedy or setting that the file's training did not have, and the names of the tensors of
-        remedies that `weights` does not contain.
+        One line for each remedy that the file's training did not have and each setting that was another in it, and the
+        names of the tensors of remedies that `weights` does not contain.
 
     Raises:
         ValueError: the file's training had a remedy that the model does not have.
@@ -85,6 +85,13 @@ def compare_with_file(model: nn.Module, stored: object, weights: Mapping) -> tup
             notes.append(f"--remedy {name}: its parameters are not in the file and keep their initial values")
         elif flags and name not in trained:
             notes.append(f"--remedy {name}: the weights of the file were trained without it")
+        elif flags:
+            before = REMEDIES[name].settings | (flags.get("remedy_kwargs") or {})
+            notes += [
+                f"--remedy-kwargs {setting}={value}: the weights of the file were trained with {before[setting]}"
+                for setting, value in model.get_submodule(PREFIX)[name].settings.items()
+                if value != before[setting]
+            ]
     return notes, missing
 
 

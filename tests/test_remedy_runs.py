@@ -11,6 +11,7 @@ from ranks import run_ranks
 
 import table
 from diversity import REMEDIES, apply_remedy
+from models.weights import load_weights
 from training import checkpoint
 from training.build import build_initial, build_optimizer
 
@@ -186,6 +187,13 @@ def test_fine_tuning_from_stock_weights_keeps_initial_parameters(plain, tmp_path
     assert "--remedy xsa: the weights of the file were trained without it" in lines
     saved, before = stored(tmp_path)["model"], stored(plain)["model"]
     assert all(torch.equal(saved[name], value) for name, value in before.items())
+
+
+def test_weights_of_other_settings_are_noted(trained):
+    folder, _ = trained
+    model = build_initial(parse(*SHORT[len(TINY) :], *SEVERAL, "contranorm_scale=0.125"), 10)
+    line = "--remedy-kwargs contranorm_scale=0.125: the weights of the file were trained with 0.01"
+    assert load_weights(model, str(folder / checkpoint.LAST)) == [line]
 
 
 def test_a_dry_run_with_remedies_writes_nothing(tmp_path, capsys):

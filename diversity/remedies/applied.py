@@ -19,7 +19,7 @@ own forward pass when it is computed again in the backward pass.
 
 
 class Remedies(nn.ModuleDict):
-    """The remedies of a model under their names, registered as `model.remedies`.
+    """The remedies of a model under their names, registered as `model.remedies`; each has its `settings`.
 
     Its hooks are bound to it, so a deep copy of the model has its own hooks and parameters.
     """
@@ -224,6 +224,7 @@ def apply_remedy(model: nn.Module, name: str, **settings) -> RemedyHandle:
     if name in getattr(model, "remedies", {}):
         raise ValueError(f"the model has the remedy {name} already; call remove() of its handle to apply it again")
     module = remedy.module([BlockShape.of(block) for block in blocks_of(model)], **settings)
+    module.settings = remedy.settings | settings
     if not hasattr(model, "remedies"):
         model.remedies = Remedies()
     model.remedies.add(name, module)
