@@ -101,7 +101,7 @@ def assert_complete(run):
     files, keys = (re.findall(r"^\| (`.*?`) \|", part, flags=re.MULTILINE) for part in page.split("## log.txt"))
     written = {path.name for path in run.iterdir()}
     absent = {"checkpoint.1.pth", "events.out.tfevents.*", "changes.jsonl"}  # one epoch, unchanged, --no-tensorboard
-    absent |= {"skipped_steps.txt"}  # no step was skipped
+    absent |= {"skipped_steps.txt", "predictions.npz"}  # no step was skipped, no --save-predictions
     assert set(re.findall("`(.*?)`", "".join(files))) <= written | absent
     assert {key for key in re.findall(r"`(\w+)`", "".join(keys))} <= record.keys()
 
