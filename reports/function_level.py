@@ -11,7 +11,7 @@ from datasets import DataOptions, loader_settings
 from diversity.function_level import FUNCTION_MEASURES, measure_function
 from pipeline.images import ReadableImages
 from pipeline.labelled import known_labels, spread_sample
-from pipeline.sources import build_source, find_classes, find_source, labels_by_name
+from pipeline.sources import build_source, find_classes, find_source, first_names, labels_by_name
 from pipeline.transforms import build_transform
 from pipeline.workers import StoppableLoader
 from reports.subjects import Subject
@@ -72,31 +72,40 @@ def labelled_data(subject: Subject, world: World, options: FunctionOptions) -> L
     if source.is_stream or not source.has_labels:
         lacks = "reads images by their number, and it is a stream" if source.is_stream else "needs labels"
         raise SystemExit(f"error: --data-set {subject.data.data_set} does not serve --function-level, which {lacks}")
-    test, num_classes, files = _loader(subject, world, options.test_images, is_training=False)
+    test, num_classes, names, files = _loader(subject, world, options.test_images, subject.classes, is_training=False)
     words = f"{len(test.dataset)} validation images (files {files})"
     try:
-        train, _, files = _loader(subject, world, options.probe_images, is_training=True)
+        train, _, _, files = _loader(subject, world, options.probe_images, names, is_training=True)
     except SystemExit as error:
         print(f"{subject.run}: k-NN and linear probes are not measured: {str(error).removeprefix('error: ')}")
         return LabelledData(test, None, num_classes, words)
     return LabelledData(test, train, num_classes, f"{words} and {len(train.dataset)} training images (files {files})")
 
 
-def _loader(subject: Subject, world: World, count: int, is_training: bool) -> tuple[DataLoader, int, str]:
-    """A loader of images of a split, preprocessed as in validation; the number of classes; the digest of the files."""
+def _loader(
+    subject: Subject, world: World, count: int, classes: list[str], is_training: bool
+) -> tuple[DataLoader, int, list[str], str]:
+    """A loader of images of a split, preprocessed as in validation; the number of classes and their names in the order
+    of the labels, `classes` unless they are empty; the digest of the files.
+
+    Raises:
+        SystemExit: there are no such images, or they have other classes.
+    """
     options: DataOptions = subject.data
     source = build_source(options, is_training)
     num_classes, names = find_classes(options, None, source)
-    labels = []
-    if subject.classes and names and subject.classes != names:
-        labels = labels_by_name(names, subject.classes, is_training=False)
-    num_classes = options.num_classes or len(subject.classes) or num_classes
+    labels, classes = [], classes or names
+    if is_training and not subject.classes and (other := {*names} - {*classes}):
+        raise SystemExit(f"error: training images have classes that validation images lack: {first_names(other)}")
+    if names and classes != names:
+        labels = labels_by_name(names, classes, is_training=False)
+    num_classes = options.num_classes or len(classes) or num_classes
     transform = build_transform(options, is_training=False)
     images = ReadableImages(source, transform, options.max_bad_images if is_training else 0, labels=labels)
     chosen = Subset(images, spread_sample(known_labels(source), len(source), count, SEED))
     settings = loader_settings(options, world, is_training=False)
     loader = StoppableLoader(chosen, batch_size=options.batch_size, **settings)
-    return loader, num_classes, digest(source, options.data_set, options.data_path)
+    return loader, num_classes, classes, digest(source, options.data_set, options.data_path)
 
 
 def add_function(report: dict, subject: Subject, model: nn.Module, data: LabelledData):

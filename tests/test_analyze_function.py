@@ -70,6 +70,18 @@ def test_a_report_with_the_function_level_is_not_replaced_by_one_without(run, tm
     assert json.loads((folder / "redundancy.json").read_text())["function"] == function
 
 
+def test_labels_of_both_splits_are_those_of_one_list_of_classes(tmp_path, capsys):
+    make_image_folder(tmp_path, classes=("a", "b", "c"), n=2, splits=("val",))
+    make_image_folder(tmp_path, classes=("a", "c"), n=2, splits=("train",))
+    subject = find_subject("random", ["--data-set", "IMNET", "--data-path", str(tmp_path)])
+    data = labelled_data(subject, world(), function_options(True, 0, 0))
+    assert sorted(collect(data.test)[1].tolist()) == [0, 0, 1, 1, 2, 2]
+    assert sorted(collect(data.train)[1].tolist()) == [0, 0, 2, 2]
+    make_image_folder(tmp_path, classes=("d",), n=2, splits=("train",))
+    assert labelled_data(subject, world(), function_options(True, 0, 0)).train is None
+    assert "training images have classes that validation images lack: d" in capsys.readouterr().out
+
+
 def test_without_training_images_there_are_no_probes(run, tmp_path, undrawn, capsys):
     photos = make_image_folder(tmp_path / "photos", classes=("0", "1", "5"), n=4, splits=("val",))
     data = ("--data-set", "IMNET", "--data-path", photos, "--function-level")
