@@ -29,7 +29,7 @@ import sysconfig
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypeVar
@@ -207,6 +207,13 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
+
+    def copy_from_main(self, tensors: Iterable[torch.Tensor]):
+        """Copy the values of the main process into tensors of the same shapes, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            values = tensor.to(self.device)  # an average may be on the CPU
+            dist.broadcast(values, 0)
+            tensor.copy_(values)
 
 
 def init_world(device: str = "auto", dist_url: str = "env://") -> World:

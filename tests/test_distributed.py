@@ -1,5 +1,7 @@
 """Two gloo ranks on this machine do what one process does."""
 
+import json
+
 import torch
 from ranks import run_ranks
 
@@ -11,6 +13,13 @@ def test_two_ranks_take_the_steps_of_one_process_with_all_terms(tmp_path):
     weights = [torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("one", "two")]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_both_ranks_evaluate_with_the_running_statistics_of_the_main_process(tmp_path):
+    result = run_ranks(2, "tests/ddp_statistics.py", tmp_path)
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one == two and one[0] == [[1] * 3, [2] * 3]
 
 
 def test_main_skips_a_step_on_both_ranks_and_names_the_rank(tmp_path):

@@ -28,8 +28,9 @@ def evaluate_both(
 ) -> dict[str, float]:
     """`engine.evaluate` of the raw weights and, with `_ema` appended to its names, of their average.
 
-    The values are the same on all processes: the main one's where each evaluates all images. `predictions` has those of
-    this evaluation alone.
+    The values are the same on all processes: the main one's where each evaluates all images. All processes get the
+    buffers of the main one, which are those that it saves: running statistics are of the images of a process.
+    `predictions` has those of this evaluation alone.
 
     Raises:
         SystemExit: a validation image cannot be read.
@@ -38,6 +39,8 @@ def evaluate_both(
     average = None if model_ema is None else model_ema.module
     if predictions is not None:
         predictions.clear()
+    for module in filter(None, (model, average)):
+        world.copy_from_main(module.buffers())
     common = data.common_val_batches(among)
     stats = evaluate(model, data.val, among, amp_dtype, after_batch, common, average, predictions)
     if stats["images"] != data.num_val:
