@@ -31,7 +31,7 @@ def settings_of(names: Collection[str], kwargs: Mapping[str, object]) -> dict[st
             otherwise = f"; there are {listed(known)}" if known else "; no chosen remedy has settings"
             raise ValueError(f"{setting} is unknown{did_you_mean(setting, owners, otherwise)}")
         if owners[setting] not in names:
-            raise ValueError(f"{setting}={value} is a setting of {owners[setting]}; add --remedy {owners[setting]}")
+            raise ValueError(f"{setting}={value} is a setting of {owners[setting]}; add {owners[setting]} to --remedy")
     return {
         name: {setting: kwargs.get(setting, default) for setting, default in remedy.settings.items()}
         for name, remedy in REMEDIES.items()

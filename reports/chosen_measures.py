@@ -29,6 +29,8 @@ def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | Non
         chosen = [FORMER[name] if name not in measured and FORMER.get(name) in measured else name for name in chosen]
     missing = [name for name in chosen if name not in measured]
     note += f"; it lacks {', '.join(missing)}" if missing else ""
+    function_level = any(name.startswith("function_") for name in missing)
+    note += " (analyze.py --function-level measures what begins with function_)" if function_level else ""
     return source, [name for name in chosen if name in measured], [note]
 
 

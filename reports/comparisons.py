@@ -11,7 +11,7 @@ from diversity.classification import MIXING
 from reports.run_folders import MAY_DIFFER, Run
 from training import arguments
 from training.changes import MODEL
-from training.parsing import flag_of
+from training.parsing import as_typed, flag_of
 from training.provenance import DIGESTS
 from training.records import CHANGES, ENVIRONMENT
 
@@ -155,7 +155,7 @@ def differing(what: str, values: list[tuple[str, object]]) -> list[str]:
     """A line if the values of [(owner, value)] differ."""
     owners = {}
     for owner, value in values:
-        owners.setdefault(str(value), {})[owner] = None
+        owners.setdefault(as_typed(value), {})[owner] = None
     if len(owners) < 2:
         return []
     return [f"{what} differs: {'; '.join(f'{value} in {_listed([*of])}' for value, of in owners.items())}"]

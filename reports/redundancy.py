@@ -164,7 +164,7 @@ def write_all(configurations: dict[str, list[dict]], notes: list[str], styles: l
         "spectra": redundancy_figures.weight_spectra(configurations, styles),
         "variance": redundancy_figures.variance(configurations, styles),
     }
-    if reports[0]["circuit"]:
+    if any(all(report["circuit"] for report in of_runs) for of_runs in configurations.values()):
         drawn["circuits"] = redundancy_figures.circuits(configurations, styles)
     if reports[0]["cka"]:
         drawn["cka"] = redundancy_figures.layer_similarity(configurations)

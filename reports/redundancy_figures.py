@@ -4,6 +4,7 @@
 architecture. A configuration has one curve, the mean over its runs. `styles` are `figures.curve_styles` of their names.
 """
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable
@@ -98,8 +99,11 @@ def circuits(configurations: dict[str, list[dict]], styles: list[dict] | None = 
     """The measures of QK and OV circuits over the blocks, and below them the spectra of a head's circuit.
 
     A spectrum is the mean over heads and blocks (of the last stage of a Swin) and runs of singular values over the
-    largest.
+    largest. Configurations whose attention has no circuits, such as differential attention, are left out.
     """
+    have_circuits = [all(report["circuit"] for report in reports) for reports in configurations.values()]
+    styles = [*itertools.compress(styles or curve_styles(), have_circuits)]
+    configurations = dict(itertools.compress(configurations.items(), have_circuits))
     first = _first_report(configurations)
     measures = measured(first, ["circuit"])
     figure, axes = panels(len(measures) + 1, len(first["circuit"]), 9, 2.7 * (len(measures) + 1), sharey="row")

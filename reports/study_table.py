@@ -44,7 +44,8 @@ def write_table(
         notes.append(pairs.without_pair(tables[0], runs))
     notes.append(f"{run.name}, {run.problem}" for run in runs if run.problem)
     if form == "csv":
-        text = pd.concat(tables).to_csv(index_label="cell")
+        first_column = "runs" if mcnemar else "difference" if pairwise else "configuration"
+        text = pd.concat(tables).to_csv(index_label=first_column)
         sys.stderr.writelines(f"{note}\n" for note in dict.fromkeys(chain(*notes)))
     else:
         text = {"markdown": markdown, "latex": latex}[form]([*chain(*texts)], [*dict.fromkeys(chain(*legends, *notes))])

@@ -3,6 +3,7 @@
 import re
 import statistics
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 from diversity.function_level import FunctionMeasure, function_summaries
 from diversity.measures import Measure, measures_of, summary_measures
@@ -111,7 +112,9 @@ def comparison(configurations: dict[str, list[dict]], notes: list[str]) -> str:
     Numbers are means over the reports of a configuration's runs, and standard deviations of a sample.
     """
     first_name, *_ = configurations
-    in_all = set.intersection(*({*report["summary"]} for reports in configurations.values() for report in reports))
+    summaries = {name: [{*report["summary"]} for report in reports] for name, reports in configurations.items()}
+    in_all = set.intersection(*chain(*summaries.values()))
+    in_some = set.union(*chain(*summaries.values())) - in_all
     known = {name: entry for name, entry in known_measures().items() if name in in_all}
     columns, baseline = {"measure": [measure.label(place) for measure, place in known.values()]}, None
     for name, reports in configurations.items():
@@ -125,6 +128,10 @@ def comparison(configurations: dict[str, list[dict]], notes: list[str]) -> str:
             differences = [f"{mean - base:+.4g}" for mean, base in zip(means, baseline, strict=True)]
             columns[f"{name} - {first_name}"] = differences
         baseline = baseline or means
+    left_out = [measure.label(place) for name, (measure, place) in known_measures().items() if name in in_some]
+    if left_out:
+        lacking = [name for name, of_runs in summaries.items() if in_some - set.intersection(*of_runs)]
+        notes = [*notes, f"not measured in {', '.join(lacking)}, and so not in the table: {'; '.join(left_out)}"]
     blocks = [markdown_table(columns), _list(notes)]
     for name, reports in configurations.items():
         runs = f", mean of {len(reports)} runs" if len(reports) > 1 else ""

@@ -159,13 +159,15 @@ def test_other_remedies_are_another_model(trained, plain, refused):
     folder, _ = trained
     resume = ("--resume", folder / checkpoint.LAST, "--resume-with-changes", "--epochs", 3)
     base = (*SHORT, *SEVERAL)
-    assert "has another model: --remedy [" in refused(*resume, base=SHORT)
-    assert "has another model: --remedy [" in refused(*resume, "--remedy", "laplacian", "xsa", base=base)
-    assert "--remedy-kwargs {'laplacian_heads': 1} -> {}" in refused(*resume, "--remedy-kwargs", base=base)
+    several = " ".join(name for name in REMEDIES if name in SEVERAL)
+    assert f"has another model: --remedy {several} -> none, " in refused(*resume, base=SHORT)
+    line = refused(*resume, "--remedy", "laplacian", "xsa", base=base)
+    assert f"has another model: --remedy {several} -> laplacian xsa; " in line
+    assert "--remedy-kwargs laplacian_heads=1 -> none" in refused(*resume, "--remedy-kwargs", base=base)
     line = refused("--resume", plain / checkpoint.LAST, "--remedy", "xsa", base=SHORT)
-    assert "has another model: --remedy [] -> ['xsa']" in line
+    assert "has another model: --remedy none -> xsa" in line
     line = refused("--eval", "--resume", plain / checkpoint.LAST, "--remedy", "xsa", base=())
-    assert "--remedy is ['xsa'], but the checkpoint's model has []" in line
+    assert "--remedy is xsa, but the checkpoint's model has none" in line
 
 
 def test_weights_of_a_run_with_remedies_need_a_model_with_them(trained, refused):
@@ -205,7 +207,7 @@ def test_a_dry_run_with_remedies_writes_nothing(tmp_path, capsys):
     ("flags", "named"),
     [
         ("--remedy atnscale", "--remedy atnscale is unknown; did you mean attnscale"),
-        ("--remedy-kwargs laplacian_heads=1", "laplacian_heads=1 is a setting of laplacian; add --remedy laplacian"),
+        ("--remedy-kwargs laplacian_heads=1", "laplacian_heads=1 is a setting of laplacian; add laplacian to --remedy"),
         ("--remedy xsa --remedy-kwargs laplacian_heads=1", "laplacian_heads=1 is a setting of laplacian; add"),
         (
             "--remedy laplacian --remedy-kwargs laplacian_head=1",
@@ -232,7 +234,7 @@ def test_runs_with_remedies_are_rows_of_one_table(trained, plain, tmp_path, caps
     printed = capsys.readouterr().out
     assert "another table" not in printed
     assert all(f"| {name} " in printed for name in ("plain", "several", "registers"))
-    assert "--remedy differs: [] in plain, registers; ['" in printed and "in several" in printed
+    assert "--remedy differs: none in plain, registers; " in printed and "in several" in printed
     assert "--model-kwargs reg_tokens differs: not set in plain, several; 4 in registers" in printed
 
 

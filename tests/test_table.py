@@ -131,7 +131,7 @@ def test_names_with_special_characters(text, markdown, latex):
 
 def test_the_csv_reads_back(study, capsys):
     out, err = tabulated(capsys, study, "--format", "csv")
-    table = pd.read_csv(io.StringIO(out), index_col="cell")
+    table = pd.read_csv(io.StringIO(out), index_col="configuration")
     assert [*table.index] == ["plain", "broken", "emb_cos"]
     assert [*table["n"]] == [2, 0, 2]
     assert table.loc["plain", "test_acc1_mean"] == 90.5

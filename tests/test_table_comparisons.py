@@ -57,7 +57,7 @@ def test_unequal_runs_are_two_tables_without_a_difference(change, words, tmp_pat
         "table of plain",
         "table of all",
     ]
-    table = pd.read_csv(io.StringIO(tabulated(capsys, tmp_path, "--format", "csv").out), index_col="cell")
+    table = pd.read_csv(io.StringIO(tabulated(capsys, tmp_path, "--format", "csv").out), index_col="configuration")
     assert [*table.index] == ["plain", "all"] and table.loc["all"].filter(like="difference").isna().all()
 
 
@@ -121,7 +121,7 @@ def test_a_flag_that_the_version_of_a_row_did_not_have_is_noted_at_its_default(t
     make_run(tmp_path / "plain" / "seed0")
     make_run(tmp_path / "new" / "seed0", remedy=["xsa"], lr_noise=None)
     lines = notes_of(tabulated(capsys, tmp_path).out)
-    assert "--remedy differs: [] in plain; ['xsa'] in new" in lines
+    assert "--remedy differs: none in plain; xsa in new" in lines
     assert not [line for line in lines if line.startswith("--lr-noise")]
 
 

@@ -23,7 +23,9 @@ def study(tmp_path):
 
 
 def csv_of(capsys, *words):
-    return pd.read_csv(io.StringIO(tabulated(capsys, *words, "--format", "csv").out), index_col="cell")
+    out = tabulated(capsys, *words, "--format", "csv").out
+    first = "runs" if "--mcnemar" in words else "difference" if "--pairwise" in words else "configuration"
+    return pd.read_csv(io.StringIO(out), index_col=first)
 
 
 def rows_of(out, number):

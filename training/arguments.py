@@ -13,7 +13,7 @@ from models.remedies import settings_of
 from pipeline.sources import SOURCE_FLAGS, find_source
 from training.changes import MODEL, REMEDIES
 from training.flags import build_parser
-from training.parsing import flag_of, with_hyphens, with_lists
+from training.parsing import as_typed, flag_of, with_hyphens, with_lists
 from training.preprocessing import fill_preprocessing
 
 HAVE_FLAGS = {
@@ -75,8 +75,8 @@ def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace
     for name in (*MODEL, *REMEDIES):
         if name in known and with_lists(getattr(args, name)) != with_lists(known[name]):
             raise SystemExit(
-                f"error: {flag_of(name)} is {getattr(args, name)}, but the checkpoint's model has {known[name]}; "
-                "leave the flag out"
+                f"error: {flag_of(name)} is {as_typed(getattr(args, name))}, but the checkpoint's model has "
+                f"{as_typed(known[name])}; leave the flag out"
             )
     return args
 

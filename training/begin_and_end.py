@@ -37,7 +37,7 @@ def begin_run(
     # After the last step of an epoch was saved, its line and its points are written again.
     first_step = state.epoch * data.num_steps + min(state.step, data.num_steps - 1)
     log = RunLog(folder, world, flags["tensorboard"], state.epoch, first_step, start.unwritten_log)
-    from_step = f" from step {state.step} of {data.num_steps} on" if state.step else ""
+    from_step = f" (from step {state.step} of {data.num_steps} on)" if state.step else ""
     autocast = numbers["precision"] if numbers["precision"] != "float32" else "off"
     log.print("\n".join([
         *environment_lines(world, flags["seed"]),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from diversity import ALIASES, REGULARIZERS, resolve_aliases
 from diversity.classification import MIXING
-from training.parsing import flag_of, with_lists
+from training.parsing import as_typed, flag_of, with_lists
 from training.resuming import Checkpoint
 
 MODEL = ("model", "patch_size", "model_kwargs")
@@ -35,7 +35,7 @@ class Change(NamedTuple):
     after: object
 
     def __str__(self):
-        return f"{self.name} {self.before} -> {self.after}"
+        return f"{self.name} {as_typed(self.before)} -> {as_typed(self.after)}"
 
 
 def find_changes(

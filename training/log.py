@@ -117,14 +117,14 @@ def by_group(values: dict[str, object], group: str) -> dict[str, float]:
     Terms are those that have a fraction of the loss, `<term>_share`.
 
     Args:
-        group: of loss, learning rate, gradient norm and the factor of the coefficients.
+        group: of the loss, its classification part, learning rate, gradient norm and the factor of the coefficients.
     """
     points = {}
     for name, value in values.items():
         title = name.removeprefix("train_")
         if not isinstance(value, int | float) or name in COUNTS:
             continue
-        if title in ("loss", "lr", "grad_norm", "diversity_factor"):
+        if title in ("loss", "classification", "lr", "grad_norm", "diversity_factor"):
             points[f"{group}/{title}"] = value
         elif title.endswith("_share"):
             points[f"fractions/{title.removesuffix('_share')}"] = value
@@ -211,5 +211,6 @@ def terms_table(record: dict[str, float]) -> str:
     if rows and whole:
         heading += f"{'gradient norm':>16}{'of classification':>20}"
         norms = [record.get(f"gradnorm_{name.removeprefix('train_')}", math.nan) for name in names]
-        rows = [f"{row}{norm:>16.3g}{100 * norm / whole:>#18.3g} %" for row, norm in zip(rows, norms, strict=True)]
+        ratios = [f"{100 * norm / whole:#.3g}".removesuffix(".") for norm in norms]
+        rows = [f"{row}{norm:>16.3g}{ratio:>18} %" for row, norm, ratio in zip(rows, norms, ratios, strict=True)]
     return "\n".join([heading, *rows]) if rows else ""

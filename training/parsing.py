@@ -144,6 +144,15 @@ def names_of(known: Collection[str]) -> type[argparse.Action]:
     return Names
 
 
+def as_typed(value: object) -> str:
+    """The value of a flag as on the command line, for messages: `a b` for a list, `k=v` for a dict, `none` if empty."""
+    if isinstance(value, dict):
+        value = [f"{key}={of_key}" for key, of_key in value.items()]
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
+
+
 def _is_text(word: str) -> bool:
     """Whether a word of the command line was in the encoding of the system."""
     return not any("\udc80" <= character <= "\udcff" for character in word)

@@ -34,7 +34,8 @@ def local_file(path: str) -> str:
     """
     if not path.startswith("https://"):
         if not Path(path).is_file():
-            raise ValueError(f"{path}: there is no such file")
+            problem = " is a folder; name a file in it" if Path(path).is_dir() else ": there is no such file"
+            raise ValueError(f"{path}{problem}")
         return path
     digest, name = hashlib.sha256(path.encode()).hexdigest()[:12], Path(urllib.parse.urlparse(path).path).name
     local = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}-{name}"

@@ -256,6 +256,18 @@ def test_circuits_are_drawn_with_their_spectra():
     assert all(axis.get_ylabel() for axis in rows[:, 0])
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_configuration_without_circuits_is_left_out_of_their_figure(first):
+    without = {"differential": [make_report(3) | {"circuit": {}, "circuit_spectra": {}}]}
+    having = {"plain": [make_report(0)], "all": [make_report(1)]}
+    configurations = without | having if first else having | without
+    styles = [{"color": f"C{i}"} for i in range(3)]
+    figure = circuits(configurations, styles)
+    for axis in figure.axes:
+        assert [line.get_label() for line in axis.lines if not line.get_label().startswith("_")] == ["plain", "all"]
+        assert [line.get_color() for line in axis.lines[:2]] == (["C1", "C2"] if first else ["C0", "C1"])
+
+
 def test_similarity_of_layers_is_a_map_for_each_configuration():
     configurations = {"plain": [make_report(0)], "all": [make_report(1), make_report(2)]}
     figure = layer_similarity(configurations)

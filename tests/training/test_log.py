@@ -46,6 +46,7 @@ def test_the_terms_are_an_aligned_table():
         "emb_cos_within                     0.125       25.00 %        1.25e-07          2.50e-05 %",
     ]
     assert max(map(len, table)) <= 100
+    assert terms_table(RECORD | norms | {"gradnorm_mixing": 0.5}).splitlines()[1].endswith("  100 %")
     assert terms_table(RECORD | norms | {"gradnorm_classification": 0.0}) == terms_table(RECORD)
     del norms["gradnorm_mixing"]  # it was not finite
     assert terms_table(RECORD | norms).splitlines()[1].split()[-3:] == ["nan", "nan", "%"]
