@@ -19,6 +19,7 @@ from models import build_model, published_preprocessing, weights
 from reports.run_folders import without_seed
 from training import arguments, checkpoint
 from training.build import options_of
+from training.parsing import with_lists
 from training.preprocessing import NAMES
 from training.provenance import data_name, digest, source_of
 from utils import World, errors_of
@@ -75,7 +76,7 @@ def find_subjects(runs: list[str], flags: list[str]) -> list[Subject]:
     """The models that the RUNs name. Images for random weights are preprocessed as for the first other model."""
     others = {run: find_subject(run, flags) for run in runs if run != RANDOM}
     first = next(iter(others.values()), None)
-    preprocessing = {name: getattr(first.data, name) for name in NAMES} if first else {}
+    preprocessing = {name: with_lists(getattr(first.data, name)) for name in NAMES} if first else {}
     return [others.get(run) or find_subject(run, flags, preprocessing) for run in runs]
 
 

@@ -84,6 +84,13 @@ def test_finetune_names_the_weights_of_a_model(folder, tmp_path, monkeypatch):
     assert numbers(report) == measured(small_model(), 20) and report["run"] == "deit_tiny_patch16_224"
 
 
+def test_random_weights_beside_a_run_see_the_same_images(run, tmp_path):
+    words = ("--model", "deit_tiny_patch16_224", *PLAIN_VIT, "--mean", 0.5, 0.4, 0.3, "--num-images", 20)
+    alone = analyzed(tmp_path, "random", *words)
+    both = analyzed(tmp_path, run, "random", *words)["cells"]
+    assert numbers(both["random"][0]) == numbers(alone)
+
+
 @pytest.mark.parametrize("name", ["random", "run"])
 def test_two_names_of_weights_are_refused(name, run):
     with pytest.raises(SystemExit) as caught:
