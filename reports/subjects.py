@@ -19,6 +19,7 @@ from models import build_model, published_preprocessing, weights
 from reports.run_folders import without_seed
 from training import arguments, checkpoint
 from training.build import options_of
+from training.changes import REMEDIES
 from training.parsing import with_lists
 from training.preprocessing import NAMES
 from training.provenance import data_name, digest, source_of
@@ -87,7 +88,8 @@ def find_subject(run: str, flags: list[str], preprocessing: Mapping[str, object]
         preprocessing: {flag: value} for random weights.
 
     Raises:
-        SystemExit: it is none of the four, or a folder without a checkpoint, or `--finetune` names other weights.
+        SystemExit: it is none of the four, or a folder without a checkpoint, `--finetune` names other weights, or the
+            remedies are not those of its training.
     """
     path = Path(run)
     folder = path if path.is_dir() else None
@@ -109,6 +111,7 @@ def find_subject(run: str, flags: list[str], preprocessing: Mapping[str, object]
         raise SystemExit(f"error: {run} is not a run folder, a checkpoint file, the name of a timm model or {RANDOM}")
     config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
     args = arguments.parse_args(flags, config)
+    arguments.check_model(args, trained_with, REMEDIES, run)
     is_on_command_line = any(word.partition("=")[0] == "--finetune" for word in flags)  # not in a run's args.yaml
     if (file or run == RANDOM) and is_on_command_line and args.finetune not in ("", str(file)):
         raise SystemExit(f"error: RUN {run} and --finetune {args.finetune} both name weights; give one")

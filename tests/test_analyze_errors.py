@@ -53,6 +53,11 @@ def test_wrong_flags(runs, tmp_path, refused):
     assert refused(runs / "plain", runs / "other" / ".." / "plain", named=("twice",))
 
 
+def test_a_run_keeps_its_remedies(runs, refused):
+    named = ("--remedy is xsa, but", runs / "plain", "has none; leave the flag out")
+    assert refused(runs / "plain", "--remedy", "xsa", named=named)
+
+
 def test_an_empty_data_set(runs, tmp_path, refused):
     data = make_image_folder(tmp_path / "images", n=0)
     assert refused(runs / "plain", "--data-set", "IMNET", "--data-path", data, named=(data,))

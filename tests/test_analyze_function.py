@@ -113,7 +113,7 @@ def test_labels_of_one_class_are_one_line(run, tmp_path, undrawn):
     photos = make_image_folder(tmp_path / "photos", classes=("1",))
     with pytest.raises(SystemExit) as caught:
         analyzed(tmp_path, run, "--function-level", "--data-set", "IMNET", "--data-path", photos, "--num-images", "2")
-    one_line(caught, "--function-level: the test images need images of two classes at least; there are 4 images of 1")
+    one_line(caught, "--function-level: the test images must be of two classes at least; got 4 image(s) of 1 class(es)")
 
 
 # --- table.py

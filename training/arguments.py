@@ -71,14 +71,19 @@ def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace
     """
     config = {name: value for name, value in stored.items() if name not in (*NOT_REPEATED, *NOT_OF_AN_EVALUATION)}
     args = parse_args(argv, config)
+    check_model(args, stored, (*MODEL, *REMEDIES), "the checkpoint's model")
+    return args
+
+
+def check_model(args: argparse.Namespace, stored: dict, names: tuple[str, ...], owner: str):
+    """Raise SystemExit if flags `names` are not those that a model was trained with, `stored`, where that is known."""
     known = {**defaults(), **stored} if stored else {}  # an earlier version lacks flags, which were at their defaults
-    for name in (*MODEL, *REMEDIES):
+    for name in names:
         if name in known and with_lists(getattr(args, name)) != with_lists(known[name]):
             raise SystemExit(
-                f"error: {flag_of(name)} is {as_typed(getattr(args, name))}, but the checkpoint's model has "
-                f"{as_typed(known[name])}; leave the flag out"
+                f"error: {flag_of(name)} is {as_typed(getattr(args, name))}, but {owner} has {as_typed(known[name])}; "
+                "leave the flag out"
             )
-    return args
 
 
 def coefficients(args: argparse.Namespace) -> dict[str, float]:

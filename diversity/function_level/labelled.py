@@ -54,8 +54,8 @@ class LabelledImages:
                     yield Chunk(first, some.to(self.device), of_some.to(self.device))
                     first += len(some)
         if first < 2 or counts.count_nonzero() < 2:
-            found = f"{first} images of {counts.count_nonzero()} classes"
-            raise ValueError(f"the {self.words} need images of two classes at least; there are {found}")
+            found = f"{first} image(s) of {int(counts.count_nonzero())} class(es)"
+            raise ValueError(f"the {self.words} must be of two classes at least; got {found}; use more images")
         self.num_images = first
 
     def count(self) -> int:

@@ -292,8 +292,8 @@ IMAGES, LABELS = labelled_images(6)
         ([(IMAGES, LABELS - 1)], ValueError, "have the label -1"),
         ([(IMAGES, LABELS.double())], ValueError, "one integer label"),
         ([(IMAGES, LABELS[:3])], ValueError, "one integer label"),
-        ([(IMAGES, 0 * LABELS)], ValueError, "6 images of 1 classes"),
-        ([], ValueError, "0 images of 0 classes"),
+        ([(IMAGES, 0 * LABELS)], ValueError, "6 image(s) of 1 class(es)"),
+        ([], ValueError, "0 image(s) of 0 class(es)"),
         ([(IMAGES / 0, LABELS)], ValueError, "the logits are not finite"),
     ],
 )
