@@ -154,7 +154,13 @@ class DiversityObjective(nn.Module):
         return classification, raw, weighted
 
     def set_epoch(self, epoch: int):
-        """Set the coefficients to those of an epoch, counted from 0; without a schedule nothing changes."""
+        """Set the coefficients to those of an epoch, counted from 0; without a schedule nothing changes.
+
+        Raises:
+            ValueError: a negative epoch, of which the coefficients would have the other sign.
+        """
+        if epoch < 0:
+            raise ValueError(f"epochs are counted from 0; got {epoch}")
         if self.factor is not None:
             self.factor.fill_(self.factor_of(epoch))
             self.has_epoch = True

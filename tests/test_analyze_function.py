@@ -137,7 +137,7 @@ def test_the_table_has_the_numbers_of_the_function_level(measured, tmp_path, cap
     for folder, value in zip(measured, (30.0, 35.25), strict=True):
         add_function(folder, "40 validation images", value)
     out = tabulated(capsys, tmp_path, "--measures", "function_patch_probe").out
-    assert "patch probe accuracy, all patches ↑" in out and "**35.2** (+5.2" in out
+    assert "patch probe accuracy, all patches, % ↑" in out and "**35.2** (+5.2" in out
     assert "function level on 40 validation images" in out
 
 

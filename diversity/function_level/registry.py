@@ -54,8 +54,9 @@ class FunctionMeasure:
         return self.function(**{name: inputs[name] for name in self.reads})
 
     def label(self, place: str = "") -> str:
-        """Its heading with what was removed or read, and an arrow where higher is better."""
-        return self.heading + (f", {place}" if place else "") + (" ↑" if self.better == "higher" else "")
+        """Its heading with what was removed or read, % if it is in percent, and an arrow where higher is better."""
+        text = self.heading + (f", {place}" if place else "") + (", %" if self.unit == "percent" else "")
+        return text + (" ↑" if self.better == "higher" else "")
 
 
 FUNCTION_MEASURES: dict[str, FunctionMeasure] = {}

@@ -64,6 +64,8 @@ def test_a_scheduled_loss_needs_to_know_the_epoch():
     loss_fn = DiverseLoss(small_vit(), COEFS, diversity_until=2)
     with pytest.raises(ValueError, match=r"call set_epoch\(epoch\) at the start of each epoch"):
         loss_fn(*images(4))
+    with pytest.raises(ValueError, match="epochs are counted from 0; got -1"):
+        loss_fn.set_epoch(-1)
     loss_fn.set_epoch(0)
     assert loss_fn(*images(4))[1]["diversity_factor"] == 1
 
