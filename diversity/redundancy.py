@@ -137,7 +137,8 @@ def _weights(backbone: Backbone, extra: Collection[str] = ()) -> dict:
             for name, matrix in zip(names.get(group, (group,)), matrices, strict=False):
                 if not matrix.isfinite().all():
                     raise ValueError(f"the weights {name} of a block are not finite")
-                values = torch.linalg.svdvals(matrix.double())
+                tall = matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix  # LAPACK takes half as long
+                values = torch.linalg.svdvals(tall.double())
                 _append(report["weight"], "weight", name, inputs.Matrix(precise(matrix), values), extra)
                 report["spectra"].setdefault(name, []).append(values.tolist())
         for name, factors in (circuit_factors(block) or {}).items():

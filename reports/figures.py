@@ -76,7 +76,7 @@ def legend_below(figure: Figure, handles: list[Line2D], labels: list[str], title
 def save(figure: Figure, path: Path):
     """Write path.png and path.pdf, and close the figure."""
     figure.savefig(path.with_name(f"{path.name}.png"))
-    figure.set_layout_engine("none")  # the layout stays as it was computed for the first file
+    figure.set_layout_engine(None)  # it stays as computed for the first file; "none" would draw a third time
     figure.savefig(path.with_name(f"{path.name}.pdf"))
     plt.close(figure)
 

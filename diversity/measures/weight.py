@@ -60,7 +60,7 @@ def row_abscosine(row_abscosines):
     From 0 for orthogonal rows to 1 for rows along one line.
     """
     rows = len(row_abscosines)
-    return row_abscosines.sum(dtype=torch.float64) / (rows * (rows - 1))
+    return row_abscosines.sum(dim=1).sum(dtype=torch.float64) / (rows * (rows - 1))
 
 
 @measure("weight", "smallest angle of rows in degrees", unit="degrees", better="higher")
