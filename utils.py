@@ -211,7 +211,7 @@ class World:
     def copy_from_main(self, tensors: Iterable[torch.Tensor]):
         """Copy the values of the main process into tensors of the same shapes, in place."""
         for tensor in tensors if self.size > 1 else ():
-            values = tensor.to(self.device)  # an average may be on the CPU
+            values = tensor.to(self.device).contiguous()  # an average may be on the CPU
             dist.broadcast(values, 0)
             tensor.copy_(values)
 
