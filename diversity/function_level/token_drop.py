@@ -40,7 +40,7 @@ def tokens(model, backbone, test, seed):
 
     Source: Naseer et al. 2021 (random patches), Liang et al. 2022 (attention of the class token), Bolya et al. 2023
     (similar tokens).
-    Differs: they drop patches of the image, fuse the dropped tokens, or merge pairs; here tokens are dropped alone.
+    Differs: they drop patches of the image, fuse the dropped tokens, or merge pairs; here tokens are only dropped.
     """
     block = middle_block(model, backbone)
     orders = {

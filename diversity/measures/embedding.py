@@ -92,7 +92,7 @@ def effective_rank(tokens):
 def high_norm_tokens(lengths):
     """Fraction of an image's patch tokens whose norm is above the mean + 4 standard deviations of its tokens.
 
-    From 0 to 1 / 17; none with less than 18 patches, of which no norm can be as far from the mean.
+    From 0 to 1 / 17; none with fewer than 18 patches, where no norm can be so far from the mean.
 
     Source: Vision transformers need registers (Darcet et al., ICLR 2024), whose threshold is a norm chosen by hand.
     """
