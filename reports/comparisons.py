@@ -142,7 +142,11 @@ def notes(runs: list[Run]) -> list[str]:
         digests = {tuple(start["data"].get(key) for key in DIGESTS) for start in run.starts}
         lines += [f"{run.name} continued on other files of its data ({ENVIRONMENT})"] if len(digests) > 1 else []
         for epoch in dict.fromkeys(change["epoch"] for change in run.changes):
-            changed = [f"{c['name']} {c['before']} -> {c['after']}" for c in run.changes if c["epoch"] == epoch]
+            changed = [
+                f"{c['name']} {as_typed(c['before'])} -> {as_typed(c['after'])}"
+                for c in run.changes
+                if c["epoch"] == epoch
+            ]
             lines.append(f"{run.name} was changed at epoch {epoch}: {', '.join(changed)} ({CHANGES})")
     unknown = [run.name for run in runs if not run.starts and run.flags]
     if unknown and len(runs) > 1:

@@ -20,7 +20,7 @@ CURVES = {
 }
 """{(measure, key of its value): title of its panel}."""
 XLABELS = {
-    "heads": "fraction of all heads",
+    "heads": "fraction of all heads; images of odd number",
     "blocks": "block",
     "tokens": "fraction of an image's patch tokens",
     "knn": "layer (1: output of block 0)",

@@ -151,7 +151,7 @@ def function_tables(configurations: dict[str, list[dict]]) -> list[str]:
         functions = [report["function"] for report in reports]
         runs = f", mean of {len(reports)} runs" if len(reports) > 1 else ""
         words = reports[0]["measured_on"]["function"]
-        words += "; accuracies without heads are those of the odd ones of the validation images"
+        words += "; accuracies without heads are those of the validation images of odd number"
         blocks.append(f"{name}{runs}, function level: top-1 accuracies in percent, {words}")
         of_measures = [_by_fraction(functions), _by_layer(functions), _patches(functions)]
         blocks += [markdown_table(columns) for columns in of_measures if any(columns.values())]
