@@ -4,6 +4,7 @@ Runs are compared if data, model, finished epochs, images per optimizer step and
 far as they are known: a run of a version that wrote no environment.json does not know its data and batches.
 """
 
+import itertools
 from collections.abc import Iterable
 
 from diversity import ALIASES, REGULARIZERS
@@ -152,6 +153,20 @@ def notes(runs: list[Run]) -> list[str]:
     if unknown and len(runs) > 1:
         listed = _listed(unknown)
         lines.append(f"files of the data, batches and effective rates are not compared: no {ENVIRONMENT} in {listed}")
+    return lines
+
+
+def averaged_although_different(runs: list[Run]) -> list[str]:
+    """One line for each configuration whose runs differ in more flags than those of where and how they ran."""
+    defaults, lines = arguments.defaults(), []
+    for name, of_row in by_configuration(runs).items():
+        flags = [run.flags | defaults | run.flags for run in of_row if run.flags]
+        differ = [
+            flag_of(flag)
+            for flag in dict.fromkeys(itertools.chain(*flags))
+            if flag not in MAY_DIFFER and len({as_typed(of_run.get(flag)) for of_run in flags}) > 1
+        ]
+        lines += [f"the runs of {name} are averaged although they differ in {', '.join(differ)}"] if differ else []
     return lines
 
 

@@ -148,6 +148,7 @@ def training_notes(names: list[str], subjects: list[Subject]) -> list[str]:
     ]
     lines = [f"trained differently: {reason}" for run in runs[1:] if (reason := comparisons.conflict(runs[0], run))]
     epochs = [(run.name, subject.epoch) for run, (_, subject) in zip(runs, pairs, strict=True)]
+    lines += comparisons.averaged_although_different(runs)
     return [*lines, *comparisons.differing("the last epoch of training", epochs), *comparisons.notes(runs)]
 
 

@@ -145,4 +145,10 @@ def test_the_table_says_what_was_measured_and_how_training_differed(run, tmp_pat
         "--epochs differs: 3 in run; 1 in other",
     ):
         assert f"- {note}" in notes
-    assert not any("emb_cos_within" in note for note in notes)
+    assert not any("emb_cos_within" in note or "averaged" in note for note in notes)
+    analyzed(tmp_path, run, tmp_path / "other", "--num-images", "10", "--names", "both", "both", "--overwrite")
+    notes = (tmp_path / "out" / "redundancy.md").read_text().split("\n\n")[1].splitlines()
+    (note,) = (note for note in notes if "averaged" in note)
+    assert note.startswith("- the runs of both are averaged although they differ in --")
+    differ = note.partition(" in ")[2].split(", ")
+    assert {"--epochs", "--drop-path", "--emb-cos-within-coef", "--batch-size"} == {*differ}

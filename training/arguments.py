@@ -82,7 +82,7 @@ def check_model(args: argparse.Namespace, stored: dict, names: tuple[str, ...], 
         if name in known and with_lists(getattr(args, name)) != with_lists(known[name]):
             raise SystemExit(
                 f"error: {flag_of(name)} is {as_typed(getattr(args, name))}, but {owner} has {as_typed(known[name])}; "
-                "leave the flag out"
+                "leave the flag out, also of a --config"
             )
 
 
