@@ -111,7 +111,9 @@ class ClassificationLoss(nn.Module):
         # One pass over the logits, whose gradient takes one weight a token.
         ce = cross_entropy(output.token_logits, lam=torch.cat((cls_lam, target.patch_lam), dim=1))
         is_class_token = torch.arange(1 + num_patches, device=ce.device) == 0
-        patch_weight = ce.new_ones(()) * (weights[MIXING] / num_patches)
+        patch_weight = weights[MIXING] / num_patches
+        if not torch.is_tensor(patch_weight):  # a product with a tensor costs passes over the logits when compiled
+            patch_weight = ce.new_full((), patch_weight)
         loss = (ce * torch.where(is_class_token, weights["cls_ce"], patch_weight)).sum(dim=1).mean()
         ces = {"cls_ce": ce.detach()[:, :1], MIXING: ce.detach()[:, 1:]}
         return loss, {name: ce.mean() for name, ce in ces.items()}, _weighted_means(ces, weights)
