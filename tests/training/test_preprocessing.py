@@ -214,7 +214,7 @@ def test_a_run_prints_and_stores_its_values(tmp_path, capsys):
         (tmp_path / "others.pth").unlink()
         run_main(*run, "--output-dir", tuned, "--resume", tuned / "checkpoint.pth", *longer)
         assert line_of(capsys) == half
-        with pytest.raises(SystemExit, match=r"--mean \[0.5, 0.5, 0.5\] -> \[0.25, 0.5, 0.75\].*--resume-with-changes"):
+        with pytest.raises(SystemExit, match=r"--mean 0.5 0.5 0.5 -> 0.25 0.5 0.75.*--resume-with-changes"):
             run_main(*run, "--output-dir", tuned, "--resume", "auto", "--mean", *OTHER)
         run_main(*run, "--output-dir", again, "--finetune", tuned / "checkpoint.pth")
         assert line_of(capsys) == half
