@@ -20,7 +20,7 @@ def emb_vcreg(last: torch.Tensor) -> torch.Tensor:
 
     Args:
         last: [B, P, D] or [layers, B, P, D], prefix tokens excluded; each layer has its own statistics. With several
-            processes, each has those of its own batch.
+            processes, each uses the tokens of its batch.
 
     Returns:
         0-dim, >= 0: 0 when all channels have a standard deviation of 1 and no two are correlated; 24.75 when all tokens
