@@ -10,10 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.models import Beit, Eva, SwinTransformer, SwinTransformerV2, VisionTransformer
+from timm.layers import Attention, AttentionRope
+from timm.models import VisionTransformer, beit, eva, swin_transformer, swin_transformer_v2
 from torch import nn
 
 WEIGHT_GROUPS = ("qkv", "proj", "fc1", "fc2")
+
+ATTENTIONS = (
+    Attention,
+    AttentionRope,
+    eva.EvaAttention,
+    beit.Attention,
+    swin_transformer.WindowAttention,
+    swin_transformer_v2.WindowAttention,
+)
+"""The attention modules whose forward pass is known: weights head by head, and one softmax map for each head."""
 
 
 class TapError(ValueError):
@@ -61,10 +72,10 @@ class Backbone:
 
         Families that use the same attribute names for something else (CaiT, XCiT, TNT) are not among them.
         """
-        if isinstance(model, (VisionTransformer, Beit, Eva)):
+        if isinstance(model, (VisionTransformer, beit.Beit, eva.Eva)):
             grid, head = tuple(model.patch_embed.grid_size), ("fc_norm", "head_drop", "head")
             return cls(model, model.blocks, model.blocks, [0], "blocks", grid, model.num_prefix_tokens, head)
-        if isinstance(model, (SwinTransformer, SwinTransformerV2)):
+        if isinstance(model, (swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)):
             last_stage = model.layers[-1].blocks
             all_blocks = [block for stage in model.layers for block in stage.blocks]
             stages = [*itertools.accumulate((len(stage.blocks) for stage in model.layers[:-1]), initial=0)]

@@ -13,18 +13,10 @@ Source: A mathematical framework for transformer circuits (Elhage et al. 2021).
 """
 
 import torch
-from timm.layers import Attention, AttentionRope
-from timm.models.beit import Attention as BeitAttention
-from timm.models.eva import EvaAttention
-from timm.models.swin_transformer import WindowAttention
-from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from torch import nn
 
 from . import fusible
-from .backbones import Backbone, TapError, block_matrices
-
-ATTENTION = (Attention, AttentionRope, BeitAttention, EvaAttention, WindowAttention, WindowAttentionV2)
-"""The attention of timm whose weights are laid out head by head, with one score for each head."""
+from .backbones import ATTENTIONS, Backbone, TapError, block_matrices
 
 
 def circuit_factors(block: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
@@ -36,7 +28,7 @@ def circuit_factors(block: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Ten
         heads share their keys.
     """
     attn = getattr(block, "attn", None)
-    if not isinstance(attn, ATTENTION):
+    if not isinstance(attn, ATTENTIONS):
         return None
     inner, output = block_matrices(block, "qkv"), block_matrices(block, "proj")
     if inner is None or output is None or len({matrices.shape[1:] for matrices in inner}) > 1:

@@ -1,6 +1,7 @@
-"""Forward hooks that call a function with a module's tensors, and un-fused attention where maps are read."""
+"""Changes of a model for a while: hooks that see its tensors, un-fused attention where maps are read, eval mode."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.layers import Attention
@@ -80,3 +81,15 @@ class ModelHooks:
 
     def __exit__(self, *exception):
         self.remove()
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and afterwards each of its modules back into its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -11,9 +11,10 @@ from torch import nn
 
 from .backbones import WEIGHT_GROUPS, Backbone, block_matrices
 from .circuits import circuit_factors
-from .hooks import ModelHooks
+from .hooks import ModelHooks, eval_mode
 from .measures import MEASURES, chosen, inputs, summary_measures
-from .measures.meter import Meter, numbers, precise
+from .measures.meter import Meter, numbers
+from .similarity import precise
 
 CHUNK = 16  # images that run through the model at a time, as their attention maps need memory
 
@@ -68,12 +69,10 @@ def measure_redundancy(
     if unknown := [name for name in extra if name not in MEASURES]:
         raise ValueError(f"unknown measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
     meter = Meter(backbone, getattr(model, "num_classes", 0) if num_classes is None else num_classes, extra)
-    modes = [(module, module.training) for module in model.modules()]
     precision = torch.get_float32_matmul_precision()
-    model.eval()
     try:
         torch.set_float32_matmul_precision("highest")
-        with ModelHooks() as hooks:
+        with eval_mode(model), ModelHooks() as hooks:
             meter.hook(hooks)
             for samples, labels in _chunks(batches):
                 meter.begin(samples, labels)
@@ -84,8 +83,6 @@ def measure_redundancy(
             report = meter.report() | _weights(backbone, extra)
     finally:
         torch.set_float32_matmul_precision(precision)
-        for module, training in modes:
-            module.training = training
     return report | {"summary": _summary(report)}
 
 

@@ -12,6 +12,11 @@ GRAM_JITTER = 1e-6
 """Added to the diagonal of the kernel matrix of `log_gram_determinant`, so that identical items leave it definite."""
 
 
+def precise(tensor: torch.Tensor) -> torch.Tensor:
+    """float64 as it is, and everything else as float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def unit(items: torch.Tensor) -> torch.Tensor:
     """x / max(|x|, 1e-8) over the last axis: unit vectors, and zero vectors left at zero."""
     return F.normalize(items, dim=-1, eps=fusible.EPS)

@@ -3,15 +3,12 @@
 Run by tests/diversity/test_loss.py under torchrun. Rank 0 prints JSON: the largest differences of losses and weights.
 """
 
-import json
-
 import timm
 import torch
-import torch.distributed as dist
+from ddp_comparison import compare_with_one_process
 from torch.nn.parallel import DistributedDataParallel
 
 from diversity import DiverseLoss
-from utils import joined_world
 
 BATCH, STEPS, ACCUMULATED = 8, 3, 2
 # Without weight_mha_cond_orth, which draws start vectors, and without mixup, which pairs the images of one process.
@@ -45,11 +42,4 @@ def train(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    with joined_world("cpu", "env://") as world:
-        losses, weights = train(world.rank, world.size)
-        dist.all_reduce(losses)
-        losses /= world.size
-        expected_losses, expected_weights = train(0, 1)
-        if world.is_main:
-            loss, weight = (losses - expected_losses).abs().max(), (weights - expected_weights).abs().max()
-            print(json.dumps({"loss": loss.item(), "weights": weight.item()}), flush=True)
+    compare_with_one_process(train)

@@ -4,16 +4,13 @@ Run by tests/diversity/test_remedies_training.py as two ranks. Rank 0 prints JSO
 weights. Reattention is left out, since its batch normalisation sees the images of one process.
 """
 
-import json
-
 import torch
-import torch.distributed as dist
+from ddp_comparison import compare_with_one_process
 from families import build
 from remedied import of_family, with_remedies
 from torch.nn.parallel import DistributedDataParallel
 
 from diversity import DiverseLoss
-from utils import joined_world
 
 BATCH, STEPS = 4, 3
 # Without terms that draw start vectors, and without mixup, which pairs the images of one process.
@@ -40,11 +37,4 @@ def train(rank: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    with joined_world("cpu", "env://") as world:
-        losses, weights = train(world.rank, world.size)
-        dist.all_reduce(losses)
-        losses /= world.size
-        expected_losses, expected_weights = train(0, 1)
-        if world.is_main:
-            loss, weight = (losses - expected_losses).abs().max(), (weights - expected_weights).abs().max()
-            print(json.dumps({"loss": loss.item(), "weights": weight.item()}), flush=True)
+    compare_with_one_process(train)

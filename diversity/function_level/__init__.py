@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from ..backbones import Backbone
+from ..hooks import eval_mode
 from .ablation import accuracy, blocks, heads  # in the order of FUNCTION_MEASURES
 
 from .token_drop import tokens  # isort: skip
 from .probes import knn, probe  # isort: skip
 from .patch_probe import patch_probe  # isort: skip
-from .labelled import LabelledImages, eval_mode
+from .labelled import LabelledImages
 from .registry import FUNCTION_MEASURES, FunctionMeasure, NotMeasured, function_summaries, function_table, summary_of
 
 __all__ = [

@@ -1,11 +1,9 @@
 """Labelled images that are read several times, and the accuracy of a model on them."""
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 CHUNK = 128  # images that run through the model at a time
 
@@ -77,18 +75,6 @@ class LabelledImages:
             classes = f"the classes of the model are 0 to {self.num_classes - 1}"
             raise ValueError(f"the {self.words} have the label {wrong}, but {classes}")
         return images, labels.long()
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and afterwards each of its modules back into its own mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def hits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

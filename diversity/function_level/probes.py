@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..backbones import Backbone
 from ..hooks import ModelHooks
+from ..similarity import precise
 from .labelled import hits, percent
 from .registry import function_measure
 from .ridge import Ridge
@@ -78,7 +79,7 @@ def layer_features(model: nn.Module, backbone: Backbone) -> Iterator[Callable[[t
 
     def see(tokens: torch.Tensor):
         pooled = tokens[:, 0] if reads_class_token else backbone.patch_tokens(tokens).mean(dim=1)
-        layers.append(F.layer_norm(_wide(pooled), pooled.shape[-1:]))
+        layers.append(F.layer_norm(precise(pooled), pooled.shape[-1:]))
 
     def features(images: torch.Tensor) -> Features:
         layers.clear()
@@ -93,7 +94,7 @@ def layer_features(model: nn.Module, backbone: Backbone) -> Iterator[Callable[[t
         for block in backbone.all_blocks[:-1]:
             hooks.on_output(block, see)
         classifier = model.get_submodule(backbone.head[-1])
-        hooks.on_input(classifier, lambda pooled: layers.append(_wide(pooled)))
+        hooks.on_input(classifier, lambda pooled: layers.append(precise(pooled)))
         yield features
 
 
@@ -116,11 +117,6 @@ class Nearest:
         """Of each query for each class, [n, C]."""
         weights = ((self.cosines - 1) / TEMPERATURE).exp()
         return weights.new_zeros(len(weights), num_classes).scatter_add_(1, self.labels, weights)
-
-
-def _wide(features: torch.Tensor) -> torch.Tensor:
-    """In float32, or float64 when given it."""
-    return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
 def _units(features: Features) -> Features:

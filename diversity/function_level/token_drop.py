@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..backbones import Backbone
 from ..hooks import ModelHooks
 from ..remedies import REMEDIES
+from ..similarity import precise
 from .ablation import rounded
 from .labelled import hits, percent
 from .registry import NotMeasured, function_measure
@@ -125,7 +126,7 @@ def random_order(seed: int, first: int, tokens: torch.Tensor) -> torch.Tensor:
 
 def most_similar_last(tokens: torch.Tensor) -> torch.Tensor:
     """An order of the tokens [B, P, D] in which each is as far as possible from those before it, [B, P]."""
-    unit = F.normalize(tokens.float() if tokens.dtype != torch.float64 else tokens, dim=-1)
+    unit = F.normalize(precise(tokens), dim=-1)
     images = torch.arange(len(unit), device=unit.device)
     chosen = (unit @ unit.mean(dim=1)[..., None])[..., 0].argmin(dim=1)
     order, highest = [chosen], torch.full(unit.shape[:2], -torch.inf, dtype=unit.dtype, device=unit.device)

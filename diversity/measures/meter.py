@@ -8,6 +8,7 @@ from torch import nn
 
 from ..backbones import Backbone, has_padding
 from ..hooks import ModelHooks
+from ..similarity import precise
 from . import inputs
 from .cka import LayerSimilarity
 from .registry import chosen
@@ -21,11 +22,6 @@ def numbers(values: Iterable[torch.Tensor | None]) -> list[float | None]:
     known = iter(torch.stack(known).tolist() if known else ())
     found = [None if value is None else next(known) for value in values]
     return [number if number is not None and math.isfinite(number) else None for number in found]
-
-
-def precise(tensor: torch.Tensor) -> torch.Tensor:
-    """float64 as it is, and everything else as float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 class Meter:

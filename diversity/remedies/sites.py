@@ -8,22 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Attention, AttentionRope
+from timm.layers import Attention
 from timm.models import beit, eva, swin_transformer, swin_transformer_v2
 from timm.models import vision_transformer as vit
 from torch import nn
 
-from ..backbones import Backbone, has_padding
-
-ATTENTIONS = (
-    Attention,
-    AttentionRope,
-    eva.EvaAttention,
-    beit.Attention,
-    swin_transformer.WindowAttention,
-    swin_transformer_v2.WindowAttention,
-)
-"""The attention modules whose forward pass is known."""
+from ..backbones import ATTENTIONS, Backbone, has_padding
 
 PRE_NORM_BLOCKS = (vit.Block, eva.EvaBlock, beit.Block, swin_transformer.SwinTransformerBlock)
 """The blocks that add drop_path1(attn(norm1(x))) to x, and then drop_path2(mlp(norm2(x)))."""
