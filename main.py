@@ -109,6 +109,7 @@ def train(args: Namespace, world: World, folder: Path | None):
     numbers = {"global_batch": global_batch, "accum_steps": args.accum_steps, "learning_rate": lr}
     numbers |= {"precision": str(amp_dtype or torch.float32).removeprefix("torch.")}
     lines = [
+        *arguments.config_lines(args),
         preprocessing_line(options),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss, data)) or 'off'}",
         *(f"warning: {line}" for line in build.warnings(args, amp_dtype, lr, data.num_steps)),

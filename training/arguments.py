@@ -1,7 +1,9 @@
 """The flags of a run: parsed, checked, and what follows from them."""
 
 import argparse
+import shlex
 import sys
+import textwrap
 
 import timm.optim
 import torch
@@ -13,7 +15,7 @@ from models.remedies import settings_of
 from pipeline.sources import SOURCE_FLAGS, find_source
 from training.changes import MODEL, REMEDIES
 from training.flags import build_parser
-from training.parsing import as_typed, flag_of, with_hyphens, with_lists
+from training.parsing import as_typed, flag_of, with_hyphens, with_lists, words_of
 from training.preprocessing import fill_preprocessing
 
 HAVE_FLAGS = {
@@ -103,6 +105,21 @@ def term_options(args: argparse.Namespace) -> dict[str, object]:
 def repeatable(args: argparse.Namespace) -> dict[str, object]:
     """The flags that start the same run anew, for args.yaml."""
     return {name: value for name, value in vars(args).items() if name not in NOT_REPEATED}
+
+
+def config_lines(args: argparse.Namespace) -> list[str]:
+    """What a run with `--config` resolved to: the flags that differ from the defaults, as words of a command line."""
+    if not args.config:
+        return []
+    default = vars(parse_args(["--preset", args.preset or "none"])) | {"preset": None}
+    words = [
+        word
+        for name, value in repeatable(args).items()
+        if name != "output_dir" and value != default[name]
+        for word in words_of(name, value)
+    ]
+    text = f"config {args.config}: {shlex.join(words) or 'all flags have their defaults'}"
+    return textwrap.wrap(text, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = torch.bfloat16) -> list[str]:

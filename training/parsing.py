@@ -107,16 +107,8 @@ class Parser(argparse.ArgumentParser):
             flag = flag_of(name)
             if flag in self.removed:
                 sys.stderr.write(f"note: {flag} of an earlier version is ignored: {self.removed[flag]}\n")
-            elif value == self.get_default(name):
-                continue
-            elif isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            elif isinstance(value, dict):
-                words += [flag, *(f"{key}={item}" for key, item in value.items())]
-            elif isinstance(value, list):
-                words += [flag, *map(str, value)]
-            else:
-                words.append(f"{flag}={'none' if value is None else value}")
+            elif value != self.get_default(name):
+                words += words_of(name, value)
         return words
 
 
@@ -142,6 +134,18 @@ def names_of(known: Collection[str]) -> type[argparse.Action]:
             setattr(namespace, self.dest, [name for name in known if name in values])
 
     return Names
+
+
+def words_of(name: str, value: object) -> list[str]:
+    """A flag with its value as words of a command line: --no-tensorboard, --epochs=3, --scale 0.5 1."""
+    flag = flag_of(name)
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, dict):
+        return [flag, *(f"{key}={item}" for key, item in value.items())]
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={'none' if value is None else value}"]
 
 
 def as_typed(value: object) -> str:

@@ -1,10 +1,12 @@
 """--config: files of flags, a run's args.yaml among them."""
 
+import shlex
+
 import pytest
 import yaml
 from flag_files import DEIT, config, error_of
 
-from training.arguments import parse_args
+from training.arguments import config_lines, parse_args
 from training.flags import REMOVED
 
 ROUND_TRIPS = {
@@ -31,6 +33,20 @@ def test_a_runs_args_yaml_repeats_it(tmp_path, words):
     assert again.config == path
     again.config = None
     assert again == args
+
+
+@pytest.mark.parametrize("words", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+def test_a_run_prints_what_its_file_of_flags_resolved_to(tmp_path, words):
+    args = parse_args(words)
+    path = config(tmp_path, yaml.safe_dump(vars(args), sort_keys=False))
+    lines = config_lines(parse_args(["--config", path, "--batch-size", "6"]))
+    assert lines[0].startswith(f"config {path}: ") and all(line.startswith("  ") for line in lines[1:])
+    printed = shlex.split(" ".join(line.removeprefix("  ") for line in lines).removeprefix(f"config {path}: "))
+    again = parse_args(printed)
+    own = {"config", "resume", "start_epoch", "local_rank", "output_dir"}
+    differing = {name for name, value in vars(args).items() if getattr(again, name) != value} - own
+    assert differing == {"batch_size"} and again.batch_size == 6
+    assert config_lines(args) == []
 
 
 def test_command_line_wins_over_the_file(tmp_path):
