@@ -1,0 +1,130 @@
+"""Crop, flip, shear, translation and rotation of a batch of images as one affine map and one sampling of each image.
+
+A map is a tensor [B, 2, 3] float32 of rows (a, b, c) and (d, e, f), as Pillow's Image.transform expects them: the pixel
+whose centre is (x, y) in the output shows the input at (a x + b y + c, d x + e y + f). Centres of pixels are at 0.5, 1.5,
+..., so that an image of width W reaches from 0 to W. All arguments of a batch are tensors [B].
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+
+def identity(batch: int, device: torch.device | None = None) -> torch.Tensor:
+    """The map [B, 2, 3] that changes nothing."""
+    return torch.eye(2, 3, device=device).repeat(batch, 1, 1)
+
+
+def shear_x(level: torch.Tensor) -> torch.Tensor:
+    """Rows are shifted in proportion to y: timm's shear_x, and torchvision's ShearX of the opposite sign."""
+    maps = identity(len(level), level.device)
+    maps[:, 0, 1] = level
+    return maps
+
+
+def shear_y(level: torch.Tensor) -> torch.Tensor:
+    """Columns are shifted in proportion to x: timm's shear_y, and torchvision's ShearY of the opposite sign."""
+    maps = identity(len(level), level.device)
+    maps[:, 1, 0] = level
+    return maps
+
+
+def translate(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The image is moved left by x and up by y pixels: timm's translate_x_abs, and torchvision's of the opposite sign."""
+    maps = identity(len(x), x.device)
+    maps[:, 0, 2], maps[:, 1, 2] = x, y
+    return maps
+
+
+def rotate(degrees: torch.Tensor, size: int) -> torch.Tensor:
+    """Square images are turned around their centre, counterclockwise, as by PIL.Image.rotate.
+
+    Args:
+        degrees: [B].
+        size: width and height in pixels.
+    """
+    angle, centre = torch.deg2rad(degrees), size / 2
+    cos, sin = angle.cos(), angle.sin()
+    x = torch.stack((cos, -sin, centre - centre * cos + centre * sin), dim=-1)
+    y = torch.stack((sin, cos, centre - centre * sin - centre * cos), dim=-1)
+    return torch.stack((x, y), dim=1).float()
+
+
+def flip(is_flipped: torch.Tensor, width: int) -> torch.Tensor:
+    """Left and right are exchanged where `is_flipped` [B]; the width is in pixels."""
+    maps = identity(len(is_flipped), is_flipped.device)
+    maps[:, 0, 0] = 1 - 2 * is_flipped.float()
+    maps[:, 0, 2] = width * is_flipped.float()
+    return maps
+
+
+def crop(top: torch.Tensor, left: torch.Tensor, height: torch.Tensor, width: torch.Tensor, size: int) -> torch.Tensor:
+    """A box [B] of the input, in its pixels, is resized to a square of `size` pixels."""
+    maps = torch.zeros(len(top), 2, 3, device=top.device)
+    maps[:, 0, 0], maps[:, 1, 1] = width / size, height / size
+    maps[:, 0, 2], maps[:, 1, 2] = left, top
+    return maps
+
+
+def compose(first: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
+    """The map that does what `first` does to an image, then what `then` does to the result. Both are [B, 2, 3]."""
+    maps = first[..., :2] @ then
+    maps[..., 2] += first[..., 2]
+    return maps
+
+
+def sample(
+    images: torch.Tensor,
+    maps: torch.Tensor,
+    size: int,
+    interpolation: str = "bilinear",
+    frames: torch.Tensor | None = None,
+    fill: Sequence[int] = (0, 0, 0),
+    padding_mode: str = "zeros",
+) -> torch.Tensor:
+    """Each output image shows the input image under its map; one call of F.grid_sample, on any device.
+
+    Values are rounded; Pillow cuts them, so that its values are smaller by up to 1.
+    Bicubic weights are torch's (a = -0.75); those of Image.transform have a = -1.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        maps: [B, 2, 3], from output pixels to input pixels.
+        size: width and height of the output in pixels.
+        interpolation: "nearest", exact and fastest for flips and shifts by whole pixels; "bilinear"; "bicubic".
+        frames: [B, L, 2, 3], maps from output pixels to those of L intermediate images of `size` pixels: an output
+            pixel outside any of them has the fill colour. None = there are none.
+        fill: a colour of three bytes.
+        padding_mode: of F.grid_sample, what is outside the input: "zeros", black; "border", the nearest pixel.
+
+    Returns:
+        uint8 [B, 3, size, size].
+    """
+    height, width = images.shape[-2:]
+    x, y = _positions(maps, size, (width, height))
+    sampled = F.grid_sample(
+        images.float(),
+        torch.stack((x, y), dim=-1),
+        mode=interpolation,
+        padding_mode=padding_mode,
+        align_corners=False,
+    )
+    sampled.add_(0.5).clamp_(0, 255)
+    if frames is not None:
+        x, y = _positions(frames, size, (size, size))
+        is_outside = (torch.maximum(x.abs(), y.abs()) > 1).any(dim=1)
+        for plane, value in zip(sampled.unbind(1), fill, strict=True):
+            plane.masked_fill_(is_outside, value)
+    return sampled.to(torch.uint8)
+
+
+def _positions(maps: torch.Tensor, size: int, input_size: tuple[int, int]) -> list[torch.Tensor]:
+    """x and y [..., size, size] under maps [..., 2, 3], scaled so that the input (width, height) is from -1 to 1."""
+    centres = torch.arange(size, device=maps.device) + 0.5
+    positions = []
+    for row, length in zip(maps.unbind(-2), input_size, strict=True):
+        a, b, c = (row * (2 / length)).unbind(-1)
+        down = b[..., None] * centres + (c[..., None] - 1)
+        positions.append(a[..., None, None] * centres + down[..., None])
+    return positions

@@ -1,0 +1,148 @@
+"""Pillow's operations on pixels for a batch of images, each with its own strength.
+
+Each function takes bytes [B, 3, H, W] and strengths [B] float32, and returns bytes [B, 3, H, W] on the same device. Its
+strength has the unit of Pillow's or timm's function of that name. On the CPU, values are equal to Pillow's, which
+computes in float32 where it blends two images; a compiler that fuses a product and a sum may change them by 1 of 255.
+No function waits for the device, and none draws random numbers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class PixelOp(NamedTuple):
+    """An operation on pixels.
+
+    Attributes:
+        name: its key in PIXEL_OPS.
+        apply: images [B, 3, H, W] uint8, strength [B] float32 -> images [B, 3, H, W] uint8.
+        has_strength: False = `apply` ignores the strength.
+    """
+
+    name: str
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    has_strength: bool
+
+
+def autocontrast(images: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
+    """The values of each colour stretched to 0 to 255 as by PIL.ImageOps.autocontrast; a single value stays as it is."""
+    low, high = images.flatten(2).aminmax(dim=2, keepdim=True)
+    spread = high.double() - low
+    scale = torch.full_like(spread, 255) / spread  # not 255 / spread, which is a rounded reciprocal times 255
+    values = torch.arange(256, dtype=torch.float64, device=images.device)
+    stretched = (values * scale - low * scale).clamp_(0, 255)  # in float64 and in this order, as Pillow rounds it
+    return _look_up(images, torch.where(spread == 0, values, stretched))
+
+
+def equalize(images: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
+    """The histogram of each colour made even as by PIL.ImageOps.equalize."""
+    values = images.flatten(2).long()
+    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
+    counts.scatter_add_(2, values, torch.ones_like(values[:1, :1, :1]).expand_as(values))
+    last = counts.gather(2, values.amax(dim=2, keepdim=True))
+    step = (values.shape[2] - last) // 255
+    smaller = counts.cumsum(dim=2) - counts
+    table = ((step // 2 + smaller) // step.clamp(min=1)).clamp_(max=255)
+    return _look_up(images, torch.where(step == 0, torch.arange(256, device=images.device), table))
+
+
+def invert(images: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
+    """255 less each value, as PIL.ImageOps.invert."""
+    return 255 - images
+
+
+def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """The highest bits of each value, as PIL.ImageOps.posterize.
+
+    Args:
+        images: [B, 3, H, W] uint8.
+        bits: [B], kept bits, 0 to 8; 8 changes nothing.
+    """
+    return images & _per_image(256 - torch.exp2(8 - bits)).to(torch.uint8)
+
+
+def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Values from a threshold on are inverted, as by PIL.ImageOps.solarize.
+
+    Args:
+        images: [B, 3, H, W] uint8.
+        threshold: [B], the lowest inverted value; 256 changes nothing.
+    """
+    is_inverted = images.short() >= _per_image(threshold.ceil()).short()
+    return images ^ (is_inverted * 255).to(torch.uint8)
+
+
+def solarize_add(images: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    """A number is added to values below 128, as by timm's solarize_add.
+
+    Args:
+        images: [B, 3, H, W] uint8.
+        added: [B], integers from 0 on; sums are clipped to 255.
+    """
+    values = images.short()
+    return (values + (values < 128) * _per_image(added).short()).clamp_(max=255).to(torch.uint8)
+
+
+def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Saturation as PIL.ImageEnhance.Color: 0 is grey, 1 changes nothing."""
+    values = images.float()
+    return _blend(_luma(values), values, factor)
+
+
+def contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Contrast as PIL.ImageEnhance.Contrast: 0 is the mean luma everywhere, 1 changes nothing."""
+    values = images.float()
+    total = _luma(values).long().sum(dim=(1, 2, 3), keepdim=True)
+    num_pixels = images.shape[2] * images.shape[3]
+    mean = (2 * total + num_pixels) // (2 * num_pixels)  # rounded, half up
+    return _blend(mean.float(), values, factor)
+
+
+def brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Brightness as PIL.ImageEnhance.Brightness: 0 is black, 1 changes nothing."""
+    return (images * _per_image(factor)).clamp_(0, 255).to(torch.uint8)
+
+
+def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Sharpness as PIL.ImageEnhance.Sharpness: 0 is smoothed, 1 changes nothing; the border stays as it is."""
+    values = images.float()
+    inner = values[..., 1:-1, 1:-1]
+    columns = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]
+    squares = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]
+    smooth = ((squares + 4 * inner) / 13 + 0.5).floor_()  # weights of PIL.ImageFilter.SMOOTH: 5 and eight times 1
+    sharpened = images.clone()
+    sharpened[..., 1:-1, 1:-1] = _blend(smooth, inner, factor)
+    return sharpened
+
+
+PIXEL_OPS = {
+    function.__name__: PixelOp(function.__name__, function, function not in (autocontrast, equalize, invert))
+    for function in (
+        *(autocontrast, equalize, invert, posterize, solarize),
+        *(solarize_add, color, contrast, brightness, sharpness),
+    )
+}
+
+
+def _per_image(strength: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1, 1, 1], of float32."""
+    return strength.float()[:, None, None, None]
+
+
+def _look_up(images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] through a table of values [B, 3, 256], of any type."""
+    return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
+
+
+def _luma(values: torch.Tensor) -> torch.Tensor:
+    """Pillow's conversion to grey, [B, 3, H, W] -> [B, 1, H, W] float32; exact, as all sums are below 2 ** 24 / 65536."""
+    red, green, blue = values.split(1, dim=1)
+    return ((19595 / 65536) * red + (38470 / 65536) * green + (7471 / 65536) * blue + 0.5).floor_()
+
+
+def _blend(degenerate: torch.Tensor, values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """PIL.Image.blend in float32 from degenerate (factor 0) to values (factor 1) and beyond, cut to bytes."""
+    blended = (values - degenerate).mul_(_per_image(factor)).add_(degenerate)
+    return blended.clamp_(0, 255).to(torch.uint8)
