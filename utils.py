@@ -9,6 +9,11 @@ generators first, with `reseed` and its own counters:
     "erasing"       seed, rank, epoch, batch              pipeline.batch_augmentation: boxes
     "step"          seed, rank, epoch, batch              engine.train_one_epoch: dropout, probes, erased pixels
     "order"         seed, epoch                           datasets.Data.batches, of a data set that streams
+
+Images that are augmented in batches read rows of tables, `pipeline.batch_draws.DrawTable`, and no global generator:
+
+    "batch augment" seed, epoch, repeat                   uniform numbers, a row for each sample index
+    "batch noise"   seed, epoch                           normal numbers that fill erased boxes
 """
 
 import contextlib

@@ -15,6 +15,7 @@ from torch import nn
 
 from diversity import MixedTarget, PatchMixup
 from diversity.mixing import in_box
+from pipeline.batch_draws import BOX_DRAWS, draw_boxes
 from utils import reseed
 
 
@@ -51,26 +52,28 @@ class BatchErasing:
     def __init__(self, probability: float, mode: str = "pixel", max_count: int = 1):
         assert mode in ("const", "rand", "pixel"), f"unknown mode {mode!r}"
         self.probability, self.mode, self.max_count = probability, mode, max_count
+        self.num_draws = 2 + max_count * BOX_DRAWS
 
     def draw(self, batch: int, image_size: tuple[int, int]) -> torch.Tensor:
-        """Boxes (yl, yh, xl, xh) in pixels, [B, max_count, 4] int32 on the CPU, from numpy's global generator.
+        """`boxes` of numbers from numpy's global generator."""
+        return torch.from_numpy(self.boxes(np.random.rand(batch, self.num_draws), image_size))
+
+    def boxes(self, uniforms: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+        """Boxes (yl, yh, xl, xh) in pixels, [B, max_count, 4] int32, from uniform numbers [B, num_draws].
 
         A box is empty where the image is not erased, or where all of ten drawn boxes were too large.
         """
-        shape = (batch, self.max_count)
-        count = np.random.randint(1, self.max_count + 1, size=(batch, 1))
-        is_drawn = (np.random.rand(batch, 1) < self.probability) & (np.arange(self.max_count) < count)
-        area = np.random.uniform(*self.AREAS, size=(10, *shape)) * np.prod(image_size) / count
-        aspect = np.exp(np.random.uniform(*self.LOG_ASPECTS, size=(10, *shape)))
-        sides = np.rint(np.sqrt((area * aspect, area / aspect))).astype(int)
-        image_sides = np.array(image_size)[:, None, None]
-        fits = (sides < image_sides[:, None]).all(axis=0)
-        first = fits.argmax(axis=0)
-        sides = np.take_along_axis(sides, first[None, None], axis=1)[:, 0]
-        sides = np.where(is_drawn & fits.any(axis=0), sides, 0)
-        low = np.random.randint(0, image_sides - sides + 1)
-        (yl, xl), (yh, xh) = low, low + sides
-        return torch.tensor(np.stack((yl, yh, xl, xh), axis=-1), dtype=torch.int32)
+        is_erased, count, of_boxes = np.split(uniforms, (1, 2), axis=1)
+        count = 1 + (count * self.max_count).astype(np.int64)
+        is_drawn = (is_erased < self.probability) & (np.arange(self.max_count) < count)
+        boxes = np.zeros((*is_drawn.shape, 4), np.int32)
+        sides = np.broadcast_to(np.array(image_size), (is_drawn.sum(), 2))
+        area = np.prod(image_size) / np.broadcast_to(count, is_drawn.shape)[is_drawn]
+        of_boxes = of_boxes.reshape(*is_drawn.shape, BOX_DRAWS)[is_drawn]
+        drawn = draw_boxes(of_boxes, area[:, None] * np.array(self.AREAS), self.LOG_ASPECTS, sides - 1, sides)
+        (top, left), (height, width) = drawn[:, :2].T, drawn[:, 2:].T
+        boxes[is_drawn] = np.stack((top, top + height, left, left + width), axis=1)
+        return boxes
 
     def draw_fill(self, images: torch.Tensor) -> torch.Tensor:
         """What fills the boxes of images [B, 3, H, W]: broadcastable to [B, max_count, 3, H, W]."""

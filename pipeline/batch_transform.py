@@ -1,0 +1,279 @@
+"""Decoded images of one size become batches of training samples, on any device: DeiT's augmentation, batch by batch.
+
+Crop, flip and the policy's geometry are one affine map and one sampling of each image, or none where an image is only
+shifted by pixels. Then follow the policy's operations on pixels, each for all images that drew it, normalisation and
+erasing. So an image differs from the one that the loader's workers make in three ways: operations on pixels follow the
+geometry where the policy has them the other way round; a crop that is smaller than its box is not smoothed before it is
+sampled; and values between pixels are rounded once.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from pipeline import batch_geometry
+from pipeline.batch_augmentation import BatchErasing, Normalize, to_device
+from pipeline.batch_draws import BOX_DRAWS, DrawTable, resized_crops
+from pipeline.batch_ops import PIXEL_OPS
+from pipeline.batch_policies import GEOMETRY, OPERATIONS, Choice, build_policy
+from pipeline.images import Sample
+from pipeline.transforms import SMALL, TransformOptions
+
+PADDING = 4  # pixels around an image up to 32 px, as DeiT has it for CIFAR
+LEAST_NOISE = 1 << 20
+
+
+class Sampling(NamedTuple):
+    """Images of a batch that are sampled with one kernel.
+
+    Attributes:
+        rows: their places in the batch, [n].
+        maps: from the pixels of the result to those of the cached image, [n, 2, 3].
+        frames: from the pixels of the result to those of the crop before each layer's geometry, [n, L, 2, 3]; None =
+            the policy has none.
+        interpolation: "nearest", "bilinear" or "bicubic".
+    """
+
+    rows: torch.Tensor
+    maps: torch.Tensor
+    frames: torch.Tensor | None
+    interpolation: str
+
+
+class Layer(NamedTuple):
+    """Operations on pixels, at most one an image.
+
+    Attributes:
+        rows: places in the batch, [n], of the images of the first operation, then of the second, ...
+        strengths: [n].
+        groups: names of the operations, and their numbers of images.
+    """
+
+    rows: torch.Tensor
+    strengths: torch.Tensor
+    groups: tuple[tuple[str, int], ...]
+
+
+class Erasing(NamedTuple):
+    """Boxes of the erased images.
+
+    Attributes:
+        rows: places of the images in the batch, [n].
+        boxes: (yl, yh, xl, xh) in pixels, [n, max_count, 4].
+        offsets: of each box in the table of normal numbers, [n, max_count].
+    """
+
+    rows: torch.Tensor
+    boxes: torch.Tensor
+    offsets: torch.Tensor
+
+
+class BatchDraws(NamedTuple):
+    """What happens to the images of a batch.
+
+    Attributes:
+        epoch: from 0.
+        shifts: top and left of the crop in the padded image, and 1 for a flip, [B, 3]; None = all images are sampled.
+        samplings: of the images that are not only shifted.
+        layers: of the policy's operations on pixels.
+        erasing: None = no image is erased.
+    """
+
+    epoch: int
+    shifts: torch.Tensor | None
+    samplings: tuple[Sampling, ...]
+    layers: tuple[Layer, ...]
+    erasing: Erasing | None
+
+    def to(self, device: torch.device) -> "BatchDraws":
+        """The same on a device; on a GPU the host does not wait."""
+        return _to(self, device)
+
+
+class BatchTransform:
+    """Draws what happens to the images of a batch, and does it.
+
+    Args:
+        options: as for the transforms of single images.
+        seed: of the run.
+        num_images: of the training set.
+        cache_size: side of the cached images in pixels. They are squares, however the files' images are.
+
+    Raises:
+        SystemExit: a policy that is not applied to batches.
+    """
+
+    def __init__(self, options: TransformOptions, seed: int, num_images: int, cache_size: int):
+        self.options, self.cache_size = options, cache_size
+        self.size = size = options.input_size
+        self.is_small = size <= SMALL
+        self.only_shifts = self.is_small and cache_size == size
+        self.policy = build_policy(options.aa, options.color_jitter, size)
+        self.fill = [min(255, round(255 * value)) for value in options.mean] if self.policy.fills_with_mean else [0] * 3
+        is_random = options.train_interpolation == "random"
+        self.kernels = ("bilinear", "bicubic") if is_random else (options.train_interpolation,)
+        self.erasing = BatchErasing(options.reprob, options.remode, options.recount) if options.reprob else None
+        self.normalize = Normalize(options.mean, options.std)
+        self.noise: tuple[int, torch.Tensor] | None = None  # of the latest epoch
+        num_crop = 2 if self.is_small else BOX_DRAWS
+        num_erasing = self.erasing.num_draws + options.recount if self.erasing else 0
+        ends = np.cumsum([num_crop, 1, 1, self.policy.num_draws, num_erasing])
+        self.parts = ends[:-1]
+        self.table = DrawTable(seed, num_images, ends[-1], max(LEAST_NOISE, 8 * size * size))
+
+    def draw(self, samples: Sequence[Sample], sizes: np.ndarray) -> BatchDraws:
+        """What happens to the images of one epoch's samples; it depends on the seed and each sample alone.
+
+        Args:
+            sizes: height and width of the files' images in pixels, [B, 2]; up to 32 px of input they do not matter.
+        """
+        indices, epochs, repeats = np.array(samples, np.int64).T
+        assert (epochs == epochs[0]).all(), "samples of several epochs in one batch"
+        uniforms = self.table.rows(epochs[0], indices, repeats)
+        of_crop, of_flip, of_kernel, of_policy, of_erasing = np.split(uniforms, self.parts, axis=1)
+        choice = self.policy.choose(of_policy.astype(np.float64))
+        is_flipped = of_flip[:, 0] < self.options.hflip
+        if self.is_small:
+            corners = (of_crop * (2 * PADDING + 1)).astype(np.int64)
+            boxes = np.concatenate((corners - PADDING, np.full_like(corners, self.size)), axis=1) / self.size
+            shifts = torch.from_numpy(np.column_stack((corners, is_flipped))) if self.only_shifts else None
+        else:
+            boxes = resized_crops(of_crop, sizes, self.options.scale, self.options.ratio) / np.tile(sizes, 2)
+            shifts = None
+        kernels = (of_kernel[:, 0] * len(self.kernels)).astype(np.int64)
+        samplings = self._samplings(boxes.astype(np.float32) * self.cache_size, is_flipped, kernels, choice)
+        return BatchDraws(int(epochs[0]), shifts, samplings, _pixel_layers(choice), self._draw_erasing(of_erasing))
+
+    def _samplings(
+        self, boxes: np.ndarray, is_flipped: np.ndarray, kernels: np.ndarray, choice: Choice
+    ) -> tuple[Sampling, ...]:
+        """Of boxes [B, 4] (top, left, height, width) in pixels of the cached images."""
+        is_moved = (choice.operations > 0) & (choice.operations <= len(GEOMETRY))
+        is_sampled = is_moved.any(axis=1) if self.only_shifts else np.full(len(boxes), True)
+        samplings = []
+        for kernel, interpolation in enumerate(self.kernels):
+            rows = np.flatnonzero(is_sampled & (kernels == kernel))
+            if not len(rows):
+                continue
+            maps = batch_geometry.crop(*torch.from_numpy(boxes[rows]).unbind(1), self.size)
+            maps = batch_geometry.compose(maps, batch_geometry.flip(torch.from_numpy(is_flipped[rows]), self.size))
+            frames = []
+            for layer in np.flatnonzero(is_moved[rows].any(axis=0)):
+                moves = self._moves(choice.operations[rows, layer], choice.strengths[rows, layer])
+                maps = batch_geometry.compose(maps, moves)
+                frames = [*(batch_geometry.compose(frame, moves) for frame in frames), moves]
+            samplings.append(
+                Sampling(torch.from_numpy(rows), maps, torch.stack(frames, dim=1) if frames else None, interpolation)
+            )
+        return tuple(samplings)
+
+    def _moves(self, operations: np.ndarray, strengths: np.ndarray) -> torch.Tensor:
+        """The maps [n, 2, 3] of one layer's geometry."""
+        maps = batch_geometry.identity(len(operations))
+        for name in GEOMETRY:
+            rows = np.flatnonzero(operations == OPERATIONS.index(name))
+            strength = torch.from_numpy(strengths[rows])
+            if name == "translate_x":
+                moves = batch_geometry.translate(strength, torch.zeros_like(strength))
+            elif name == "translate_y":
+                moves = batch_geometry.translate(torch.zeros_like(strength), strength)
+            elif name == "rotate":
+                moves = batch_geometry.rotate(strength, self.size)
+            else:
+                moves = getattr(batch_geometry, name)(strength)
+            maps[torch.from_numpy(rows)] = moves
+        return maps
+
+    def _draw_erasing(self, uniforms: np.ndarray) -> Erasing | None:
+        if self.erasing is None:
+            return None
+        count = self.erasing.max_count
+        boxes = self.erasing.boxes(uniforms[:, count:], (self.size, self.size))
+        rows = np.flatnonzero((boxes[:, :, 1] > boxes[:, :, 0]).any(axis=1))
+        offsets = (uniforms[rows, :count] * (self.table.num_noise - self._noise_of_box + 1)).astype(np.int64)
+        return Erasing(*map(torch.from_numpy, (rows, boxes[rows], offsets))) if len(rows) else None
+
+    def __call__(self, images: torch.Tensor, draws: BatchDraws) -> torch.Tensor:
+        """Bytes [B, 3, C, C] -> normalised samples [B, 3, S, S] float32, with draws on the device of the images."""
+        samples = self._cropped(images, draws)
+        for layer in draws.layers:
+            names, counts = zip(*layer.groups, strict=True)
+            parts = zip(names, samples[layer.rows].split(counts), layer.strengths.split(counts), strict=True)
+            samples[layer.rows] = torch.cat([PIXEL_OPS[name].apply(part, strength) for name, part, strength in parts])
+        samples = self.normalize.to(images.device)(samples)
+        if draws.erasing is not None:
+            rows, boxes, offsets = draws.erasing
+            samples[rows] = self.erasing.erase(samples[rows], boxes, self._fill(draws.epoch, offsets))
+        return samples
+
+    def _cropped(self, images: torch.Tensor, draws: BatchDraws) -> torch.Tensor:
+        """The images under their crop, flip and geometry, [B, 3, S, S] bytes."""
+        if draws.shifts is None:
+            cropped = images.new_empty(len(images), 3, self.size, self.size)
+        else:
+            cropped = _shifted(images, draws.shifts)
+        for rows, maps, frames, interpolation in draws.samplings:
+            cropped[rows] = batch_geometry.sample(
+                images[rows],
+                maps,
+                self.size,
+                interpolation,
+                frames,
+                self.fill,
+                padding_mode="zeros" if self.is_small else "border",
+            )
+        return cropped
+
+    @property
+    def _noise_of_box(self) -> int:
+        """Normal numbers that fill a box."""
+        return {"pixel": 3 * self.size**2, "rand": 3, "const": 0}[self.options.remode]
+
+    def _fill(self, epoch: int, offsets: torch.Tensor) -> torch.Tensor:
+        """What fills boxes with offsets [n, M]: [n, M, 3, S, S], or [n, M, 3, 1, 1] for one colour."""
+        if self.options.remode == "const":
+            return torch.zeros(len(offsets), 1, 1, 1, 1, device=offsets.device)
+        if self.noise is None or self.noise[0] != epoch or self.noise[1].device != offsets.device:
+            self.noise = epoch, to_device(self.table.noise(epoch), offsets.device)
+        fill = self.noise[1].unfold(0, self._noise_of_box, 1)[offsets]
+        return fill.unflatten(2, (3, self.size, self.size) if self.options.remode == "pixel" else (3, 1, 1))
+
+
+def _pixel_layers(choice: Choice) -> tuple[Layer, ...]:
+    """The operations on pixels, image by image in their order; an image's first one is in the first layer."""
+    order = np.argsort(choice.operations <= len(GEOMETRY), axis=1, kind="stable")
+    operations, strengths = (np.take_along_axis(values, order, axis=1) for values in choice)
+    layers = []
+    for operation, strength in zip(operations.T, strengths.T, strict=True):
+        rows = np.argsort(operation, kind="stable")
+        rows = rows[operation[rows] > len(GEOMETRY)]
+        if len(rows):
+            kinds, counts = np.unique(operation[rows], return_counts=True)
+            groups = tuple((OPERATIONS[kind], count) for kind, count in zip(kinds, counts.tolist(), strict=True))
+            layers.append(Layer(torch.from_numpy(rows), torch.from_numpy(strength[rows]), groups))
+    return tuple(layers)
+
+
+def _shifted(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Crops of the padded images, at shifts [B, 3] (top, left, is_flipped), flipped: one gather by index."""
+    size = images.shape[-1]
+    padded = F.pad(images, (PADDING,) * 4)
+    top, left, is_flipped = shifts[:, :, None].unbind(1)
+    pixels = torch.arange(size, device=images.device)
+    rows, columns = top + pixels, left + torch.where(is_flipped > 0, size - 1 - pixels, pixels)
+    index = rows[:, :, None] * padded.shape[-1] + columns[:, None]
+    index = index.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return padded.flatten(2).gather(2, index).view_as(images)
+
+
+def _to(value, device: torch.device):
+    """A tensor, or nested tuples with tensors in them, on a device."""
+    if isinstance(value, torch.Tensor):
+        return to_device(value, device)
+    if isinstance(value, tuple):
+        parts = (_to(part, device) for part in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
