@@ -61,7 +61,8 @@ def build_parser() -> Parser:
 
 def _run(parser):
     add = parser.add_argument_group("run").add_argument
-    add("--config", metavar="YAML", help="flags from a file such as a run's args.yaml; the command line overrides it")
+    add("--config", metavar="YAML",
+        help="flags from a file such as a recipe or a run's args.yaml; the command line overrides it")  # fmt: skip
     add("--output-dir", default="", metavar="DIR",
         help="run folder for log, checkpoints and curves; empty = nothing saved")  # fmt: skip
     add("--resume", default="", metavar="FILE",

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-import yaml
 from timm.utils import ParseKwargs
 
 from diversity.backbones import parse_layers, parse_weight_groups
 from diversity.spelling import did_you_mean
+from training.flag_files import read_flags
 
 ARGS = "args.yaml"
 """The flags of a run, in its folder."""
@@ -93,12 +93,9 @@ class Parser(argparse.ArgumentParser):
 
     def _read(self, path: str) -> dict:
         try:
-            config = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            self.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
-        if not isinstance(config, dict):
-            self.error(f"--config {path} must have one `flag: value` pair per line")
-        return {str(name).replace("-", "_"): value for name, value in config.items()}
+            return read_flags(path)
+        except ValueError as error:
+            self.error(f"--config {error}")
 
     def _words_of(self, config: dict) -> list[str]:
         """Flags from a file as words of a command line, so that both are checked in the same way."""

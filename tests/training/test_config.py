@@ -89,6 +89,22 @@ def test_a_wrong_file_of_flags(tmp_path, capsys, text, named):
     assert named in error_of(capsys, ["--config", config(tmp_path, text)])
 
 
+def test_a_file_of_flags_changes_those_of_its_base(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipes").mkdir()
+    config(tmp_path / "recipes", "epochs: 9\nlr: 0.1\nmodel_kwargs: {depth: 6}\npreset: corrected\naa: none\n")
+    path = config(tmp_path, "base: recipes/flags.yaml\nlr: 0.2\nmodel_kwargs: {embed_dim: 96}\naa: rand-m6\n")
+    monkeypatch.chdir("/")  # the base is beside the file, wherever the command is given
+    args = parse_args(["--config", path, "--epochs", "8"])
+    assert (args.epochs, args.lr, args.model_kwargs, args.preset) == (8, 0.2, {"embed_dim": 96}, "corrected")
+    assert args.aa == "rand-m6" and not hasattr(args, "base")
+    assert parse_args(["--config", str(tmp_path / "recipes" / "flags.yaml")]).epochs == 9
+    (tmp_path / "third.yaml").write_text("base: flags.yaml\n")
+    line = error_of(capsys, ["--config", str(tmp_path / "third.yaml")])
+    assert "has a base too; name recipes/flags.yaml" in line
+    (tmp_path / "third.yaml").write_text("base: absent.yaml\n")
+    assert "absent.yaml cannot be read" in error_of(capsys, ["--config", str(tmp_path / "third.yaml")])
+
+
 def test_a_missing_file_of_flags(tmp_path, capsys):
     assert "no.yaml" in error_of(capsys, ["--config", str(tmp_path / "no.yaml")])
     assert str(tmp_path) in error_of(capsys, ["--config", str(tmp_path)])
