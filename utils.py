@@ -59,7 +59,7 @@ class BadImageError(RuntimeError):
     """An image cannot be read and may not, or no longer, be replaced."""
 
 
-PROGRAM = {"datasets", "diversity", "engine", "models", "pipeline", "reports", "training", "utils"}
+PROGRAM = {"datasets", "diversity", "engine", "models", "pipeline", "reports", "studies", "training", "utils"}
 
 
 def is_bug(error: BaseException) -> bool:

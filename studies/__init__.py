@@ -1,0 +1,1 @@
+"""Studies as data: rows of flags times seeds, planned, run and continued."""
