@@ -1,7 +1,7 @@
 """Which measures of redundancy a table of runs shows, and which measurement of them: only equal ones are compared."""
 
 from diversity.spelling import did_you_mean
-from reports.run_folders import MAY_LACK, PROVENANCE, REPORT, Run
+from reports.runs import MAY_LACK, PROVENANCE, REPORT, Run
 from reports.tables import known_measures
 from training.records import LOG
 
@@ -16,16 +16,27 @@ FORMER = {"embedding_participation_ratio_last": "embedding_effective_rank_last"}
 def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | None, list[str], list[str]]:
     """The file that redundancy is read from, those of the measures that the finished runs have, and notes on them.
 
-    No names are `DEFAULT_MEASURES`, without a note if there is no redundancy at all.
+    No names are the runs' own measures and `DEFAULT_MEASURES`, without a note if there is no redundancy at all.
     """
-    chosen = [*dict.fromkeys(DEFAULT_MEASURES if names is None else names)]
+    files = {name: str(run.study.parent) for run in runs if not run.problem for name in run.own_measures}
+    own = [name for name in (files if names is None else names) if name in files]
+    others = [name for name in (DEFAULT_MEASURES if names is None else names) if name not in files]
+    source, measured, notes = _choose_measures([*dict.fromkeys(others)], names is None, runs)
+    if own:
+        program = " and ".join(dict.fromkeys(files[name] for name in own))
+        notes.append(f"{', '.join(dict.fromkeys(own))}: as the program of {program} defines them, not analyze.py")
+    return source, [*dict.fromkeys(own), *measured], notes
+
+
+def _choose_measures(chosen: list[str], are_default: bool, runs: list[Run]) -> tuple[str | None, list[str], list[str]]:
+    """The same for measures that are not the runs' own."""
     source, note = choose_redundancy(runs)
-    if not chosen or (names is None and note is None):
+    if not chosen or (are_default and note is None):
         return None, [], []
     if source is None:
         return None, [], [note or "redundancy: not in the table, as no finished run has any measures"]
     measured = {name for run in runs if not run.problem for name in run.redundancy[source].measures}
-    if names is None:
+    if are_default:
         chosen = [FORMER[name] if name not in measured and FORMER.get(name) in measured else name for name in chosen]
     missing = [name for name in chosen if name not in measured]
     note += f"; it lacks {', '.join(missing)}" if missing else ""
@@ -40,7 +51,8 @@ def check_measures(names: list[str], runs: list[Run]):
     Raises:
         SystemExit: a name is neither a measure of this project nor in any run.
     """
-    in_runs = {name for run in runs for measured in run.redundancy.values() for name in measured.measures}
+    sources = [(run.own_measures, *(measured.measures for measured in run.redundancy.values())) for run in runs]
+    in_runs = {name for of_run in sources for measures in of_run for name in measures}
     known = sorted({*known_measures(), *in_runs})
     for name in names:
         if name not in known:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from diversity import ALIASES, REGULARIZERS
 from diversity.classification import MIXING
-from reports.run_folders import MAY_DIFFER, Run
+from reports.runs import MAY_DIFFER, Run
 from training import arguments
 from training.changes import MODEL
 from training.parsing import as_typed, flag_of

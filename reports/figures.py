@@ -3,7 +3,7 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from reports.run_folders import place_in_study, read_log
+from reports.run_folders import read_log
 from training.records import LOG
 from utils import atomic_write
 
@@ -41,18 +41,17 @@ def curve_styles() -> Iterator[dict]:
     return itertools.cycle([{"color": colour, "linestyle": style} for style in STYLES for colour in COLOURS])
 
 
-def study_styles(folders: list[Path | None]) -> list[dict]:
+def study_styles(places: Iterable[int | None]) -> list[dict]:
     """Colour and line style of each configuration, the same in all figures of a study.
 
     Args:
-        folders: a run folder of each configuration; None for one that is not of a study, which gets a style that is
+        places: of each configuration in its study; None for one that is not of a study, which gets a style that is
             left, as does one whose style is used already.
     """
     first = [*itertools.islice(curve_styles(), 2 * len(COLOURS))]  # more rows than that are no study
     styles = []
-    for folder in folders:
-        place = len(first) if folder is None else place_in_study(folder)
-        is_free = place < len(first) and first[place] not in styles
+    for place in places:
+        is_free = place is not None and place < len(first) and first[place] not in styles
         styles.append(first[place] if is_free else None)
     free = (style for style in curve_styles() if style not in styles)
     return [next(free) if style is None else style for style in styles]
@@ -132,7 +131,7 @@ def training_curves(runs: list[tuple[str, list[dict], bool]], styles: list[dict]
 
     The losses are cross-entropies, of the test set and of the class tokens in training: sums of different objectives
     are not compared. Thin lines are runs, thick ones the mean over a configuration's finished runs. A
-    quantity that no run has is left out.
+    quantity is left out that no run has, or that only records have of their last epoch alone.
 
     Args:
         runs: of each run its configuration, its log.txt's records in order, and whether it has finished.
@@ -144,7 +143,8 @@ def training_curves(runs: list[tuple[str, list[dict], bool]], styles: list[dict]
         "test_loss": ("Test loss, raw weights", "nats per image"),
         "train_cls_ce": ("Training loss, classification", "nats per image"),
     }
-    shown = {name: text for name, text in shown.items() if any(name in r for _, records, _ in runs for r in records)}
+    epochs = [epoch for _, records, _ in runs for epoch in records[:-1] or records]
+    shown = {name: text for name, text in shown.items() if any(epoch.get(name) is not None for epoch in epochs)}
     marker = "o" if max(len(records) for _, records, _ in runs) < 20 else None
     figure, axes = panels(1, len(shown), 4.2 * len(shown) + 2, 3.8)
     names, handles = dict.fromkeys(name for name, _, _ in runs), []

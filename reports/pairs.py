@@ -10,7 +10,7 @@ import pandas as pd
 
 from reports.comparisons import by_configuration, row_values
 from reports.rows import decimals_of, headings, side_by_side
-from reports.run_folders import ACCURACIES, Run
+from reports.runs import ACCURACIES, Run
 from reports.statistics import (
     CONFIDENCE,
     NOT_SIGNIFICANT,

@@ -14,7 +14,8 @@ from pipeline.sources import find_source
 from pipeline.transforms import preprocessing_line
 from reports import comparisons, figures, function_figures, redundancy_figures
 from reports.function_level import FunctionOptions, add_function, function_tables, labelled_data
-from reports.run_folders import MAY_LACK, PROVENANCE, REPORT, Run, read_run
+from reports.run_folders import place_in_study, read_run
+from reports.runs import MAY_LACK, PROVENANCE, REPORT, Run
 from reports.subjects import (
     Subject,
     architecture,
@@ -124,7 +125,8 @@ def analyze(
     preprocessing = [(name, preprocessing_line(subject.data)) for name, subject in zip(names, subjects, strict=True)]
     notes += comparisons.differing("preprocessing", preprocessing) or [preprocessing[0][1]]
     folders = {name: subject.folder for name, subject in zip(names, subjects, strict=True)}
-    write_all(configurations, notes, figures.study_styles([*folders.values()]), folder)
+    places = [of_name and place_in_study(of_name) for of_name in folders.values()]
+    write_all(configurations, notes, figures.study_styles(places), folder)
 
 
 def other_report(folder: Path, measured_on: dict) -> str:

@@ -6,7 +6,7 @@ import statistics
 import pandas as pd
 
 from reports.comparisons import row_values
-from reports.run_folders import ACCURACIES, Run
+from reports.runs import ACCURACIES, Run
 from reports.statistics import CONFIDENCE, FEW_RUNS, NOT_SIGNIFICANT, Difference, interval_text, p_text, welch
 from reports.tables import known_measures
 

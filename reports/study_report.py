@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from reports.run_folders import find_runs
+from reports.run_records import write_records
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -41,6 +44,8 @@ def write_report(
 
 
 def collect(outs: Sequence[str | Path], target: Path) -> int:
-    """Write one JSON line for each finished run below `outs`, replacing lines of the same set, row and seed that
-    `target` has already; return the number of lines of the file."""
-    raise NotImplementedError
+    """Write the records of the finished runs of `outs` into a .jsonl file; returns its number of records.
+
+    A record that the file has already of the same set, row and seed is replaced, others stay.
+    """
+    return write_records(find_runs(outs), target)

@@ -5,7 +5,7 @@ from analyzing import analyzed
 from matplotlib import pyplot as plt
 from run_folders_on_disk import make_run, tabulated
 
-from reports import figures
+from reports import figures, run_folders
 
 
 @pytest.fixture
@@ -14,7 +14,8 @@ def study(tmp_path):
 
 
 def colours(folders):
-    return [style["color"] for style in figures.study_styles(folders)]
+    places = [folder and run_folders.place_in_study(folder) for folder in folders]
+    return [style["color"] for style in figures.study_styles(places)]
 
 
 def test_a_configuration_keeps_its_style_in_every_selection(study):
