@@ -32,7 +32,7 @@ class Normalize(nn.Module):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (images - self.mean) / self.std if images.dtype == torch.uint8 else images
+        return images.float().sub_(self.mean).div_(self.std) if images.dtype == torch.uint8 else images
 
 
 class BatchErasing:

@@ -31,7 +31,8 @@ class Sampling(NamedTuple):
 
     Attributes:
         rows: their places in the batch, [n].
-        maps: from the pixels of the result to those of the cached image, [n, 2, 3].
+        maps: from the pixels of the result to those of the cached image, or of its crop where all crops are shifts by
+            pixels, [n, 2, 3].
         frames: from the pixels of the result to those of the crop before each layer's geometry, [n, L, 2, 3]; None =
             the policy has none.
         interpolation: "nearest", "bilinear" or "bicubic".
@@ -158,8 +159,11 @@ class BatchTransform:
             rows = np.flatnonzero(is_sampled & (kernels == kernel))
             if not len(rows):
                 continue
-            maps = batch_geometry.crop(*torch.from_numpy(boxes[rows]).unbind(1), self.size)
-            maps = batch_geometry.compose(maps, batch_geometry.flip(torch.from_numpy(is_flipped[rows]), self.size))
+            if self.only_shifts:
+                maps = batch_geometry.identity(len(rows))
+            else:
+                maps = batch_geometry.crop(*torch.from_numpy(boxes[rows]).unbind(1), self.size)
+                maps = batch_geometry.compose(maps, batch_geometry.flip(torch.from_numpy(is_flipped[rows]), self.size))
             frames = []
             for layer in np.flatnonzero(is_moved[rows].any(axis=0)):
                 moves = self._moves(choice.operations[rows, layer], choice.strengths[rows, layer])
@@ -212,18 +216,13 @@ class BatchTransform:
     def _cropped(self, images: torch.Tensor, draws: BatchDraws) -> torch.Tensor:
         """The images under their crop, flip and geometry, [B, 3, S, S] bytes."""
         if draws.shifts is None:
-            cropped = images.new_empty(len(images), 3, self.size, self.size)
+            source, cropped = images, images.new_empty(len(images), 3, self.size, self.size)
         else:
-            cropped = _shifted(images, draws.shifts)
+            source = cropped = _shifted(images, draws.shifts)
+        padding_mode = "zeros" if self.is_small and not self.only_shifts else "border"
         for rows, maps, frames, interpolation in draws.samplings:
             cropped[rows] = batch_geometry.sample(
-                images[rows],
-                maps,
-                self.size,
-                interpolation,
-                frames,
-                self.fill,
-                padding_mode="zeros" if self.is_small else "border",
+                source[rows], maps, self.size, interpolation, frames, self.fill, padding_mode
             )
         return cropped
 
