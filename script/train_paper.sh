@@ -6,6 +6,7 @@
 #
 # DATA is a folder with train/ and val/, one folder per class. The script starts one process per GPU, or NGPU=n
 # processes, with torchrun; a single process without it. TORCHRUN_ARGS replaces torchrun's --standalone, for several machines.
+# The flags are those of recipes/deit_small.yaml or, with the terms, recipes/deit_small_diverse.yaml, for any MODEL.
 # The run folder is runs/MODEL unless --output_dir names another. The same command again continues the run from its
 # newest complete checkpoint.
 set -euo pipefail
@@ -18,8 +19,8 @@ model=$1 data=$2
 shift 2
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-terms=()
-[[ $model != *_diverse ]] || terms=(--preset released)
+recipe=deit_small
+[[ $model != *_diverse ]] || recipe=deit_small_diverse
 python=python3
 [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 NGPU=${NGPU:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
@@ -27,5 +28,5 @@ NGPU=$((NGPU > 0 ? NGPU : 1))
 launch=(-m torch.distributed.run ${TORCHRUN_ARGS:---standalone} --nproc_per_node="$NGPU")
 [[ $NGPU -gt 1 || -n ${TORCHRUN_ARGS:-} ]] || launch=()
 exec "$python" ${launch[@]+"${launch[@]}"} "$root/main.py" \
-  --model "$model" --data-path "$data" --batch-size 128 --epochs 300 --lr 5e-4 \
-  --output_dir "runs/$model" --resume auto ${terms[@]+"${terms[@]}"} "$@"
+  --config "$root/recipes/$recipe.yaml" --model "$model" --data-path "$data" \
+  --output_dir "runs/$model" --resume auto "$@"

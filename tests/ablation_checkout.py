@@ -91,6 +91,7 @@ def end(process):
 def make_checkout(parent):
     folder = parent / "check out"
     folder.mkdir()
-    (folder / "script").symlink_to(REPOSITORY / "script")
+    for name in ("script", "recipes"):
+        (folder / name).symlink_to(REPOSITORY / name)
     (folder / "main.py").symlink_to(REPOSITORY / "main.py")
     return Checkout(folder=folder)

@@ -42,7 +42,7 @@ def test_deit_small_has_the_recipe_of_the_paper(checkout, all_runs):
     args = all_runs["ablate_deit_small.sh"]["out/all/seed0"]
     checkout.python(PRINT)
     paper = checkout.flags_of("script/train_paper.sh deit_small_patch16_224_diverse /data")
-    assert differing(args, paper) == {"preset", "output_dir", "redundancy_every"}
+    assert differing(args, paper) == {"config", "preset", "output_dir", "redundancy_every"}
 
 
 def test_digits_has_the_recipe_of_the_quickstart(all_runs):
@@ -50,7 +50,7 @@ def test_digits_has_the_recipe_of_the_quickstart(all_runs):
     text = (REPOSITORY / "script" / "quickstart.sh").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^\.venv/bin/python main\.py (.*)$", text, flags=re.MULTILINE)
     quickstart = arguments.parse_args(shlex.split(command.replace('"$@"', "")))
-    assert differing(args, quickstart) == {"preset", "output_dir", "redundancy_every", "resume"}
+    assert differing(args, quickstart) == {"config", "preset", "output_dir", "redundancy_every", "resume"}
 
 
 def test_cifar_has_a_recipe_for_small_images(all_runs):

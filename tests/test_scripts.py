@@ -30,7 +30,8 @@ def launch(script, *flags, tmp_path, **environment):
     """The command that a launcher starts, run in a copy whose Python prints its arguments."""
     copy = tmp_path / "checkout"
     (copy / ".venv" / "bin").mkdir(parents=True)
-    (copy / "script").symlink_to(REPOSITORY / "script")
+    for folder in ("script", "recipes"):
+        (copy / folder).symlink_to(REPOSITORY / folder)
     python = copy / ".venv" / "bin" / "python"
     count_gpus = 'if [ "$1" = -c ]; then echo 2; exit; fi'
     python.write_text(f'#!/bin/sh\n{count_gpus}\nfor word in "$@"; do printf "%s\\n" "$word"; done\n')
@@ -76,7 +77,7 @@ def test_ngpu_overrides_the_number_of_processes(tmp_path):
 
 def test_one_process_starts_without_torchrun(tmp_path):
     words = launch("run_deit_tiny_diverse.sh", "/data", tmp_path=tmp_path, NGPU="1").stdout.splitlines()
-    assert words[0].endswith("/main.py") and words[1:3] == ["--model", "deit_tiny_patch16_224_diverse"]
+    assert words[0].endswith("/main.py") and words[3:5] == ["--model", "deit_tiny_patch16_224_diverse"]
 
 
 def test_a_launcher_without_data_prints_its_usage(tmp_path):
