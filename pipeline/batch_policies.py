@@ -67,29 +67,38 @@ def _timm_levels(image_size: int) -> dict[str, tuple[str, Level]]:
     return levels
 
 
-def _torchvision_levels(
-    shear: float, translate: float, rotate: float, enhance: float, bits: int
-) -> dict[str, tuple[str, Level]]:
-    """Operations of torchvision's policies: its name -> the name in `OPERATIONS`, and the strength.
+def _torchvision_strengths(
+    bins: int, shear: float, translate: float, rotate: float, enhance: float, bits: int
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Operations of torchvision's policies: its name -> the name in `OPERATIONS`, and [bins, 2] strengths.
+
+    The second strength of a bin is the negative one, where there is one.
 
     Args:
+        bins: number of strengths, evenly spread from none to the full one.
         shear, translate, rotate, enhance: the full strengths, in `translate` in pixels.
         bits: that posterizing removes at full strength.
     """
-    levels = {
-        "Identity": ("identity", _no_strength),
-        "ShearX": ("shear_x", _signed(shear)),
-        "ShearY": ("shear_y", _signed(shear)),
-        "TranslateX": ("translate_x", lambda fraction, sign: -np.trunc(translate * fraction * sign)),
-        "TranslateY": ("translate_y", lambda fraction, sign: -np.trunc(translate * fraction * sign)),
-        "Rotate": ("rotate", _signed(rotate)),
-        "Posterize": ("posterize", lambda fraction, sign: 8 - np.rint(bits * fraction)),
-        "Solarize": ("solarize", lambda fraction, sign: 255 * (1 - fraction)),
-        "AutoContrast": ("autocontrast", _no_strength),
-        "Equalize": ("equalize", _no_strength),
-        "Invert": ("invert", _no_strength),
+
+    def signed(full: float) -> np.ndarray:
+        return torch.linspace(0, full, bins).numpy()[:, None] * np.float32([1, -1])
+
+    none = np.zeros((bins, 2))
+    removed_bits = np.rint(np.arange(bins) / ((bins - 1) / bits))
+    strengths = {
+        "Identity": ("identity", none),
+        "ShearX": ("shear_x", signed(shear)),
+        "ShearY": ("shear_y", signed(shear)),
+        "TranslateX": ("translate_x", -np.trunc(signed(translate))),
+        "TranslateY": ("translate_y", -np.trunc(signed(translate))),
+        "Rotate": ("rotate", signed(rotate)),
+        "Posterize": ("posterize", 8 - np.stack((removed_bits, removed_bits), axis=1)),
+        "Solarize": ("solarize", 255 - np.abs(signed(255))),
+        "AutoContrast": ("autocontrast", none),
+        "Equalize": ("equalize", none),
+        "Invert": ("invert", none),
     }
-    return levels | {name.title(): (name, _signed(enhance, offset=1)) for name in COLORS}
+    return strengths | {name.title(): (name, 1 + signed(enhance)) for name in COLORS}
 
 
 class NoPolicy:
@@ -161,11 +170,11 @@ class TrivialAugment:
     fills_with_mean = False
 
     def __init__(self):
-        levels = _torchvision_levels(shear=0.99, translate=32, rotate=135, enhance=0.99, bits=6)
-        del levels["Invert"]
-        fraction, sign = np.meshgrid(np.linspace(0, 1, self.BINS), [1.0, -1.0], indexing="ij")
-        self.operations = np.array([OPERATIONS.index(operation) for operation, _ in levels.values()])
-        self.strengths = np.array([level(fraction, sign) for _, level in levels.values()], np.float32)
+        strengths = _torchvision_strengths(self.BINS, shear=0.99, translate=32, rotate=135, enhance=0.99, bits=6)
+        del strengths["Invert"]
+        operations, strengths = zip(*strengths.values(), strict=True)
+        self.operations = np.array([OPERATIONS.index(operation) for operation in operations])
+        self.strengths = np.array(strengths, np.float32)
 
     def choose(self, uniforms: np.ndarray) -> Choice:
         """Uniform numbers [B, 3], float64 -> what happens to B images."""
@@ -181,17 +190,19 @@ class CifarAutoAugment:
         image_size: side of the images in pixels.
     """
 
+    BINS = 10
     num_draws = 5  # pair; for each of its operations whether it is applied, and the sign
     fills_with_mean = False
 
     def __init__(self, image_size: int):
-        levels = _torchvision_levels(shear=0.3, translate=150 / 331 * image_size, rotate=30, enhance=0.9, bits=4)
+        strengths = _torchvision_strengths(
+            self.BINS, shear=0.3, translate=150 / 331 * image_size, rotate=30, enhance=0.9, bits=4
+        )
         pairs = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
-        operations = [[levels[name][0] for name, *_ in pair] for pair in pairs]
-        self.operations = np.array([[OPERATIONS.index(name) for name in pair] for pair in operations])
+        operations = [[strengths[name][0] for name, *_ in pair] for pair in pairs]
+        self.operations = np.array([[OPERATIONS.index(operation) for operation in pair] for pair in operations])
         self.probabilities = np.array([[probability for _, probability, _ in pair] for pair in pairs])
-        sign = np.array([-1.0, 1.0])
-        strengths = [[levels[name][1](np.full(2, (level or 0) / 9), sign) for name, _, level in pair] for pair in pairs]
+        strengths = [[strengths[name][1][level or 0] for name, _, level in pair] for pair in pairs]
         self.strengths = np.array(strengths, np.float32)
 
     def choose(self, uniforms: np.ndarray) -> Choice:
