@@ -1,5 +1,6 @@
 """The loaders of a run: what --data-set names, transformed, sampled, batched and sent to the device."""
 
+import copy
 import itertools
 import math
 import textwrap
@@ -12,6 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, default_collate
 
 from pipeline.batch_augmentation import Normalize
+from pipeline.batch_transform import BatchTransform
+from pipeline.cached_loader import CachedLoader
+from pipeline.image_cache import CachedImages, FloatPath, Squeeze, cache_images, require_memory, side_of
 from pipeline.images import ReadableImages, image_name
 from pipeline.prefetch import Prefetcher
 from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
@@ -39,6 +43,8 @@ class DataOptions(SourceOptions, TransformOptions):
     repeated_aug: bool
     aug_repeats: int
     repeats_together: bool
+    cache_images: str
+    cache_size: int | None
     decode_once: bool = True
 
 
@@ -47,7 +53,8 @@ class Data:
     """The loaders of a run.
 
     Attributes:
-        train: the training loader; its batches are read through `batches`. None when a run only evaluates.
+        train: the training loader; its batches are read through `batches`. A `CachedLoader` returns them augmented and
+            normalised, on the device. None when a run only evaluates.
         val: batches of normalised images; from a `Prefetcher` they are on the device.
         classes: their names in the order of the model's outputs; empty where the data does not know them.
         num_train: training images, each counted once.
@@ -61,7 +68,7 @@ class Data:
         prefetcher: sends the training batches to the device as bytes; None = the loader returns them normalised.
     """
 
-    train: DataLoader | None
+    train: DataLoader | CachedLoader | None
     val: DataLoader | Prefetcher
     num_classes: int
     num_val: int
@@ -146,7 +153,7 @@ class Data:
         dataset = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
         images, labels, *_ = default_collate([dataset[i] for i in range(min(count, len(dataset)))])
         if isinstance(self.val, Prefetcher):
-            [(images, labels)] = Prefetcher([(images, labels)], self.val.device, self.val.transform)
+            [(images, labels)] = copy.copy(self.val).with_batches([(images, labels)])
         return images, labels
 
     @property
@@ -170,7 +177,7 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
 
     Raises:
         SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ, classes
-            that the model does not have, no labels.
+            that the model does not have, no labels, a cache that does not fit in memory.
     """
     train = None if options.eval else build_source(options, is_training=True)
     val = build_source(options, is_training=False)
@@ -180,30 +187,33 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
         labels = labels_by_name(names, [*classes], is_training=train is not None)
     if classes:
         num_classes, names = options.num_classes or len(classes), [*classes]
-    prefetches = world.device.type == "cuda" if options.prefetcher is None else options.prefetcher
+    is_cached = options.cache_images != "none" and not options.eval
+    prefetches = options.prefetcher
+    if prefetches is None or is_cached:
+        prefetches = world.device.type == "cuda"
     for source in (train, val):
         if isinstance(source, IterableDataset):
             source.target_transform = partial(_known_label, num_classes=num_classes, labels=labels)
-    transform = build_transform(options, is_training=False, as_bytes=prefetches)
-    val_loader = _val_loader(options, world, val, transform, labels)
-    if prefetches:
-        val_loader = Prefetcher(val_loader, world.device, Normalize(options.mean, options.std).to(world.device))
+    notes = [source.note for source in (train, val) if getattr(source, "note", "")]
+    if is_cached:
+        notes.append(_require_memory(options, world, len(train), len(val)))
+    val_loader = _val_loader(options, world, val, labels, prefetches, is_cached)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(None, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps, seed=options.seed)
-    data.has_labels = find_source(options.data_set).has_labels
-    data.notes = [source.note for source in (train, val) if getattr(source, "note", "")]
+    data.has_labels, data.notes = find_source(options.data_set).has_labels, notes
     if train is not None:
-        transform = build_transform(options, is_training=True, as_bytes=prefetches)
-        data.train = _train_loader(options, world, train, transform, labels)
+        data.train = _train_loader(options, world, train, labels, prefetches, is_cached)
         data.num_train = train.reader.num_samples if isinstance(train, IterableDataset) else len(train)
         data.num_steps = len(data.train) // options.accum_steps
-        data.prefetcher = Prefetcher(data.train, world.device) if prefetches else None
+        data.prefetcher = Prefetcher(data.train, world.device) if prefetches and not is_cached else None
     return data
 
 
 def _train_loader(
-    options: DataOptions, world: World, source: Dataset, transform: Callable, labels: Sequence[int]
-) -> DataLoader:
+    options: DataOptions, world: World, source: Dataset, labels: Sequence[int], prefetches: bool, is_cached: bool
+) -> DataLoader | CachedLoader:
+    side = side_of(options.cache_size, options.input_size)
+    transform = Squeeze(side, options.interpolation) if is_cached else build_transform(options, True, prefetches)
     if isinstance(source, IterableDataset):
         return _stream_loader(options, world, source, transform, is_training=True)
     settings = {"decode_once": options.decode_once, "labels": labels}
@@ -223,20 +233,54 @@ def _train_loader(
         )
     num_batches = num_steps * options.accum_steps
     batches = ResumableBatches(sampler, options.batch_size, num_batches, repeats, world, options.repeats_together)
+    if is_cached:
+        augment = BatchTransform(options, options.seed, len(images), side)  # it refuses before images are read
+        return CachedLoader(_cached(options, world, images, (3, side, side)), batches, augment, world.device)
     return StoppableLoader(images, batch_sampler=batches, **loader_settings(options, world, is_training=True))
 
 
 def _val_loader(
-    options: DataOptions, world: World, source: Dataset, transform: Callable, labels: Sequence[int]
-) -> DataLoader:
+    options: DataOptions, world: World, source: Dataset, labels: Sequence[int], prefetches: bool, is_cached: bool
+) -> DataLoader | Prefetcher:
     """The share of each rank without padding: images rank, rank + size, rank + 2 size, ..."""
+    transform = build_transform(options, is_training=False, as_bytes=prefetches or is_cached)
+    batch_size, settings = int(1.5 * options.batch_size), loader_settings(options, world, is_training=False)
     if isinstance(source, IterableDataset):
-        return _stream_loader(options, world, source, transform, is_training=False)
-    images = ReadableImages(source, transform, max_bad=0, labels=labels)
-    if options.dist_eval and world.size > 1:
-        images = Subset(images, range(world.rank, len(images), world.size))
-    batch_size = int(1.5 * options.batch_size)
-    return StoppableLoader(images, batch_size=batch_size, **loader_settings(options, world, is_training=False))
+        loader = _stream_loader(options, world, source, transform, is_training=False)
+    else:
+        images = ReadableImages(source, transform, max_bad=0, labels=labels)
+        if is_cached:
+            images = _cached(options, world, images, (options.input_size, options.input_size, 3))
+            settings = {"collate_fn": _as_it_is}
+        if options.dist_eval and world.size > 1:
+            images = Subset(images, range(world.rank, len(images), world.size))
+        loader = StoppableLoader(images, batch_size=batch_size, **settings)
+    if not (prefetches or is_cached):
+        return loader
+    kind = Normalize if prefetches else FloatPath
+    normalize = kind(options.mean, options.std).to(world.device)
+    are_there = is_cached and options.cache_images == "device"
+    return Prefetcher(loader, world.device, normalize, has_stream=not are_there)
+
+
+def _cached(options: DataOptions, world: World, images: ReadableImages, shape: tuple[int, ...]) -> CachedImages:
+    settings = loader_settings(options, world, is_training=True) | {"pin_memory": False, "persistent_workers": False}
+    pin = options.pin_mem and world.device.type == "cuda"
+    return cache_images(images, shape, world, options.cache_images, settings, pin)
+
+
+def _require_memory(options: DataOptions, world: World, num_train: int, num_val: int) -> str:
+    """Refuse caches that do not fit; a line about them."""
+    side = side_of(options.cache_size, options.input_size)
+    num_bytes = 3 * (num_train * side**2 + num_val * options.input_size**2)
+    images = f"{num_train:,} training images of {side} px and {num_val:,} validation images of {options.input_size} px"
+    require_memory(options.cache_images, num_bytes, images, world)
+    place = "device memory" if options.cache_images == "device" else "memory"
+    return f"{images} are in {place}: {num_bytes:,} bytes"
+
+
+def _as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return batch
 
 
 def _stream_loader(

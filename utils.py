@@ -215,9 +215,13 @@ class World:
 
     def copy_from_main(self, tensors: Iterable[torch.Tensor]):
         """Copy the values of the main process into tensors of the same shapes, in place."""
+        self.copy_from(0, tensors)
+
+    def copy_from(self, rank: int, tensors: Iterable[torch.Tensor]):
+        """Copy the values of the process `rank` into tensors of the same shapes, in place."""
         for tensor in tensors if self.size > 1 else ():
             values = tensor.to(self.device).contiguous()  # an average may be on the CPU
-            dist.broadcast(values, 0)
+            dist.broadcast(values, rank)
             tensor.copy_(values)
 
 

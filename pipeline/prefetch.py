@@ -14,14 +14,17 @@ class Prefetcher:
     Args:
         loader: batches of images [B, S, S, 3] uint8 and labels [B]; its errors are not caught.
         transform: of the images on the device; None = they are returned as they are.
+        has_stream: whether a GPU gets them in a separate stream; false for batches that it already has.
 
     Yields:
         Images as [B, 3, S, S], whose memory format stays torch's channels_last, and labels.
     """
 
-    def __init__(self, loader: Iterable, device: torch.device, transform: Callable | None = None):
+    def __init__(
+        self, loader: Iterable, device: torch.device, transform: Callable | None = None, has_stream: bool = True
+    ):
         self.loader, self.device, self.transform = loader, device, transform
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" and has_stream else None
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         ahead = None

@@ -158,6 +158,8 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (not args.output_dir, "tensorboard redundancy_every save_every_steps save_every_minutes keep_checkpoints "
          "save_predictions",
          "nothing is written without --output-dir"),
+        (args.cache_images == "none", "cache_size", "--cache-images is none"),
+        (args.cache_images != "none", "prefetcher fast_crop", f"--cache-images is {args.cache_images}"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
         (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) replaces it"),
         (small, "scale ratio eval_crop_ratio crop_mode fast_crop", "images are not cropped for inputs up to 32 px"),
@@ -226,6 +228,8 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error("--save-predictions belongs to training; leave it out with --eval")
     if args.save_predictions and find_source(args.data_set).is_stream:
         parser.error(f"--save-predictions needs images with numbers, but --data-set {args.data_set} streams")
+    if args.cache_images != "none" and find_source(args.data_set).is_stream:
+        parser.error(f"--cache-images needs images with numbers, but --data-set {args.data_set} streams")
     if args.scale_lr_flag and args.unscale_lr:
         parser.error("--scale-lr-flag and --unscale-lr contradict each other; leave one of them out")
     if args.eval and not (args.resume or args.finetune):

@@ -171,6 +171,8 @@ def fast_path(args: Namespace, world: World, loss_fn: DiverseLoss, data: Data) -
         "fused attention": any(getattr(module, "fused_attn", False) for module in loss_fn.model.modules()),
         "fused optimizer": can_fuse(args.opt),
         "prefetcher": data.prefetcher is not None,
+        "images in memory": args.cache_images == "memory",
+        "images in device memory": args.cache_images == "device",
         "static graph": world.size > 1 and has_static_graph(args),
     }
     return [name for name, is_on in features.items() if is_on]

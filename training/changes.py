@@ -63,6 +63,8 @@ def find_changes(
     unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
     if all(flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"] for flags in (before, after)):
         unrelated |= {"epochs", "cooldown_epochs"}
+    if "none" not in (before["cache_images"], after["cache_images"]):  # the same batches from either memory
+        unrelated |= {"cache_images"}
     changes = [
         Change(flag_of(name), before[name], after[name])
         for name in after

@@ -3,6 +3,7 @@
 from argparse import BooleanOptionalAction as Switch
 
 from diversity.mixing import MODES
+from pipeline.image_cache import PLACES
 from pipeline.sources import SOURCES, sources_help
 from training.parsing import (
     fraction,
@@ -84,6 +85,12 @@ def add_data(parser):
         "less two on a GPU machine, divided among the local ranks; at least 1")  # fmt: skip
     add("--loader-timeout", type=nonneg_int, default=600, metavar="SECONDS",
         help="longest wait for a loader process before the run stops with an error; 0 = no limit")  # fmt: skip
+    add("--cache-images", choices=PLACES, default="none",
+        help="decode all images once, at the start, into the memory of each process (memory) or of its device "
+        "(device), and augment training images as a batch on it; none = read images in every epoch")  # fmt: skip
+    add("--cache-size", type=positive_int, default=None, metavar="PIXELS",
+        help="side of a cached training image, to which the whole image is resized, whatever its aspect ratio; "
+        "None = --input-size up to 32 px, otherwise --input-size / 0.875")  # fmt: skip
     add("--pin-mem", action=Switch, default=True, help="page-locked batches on a GPU machine")
     add("--dist-eval", action=Switch, default=True,
         help="divide the validation images among the ranks; exact, no padding is counted")  # fmt: skip

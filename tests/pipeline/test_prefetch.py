@@ -119,7 +119,9 @@ def test_mean_and_deviation_are_those_of_the_float_path(size, tmp_path):
 def test_a_gpu_prefetches_by_default(device, flag, prefetches, monkeypatch):
     made = []
     monkeypatch.setattr(datasets, "Normalize", torch.nn.Identity)  # which has nothing to move to a GPU
-    monkeypatch.setattr(datasets, "Prefetcher", lambda loader, device, *_: made.append((loader.pin_memory, device)))
+    monkeypatch.setattr(
+        datasets, "Prefetcher", lambda loader, device, *_, **__: made.append((loader.pin_memory, device))
+    )
     build_data(data_options(*flag), World(0, 1, 0, 1, torch.device(device)))
     assert made == [(device == "cuda", torch.device(device))] * 2 * prefetches
 

@@ -1,0 +1,125 @@
+"""Images that are decoded once: their bytes, labels and sizes, who reads them, and what does not fit."""
+
+import gc
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_image_folder, photo, world
+from image_files import UNREADABLE
+from PIL import Image
+
+from pipeline import image_cache
+from pipeline.image_cache import CachedImages, Squeeze, cache_images, require_memory, side_of
+from pipeline.image_folder import ImageFolder
+from pipeline.images import ReadableImages
+from utils import BadImageError, World
+
+WORKERS = {0: {"num_workers": 0}, 2: {"num_workers": 2}}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """12 training images of two classes, of several sizes; some are not square."""
+    monkeypatch.setattr(image_cache, "BATCH", 3)
+    root = make_image_folder(tmp_path, n=6, splits=("train",)) / "train"
+    for number, size in enumerate(((40, 23), (9, 31), (32, 32))):
+        photo(50 + number, max(size)).crop((0, 0, *size)).save(root / "dog" / f"{number}.png")
+    return root
+
+
+def cached(folder, side=24, num_workers=0, max_bad=0, labels=(), interpolation="bicubic", place="memory"):
+    images = ReadableImages(ImageFolder(folder), Squeeze(side, interpolation), max_bad, labels=labels)
+    return cache_images(images, (3, side, side), world(), place, WORKERS[num_workers], pin=False)
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+@pytest.mark.parametrize(("side", "interpolation"), [(24, "bicubic"), (32, "bilinear")])
+def test_every_image_is_resized_as_a_whole_by_pillow(folder, side, interpolation, num_workers):
+    cache = cached(folder, side, num_workers, interpolation=interpolation)
+    kind = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
+    assert cache.images.shape == (12, 3, side, side) and cache.images.is_contiguous()
+    for index, (path, label) in enumerate(cache.source.samples):
+        image = Image.open(path).convert("RGB")
+        expected = np.asarray(image.resize((side, side), kind)).transpose(2, 0, 1)
+        assert np.array_equal(cache.images[index], expected), path
+        assert (cache.labels[index], *cache.sizes[index]) == (label, image.height, image.width)
+    assert not multiprocessing.active_children()
+
+
+def test_a_batch_has_the_rows_that_were_asked_for(folder):
+    cache = cached(folder)
+    images, labels = cache.__getitems__([7, 0, 7])
+    assert torch.equal(images, cache.images[[7, 0, 7]]) and labels.tolist() == [1, 0, 1]
+    assert torch.equal(cache[7][0], images[0]) and cache[7][1] == 1
+    images.zero_()
+    assert cache.images[7].any()  # it was a copy
+
+
+def test_labels_are_those_of_the_model(folder):
+    assert cached(folder, labels=[5, 3]).labels.tolist() == [5] * 6 + [3] * 6
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_an_unreadable_image_is_replaced_by_the_next_one_and_counted(folder, num_workers, capfd):
+    for name in ("dog/2.png", "cat/5.png"):  # the next one of cat/5.png is dog/0.png
+        UNREADABLE["half.png"](folder / name)
+    cache = cached(folder, num_workers=num_workers, max_bad=2)
+    assert torch.equal(cache.images[5], cache.images[6]) and cache.labels[5] == 1
+    assert torch.equal(cache.images[8], cache.images[9]) and [*cache.sizes[8]] == [40, 40]
+    assert cache.is_bad.nonzero().flatten().tolist() == [5, 8]
+    assert capfd.readouterr().err.count("replaced by the next one") == 2
+
+
+@pytest.mark.parametrize("num_workers", WORKERS)
+def test_too_many_unreadable_images_stop_it_and_its_processes(folder, num_workers):
+    for name in ("dog/2.png", "cat/5.png"):
+        UNREADABLE["half.png"](folder / name)
+    with pytest.raises(BadImageError, match="number 2; 1 may be replaced"):
+        cached(folder, num_workers=num_workers, max_bad=1)
+    gc.collect()  # the error has the frames in which the loader is
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("given", "input_size", "side"), [(None, 32, 32), (None, 28, 28), (None, 224, 256), (200, 224, 200)]
+)
+def test_the_side_of_a_cached_image(given, input_size, side):
+    assert side_of(given, input_size) == side
+
+
+@pytest.mark.parametrize(
+    ("local_size", "place", "device", "free", "message"),
+    [
+        (1, "memory", "cpu", 100, None),
+        (1, "memory", "cpu", 99, "needs 100 bytes for 4 images, but 99 bytes of the memory are free"),
+        (3, "memory", "cuda", 299, "needs 100 bytes in each of 3 processes for 4 images, but 299 bytes of the memory"),
+        (3, "device", "cuda", 100, None),
+        (3, "device", "cuda", 99, "needs 100 bytes for 4 images, but 99 bytes of the GPU are free"),
+        (1, "memory", "cpu", None, None),
+    ],
+)
+def test_what_does_not_fit_is_refused(local_size, place, device, free, message, monkeypatch):
+    asked = []
+    monkeypatch.setattr(image_cache, "free_bytes", lambda device: asked.append(device.type) or free)
+    of_run = World(0, local_size, 0, local_size, torch.device(device))
+    if message:
+        with pytest.raises(SystemExit, match=f"^error: --cache-images {place} {message}.*--cache-size$"):
+            require_memory(place, 100, "4 images", of_run)
+    else:
+        require_memory(place, 100, "4 images", of_run)
+    assert asked == ["cuda" if place == "device" else "cpu"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("place", ["memory", "device"])
+def test_batches_of_a_gpu_have_the_rows_that_were_asked_for(folder, place):
+    on_gpu = World(0, 1, 0, 1, torch.device("cuda", 0))
+    read = ReadableImages(ImageFolder(folder), Squeeze(24, "bicubic"), 0)
+    cache = cache_images(read, (3, 24, 24), on_gpu, place, WORKERS[0], pin=True)
+    assert cache.images.device.type == {"memory": "cpu", "device": "cuda"}[place]
+    images, labels = CachedImages.__getitems__(cache, [7, 0, 7])
+    assert torch.equal(images.cpu(), cached(folder).images[[7, 0, 7]]) and labels.tolist() == [1, 0, 1]
+    assert images.is_cuda or images.is_pinned()
