@@ -22,6 +22,7 @@ from utils import atomic_write
 # Okabe and Ito, colour-blind safe
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
+MAX_COLUMNS = 5  # of panels beside each other
 plt.rcParams.update(
     {
         "figure.dpi": 120,

@@ -12,8 +12,9 @@ from diversity import TapError, TappedViT, measure_redundancy
 from diversity.backbones import Backbone
 from pipeline.sources import find_source
 from pipeline.transforms import preprocessing_line
-from reports import comparisons, figures, function_figures, redundancy_figures
+from reports import comparisons, figures, map_figures
 from reports.function_level import FunctionOptions, add_function, function_tables, labelled_data
+from reports.report_figures import draw_all
 from reports.run_folders import place_in_study, read_run
 from reports.runs import MAY_LACK, PROVENANCE, REPORT, Run
 from reports.subjects import (
@@ -58,7 +59,7 @@ def draw_heads(
     where = f"block {block} ({backbone.blocks_are} 0 to {len(backbone.blocks) - 1})"
     of = "validation image" if find_source(subject.data.data_set).has_labels else "image"
     title = f"{name}, {where}, {of} {image}" + ("" if grid else ", first window")
-    figures.save(redundancy_figures.attention_heads(maps, picture, prefix_names(model), grid, title), path)
+    figures.save(map_figures.attention_heads(maps, picture, prefix_names(model), grid, title), path)
 
 
 def analyze(
@@ -161,18 +162,7 @@ def write_all(configurations: dict[str, list[dict]], notes: list[str], styles: l
     functions = function_tables(configurations)
     text = "\n\n".join([comparison(configurations, notes).rstrip("\n"), *functions]) + "\n"
     (output_dir / "redundancy.md").write_text(text, encoding="utf-8")
-    drawn = {
-        "depth": redundancy_figures.redundancy_depth(configurations, styles),
-        "weights": redundancy_figures.weight_depth(configurations, styles),
-        "spectra": redundancy_figures.weight_spectra(configurations, styles),
-        "variance": redundancy_figures.variance(configurations, styles),
-    }
-    if any(all(report["circuit"] for report in of_runs) for of_runs in configurations.values()):
-        drawn["circuits"] = redundancy_figures.circuits(configurations, styles)
-    if reports[0]["cka"]:
-        drawn["cka"] = redundancy_figures.layer_similarity(configurations)
-    if functions:
-        drawn["function"] = function_figures.function_level(configurations, styles)
+    drawn = draw_all(configurations, styles)
     for name, figure in drawn.items():
         figures.save(figure, output_dir / name)
     print("\n\n".join(text.split("\n\n")[:2]))

@@ -61,11 +61,10 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def undrawn(monkeypatch):
     """No figure of redundancy is drawn."""
-    from reports import figures, redundancy_figures
+    from reports import figures, map_figures, redundancy, report_figures
 
-    names = ("redundancy_depth", "weight_depth", "weight_spectra", "variance", "circuits", "layer_similarity")
-    for name in (*names, "attention_heads"):
-        monkeypatch.setattr(redundancy_figures, name, lambda *args: None)
+    monkeypatch.setattr(redundancy, "draw_all", lambda *args: dict.fromkeys(report_figures.FIGURES))
+    monkeypatch.setattr(map_figures, "attention_heads", lambda *args: None)
     monkeypatch.setattr(figures, "save", lambda figure, path: None)
 
 

@@ -20,7 +20,7 @@ from diversity.measures import measures_of, summary_measures
 from models import build_model
 from pipeline.sources import Digits
 from pipeline.transforms import build_transform
-from reports import figures, redundancy_figures, subjects
+from reports import figures, map_figures, subjects
 from training import checkpoint, provenance
 
 SWIN = (
@@ -308,7 +308,7 @@ def test_the_heads_drawn_are_those_of_the_block_and_the_image(layer, runs, tmp_p
     def draw(maps, picture, prefix_tokens, grid, title):
         drawn.update(maps=maps, picture=picture, prefix_tokens=prefix_tokens, grid=grid, title=title)
 
-    monkeypatch.setattr(redundancy_figures, "attention_heads", draw)
+    monkeypatch.setattr(map_figures, "attention_heads", draw)
     analyzed(tmp_path, runs / "plain", "--num-images", "8", "--layer", layer, "--image", "5")
     model = small_model(weights=loaded(runs / "plain" / checkpoint.LAST)).eval()
     attn = model.blocks[0 if layer == "first" else 1].attn

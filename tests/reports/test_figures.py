@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from reports import figures
-from reports.redundancy_figures import attention_heads
+from reports.map_figures import attention_heads
 
 
 def make_maps(heads, tokens):

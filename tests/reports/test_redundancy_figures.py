@@ -8,9 +8,9 @@ import pytest
 
 from diversity import MEASURES
 from diversity.measures import measures_of
+from reports.map_figures import layer_similarity
 from reports.redundancy_figures import (
     circuits,
-    layer_similarity,
     redundancy_depth,
     variance,
     weight_depth,
