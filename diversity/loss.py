@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch._dynamo.exc
+import torch._inductor
 from torch import nn
 
 from .backbones import TapError
@@ -87,6 +88,7 @@ class DiverseLoss(nn.Module):
         mixup = PatchMixup(mixup_alpha=0, cutmix_alpha=0) if mixup is None else mixup
         self.mixup = mixup.with_grid(self.tapped.grid) if patch_logits else mixup
         self.compiled: Callable | None = None
+        self.has_cuda_graphs = False
         self.on_compile_error: Callable[[str], None] | None = None
 
     @property
@@ -136,6 +138,9 @@ class DiverseLoss(nn.Module):
     def compile_step(self, on_error: Callable[[str], None] | None = None, **options):
         """Compute the loss in one compiled graph from now on.
 
+        With CUDA graphs (`mode="reduce-overhead"`), each call begins a step, whose memory is that of the step before:
+        call `backward` before the next call. What is returned, and gradients that accumulate, are copied out of it.
+
         Args:
             on_error: called with the reason where torch.compile fails; the step then runs in eager mode. None = raise
                 the error.
@@ -143,6 +148,8 @@ class DiverseLoss(nn.Module):
         """
         self.compiled = torch.compile(self._loss, fullgraph=True, dynamic=False, **options)
         self.on_compile_error = on_error
+        chosen = torch._inductor.list_mode_options(options.get("mode") or "default") | (options.get("options") or {})
+        self.has_cuda_graphs = bool(chosen.get("triton.cudagraphs"))
 
     @torch.compiler.disable
     def draw(self, images: torch.Tensor):
@@ -154,7 +161,11 @@ class DiverseLoss(nn.Module):
         if self.compiled is None:
             return self._loss(images, labels, draws)
         try:
-            return self.compiled(images, labels, draws)
+            if not self.has_cuda_graphs:
+                return self.compiled(images, labels, draws)
+            self._begin_step()
+            loss, values = self.compiled(images, labels, draws)
+            return loss.clone(), values.clone()
         except COMPILE_ERRORS as error:
             if self.on_compile_error is None:
                 raise
@@ -164,6 +175,13 @@ class DiverseLoss(nn.Module):
         self.on_compile_error(reason)
         self.compiled = None
         return result
+
+    def _begin_step(self):
+        """Let CUDA graphs write over all that they returned before, after a copy of gradients that accumulate."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
+        torch.compiler.cudagraph_mark_step_begin()
 
     def _loss(self, images, labels, draws) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the values of `names` as one tensor [n]; see `DiversityObjective.loss_and_values`."""

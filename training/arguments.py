@@ -132,6 +132,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
     source = find_source(args.data_set)
     active = [term for name, term in REGULARIZERS.items() if coefficients(args)[name] > 0]
     reads = {tap for term in active for tap in term.reads}
+    on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
     rules = [
         (not args.mixing_coef, "mixing_balance mixing_where", "--mixing-coef is 0"),
         (not any(coefficients(args).values()), "diversity_warmup diversity_until", "no term is on"),
@@ -148,7 +149,9 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (not (args.mixup and cutmix), "mixup_switch_prob", "--mixup or --cutmix is 0"),
         (args.cutmix_minmax, "cutmix", "--cutmix-minmax replaces it"),
         (args.accum_steps > 1, "static_graph", "with --accum-steps some batches do not synchronize gradients"),
-        (args.device == "cpu", "tf32", "--device is cpu"),
+        (on_cpu, "tf32 compile_mode", "the device is a CPU"),
+        (args.compile is False, "compile_mode", "--no-compile"),
+        (args.compile is None and "grad" in reads, "compile_mode", "steps with a term that reads a gradient are eager"),
         (amp_dtype != torch.bfloat16, "residual_dtype", "autocast is not bfloat16"),
         (not args.repeated_aug, "aug_repeats repeats_together", "--no-repeated-aug"),
         (source.is_stream,

@@ -12,6 +12,7 @@ from typing import TypeVar
 import timm.optim
 import torch
 import torch._functorch.config
+import torch._inductor
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, random_seed
@@ -127,9 +128,8 @@ def compile_and_wrap(args: Namespace, world: World, loss_fn: DiverseLoss) -> Div
         # The hooks of the taps need not run again when a checkpointed block is recomputed.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = args.grad_checkpointing
         torch._functorch.config.force_non_lazy_backward_lowering = True  # so that its errors come in the forward pass
-        # The same random numbers as without compiling.
         on_error = partial(_on_compile_error, world, is_asked_for=bool(args.compile))
-        loss_fn.compile_step(on_error, options={"fallback_random": True})
+        loss_fn.compile_step(on_error, options=compile_options(args, world))
     if world.size == 1:
         return loss_fn
     ddp = DistributedDataParallel(
@@ -140,6 +140,13 @@ def compile_and_wrap(args: Namespace, world: World, loss_fn: DiverseLoss) -> Div
     )
     ddp.broadcast_buffers = any(True for _ in loss_fn.model.buffers())  # a teacher's never change
     return ddp
+
+
+def compile_options(args: Namespace, world: World) -> dict[str, object]:
+    """The options of torch.compile that `--compile-mode` means; on a CPU those of its default."""
+    mode = args.compile_mode if world.device.type == "cuda" else "default"
+    # torch.compile takes a mode or options; fallback_random: the same random numbers as without compiling.
+    return torch._inductor.list_mode_options(mode) | {"fallback_random": True}
 
 
 def _on_compile_error(world: World, reason: str, is_asked_for: bool):
@@ -167,7 +174,8 @@ def has_static_graph(args: Namespace) -> bool:
 def fast_path(args: Namespace, world: World, loss_fn: DiverseLoss, data: Data) -> list[str]:
     """What makes this run fast, for the log."""
     features = {
-        "compiled": should_compile(args, world, loss_fn.objective),
+        "compiled": loss_fn.compiled is not None,
+        "CUDA graphs": loss_fn.has_cuda_graphs,
         "fused attention": any(getattr(module, "fused_attn", False) for module in loss_fn.model.modules()),
         "fused optimizer": can_fuse(args.opt),
         "prefetcher": data.prefetcher is not None,

@@ -19,7 +19,7 @@ UNRELATED = {
     *("device", "num_workers", "loader_timeout", "pin_mem", "dist_eval", "repeats_together", "max_bad_images"),
     *("save_every_steps", "save_every_minutes", "keep_checkpoints", "log_interval", "tensorboard", "save_predictions"),
     *("redundancy_every", "grad_norms_every", "check_data", "dry_run", "model_ema_force_cpu", "max_nonfinite_steps"),
-    *("compile", "fused_attn", "channels_last", "patch_product", "static_graph", "grad_checkpointing"),
+    *("compile", "compile_mode", "fused_attn", "channels_last", "patch_product", "static_graph", "grad_checkpointing"),
     *("deterministic", "dist_url", "world_size", "local_rank", "scale_lr_flag", "resplit"),
 }
 """Flags that change neither what is trained nor, beyond rounding, its numbers."""

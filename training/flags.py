@@ -33,6 +33,8 @@ REMOVED = {
     "--decode-once": "an image is always decoded once for its repeated augmentations in a batch",
 }
 
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
 DEIT_3 = ("--bce-loss", "--ThreeAugment", "--src", "--attn-only", "--layer-decay", "--cosub")
 """Flags of later recipes in DeiT's repository, which are refused by name."""
 
@@ -115,6 +117,9 @@ def _speed(parser):
     add("--compile", action=Switch, default=None,
         help="torch.compile, model and objective in one graph; None = on GPUs if no term reads gradients, and in eager "
         "mode where it fails")  # fmt: skip
+    add("--compile-mode", choices=COMPILE_MODES, default="default",
+        help="of torch.compile, on a GPU: reduce-overhead = launch the step as CUDA graphs, for small models, whose "
+        "time is that of launches; max-autotune = this, and choose kernels by timing, for minutes")  # fmt: skip
     add("--fused-attn", action=Switch, default=True,
         help="scaled-dot-product attention in every block whose maps no term reads")  # fmt: skip
     add("--residual-dtype", choices=("float32", "bfloat16"), default="float32",
