@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, default_collate
 
+from pipeline import holdout
 from pipeline.batch_augmentation import Normalize
 from pipeline.batch_transform import BatchTransform
 from pipeline.cached_loader import CachedLoader
@@ -19,7 +20,7 @@ from pipeline.image_cache import CachedImages, FloatPath, Squeeze, cache_images,
 from pipeline.images import ReadableImages, image_name
 from pipeline.prefetch import Prefetcher
 from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
-from pipeline.sources import SourceOptions, build_source, find_classes, find_source, labels_by_name
+from pipeline.sources import SourceOptions, build_sources, find_classes, find_source, labels_by_name
 from pipeline.transforms import TransformOptions, build_transform
 from pipeline.workers import StoppableLoader
 from utils import BadImageError, World, cpu_count, reseed
@@ -121,7 +122,8 @@ class Data:
         if self.is_stream:
             return "images of a stream"
         batches = self.train.batch_sampler.batches(step * self.accum_steps, (step + 1) * self.accum_steps)
-        return f"images number {', '.join(str(sample.index) for batch in batches for sample in batch)}"
+        numbers = holdout.numbers(self.train.dataset.source)
+        return f"images number {', '.join(str(numbers[sample.index]) for batch in batches for sample in batch)}"
 
     def bad_images(self, world: World) -> list[str]:
         """Names of the unreadable training images that the run has met so far; every process must call it.
@@ -157,6 +159,12 @@ class Data:
         return images, labels
 
     @property
+    def val_numbers(self) -> Sequence[int]:
+        """Numbers of the validation images, which for a part of the training images are those in all of them."""
+        images = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
+        return holdout.numbers(images.source)
+
+    @property
     def is_stream(self) -> bool:
         """Whether images come one after the other, and not by their number."""
         return isinstance(self.val.dataset, IterableDataset)
@@ -179,8 +187,7 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
         SystemExit: unknown name, missing path or split, an empty class, classes of train and val that differ, classes
             that the model does not have, no labels, a cache that does not fit in memory.
     """
-    train = None if options.eval else build_source(options, is_training=True)
-    val = build_source(options, is_training=False)
+    train, val = build_sources(options, is_training=not options.eval)
     num_classes, names = find_classes(options, train, val, needs_labels)
     labels = []
     if classes and names and [*classes] != names:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from pipeline.holdout import complete, located
 from utils import BadImageError, is_bug, reseed
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
@@ -113,13 +114,14 @@ class ReadableImages(Dataset):
         raise BadImageError(f"none of the {len(self)} images can be read")
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
-        if hasattr(self.source, "samples"):  # torchvision's folders, which would convert 16-bit grey themselves
-            path, label = self.source.samples[index]
+        source, index = located(self.source, index)
+        if hasattr(source, "samples"):  # torchvision's folders, which would convert 16-bit grey themselves
+            path, label = source.samples[index]
             return read_rgb(open(path, "rb")), label
-        if isinstance(self.source, timm.data.ImageDataset):  # it would skip unreadable images silently
-            file, label = self.source.reader[index]
+        if isinstance(source, timm.data.ImageDataset):  # it would skip unreadable images silently
+            file, label = source.reader[index]
             return read_rgb(file), label
-        image, label = self.source[index]
+        image, label = source[index]
         with image:
             return to_rgb(image), label
 
@@ -134,7 +136,7 @@ class ReadableImages(Dataset):
     def _line(self, index: int, error: Exception) -> str:
         if getattr(error, "errno", None) in TOO_MANY_FILES:
             raise error  # the image is not the cause
-        if not _has_files(self.source) and is_bug(error) and not isinstance(error, UNREADABLE):
+        if not _has_files(complete(self.source)) and is_bug(error) and not isinstance(error, UNREADABLE):
             raise error  # nor here
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):  # it has the file only as a Python object
@@ -183,6 +185,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def image_name(source: Dataset, index: int, relative: bool = False) -> str:
     """Path of an image, or its number where it has none; `relative` to the folder of the data set."""
+    source, index = located(source, index)
     if hasattr(source, "samples"):
         path = source.samples[index][0]
         return os.path.relpath(path, source.root) if relative else path

@@ -5,14 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
+from pipeline.holdout import complete, numbers
+
 
 def known_labels(source: Dataset) -> list[int] | None:
     """The labels of a data set, if it knows them without reading its images."""
-    samples = getattr(getattr(source, "reader", source), "samples", None)  # of folders: (path, label)
-    labels = getattr(source, "targets", getattr(source, "labels", None))
-    if labels is None and samples is not None:
-        labels = [label for _, label in samples]
-    return None if labels is None or len(labels) != len(source) else [int(label) for label in labels]
+    whole = complete(source)
+    reader = getattr(whole, "reader", whole)
+    labels = getattr(whole, "targets", getattr(whole, "labels", None))
+    if labels is None and hasattr(reader, "samples"):  # of folders: (path, label)
+        labels = [label for _, label in reader.samples]
+    elif labels is None and hasattr(reader, "iter_targets"):  # of Hugging Face
+        labels = [*reader.iter_targets()]
+    labels = np.asarray([] if labels is None else labels)
+    if labels.shape != (len(whole),) or labels.dtype.kind not in "iu":
+        return None
+    return labels[numbers(source)].tolist()
 
 
 def spread_sample(labels: Sequence[int] | None, num_images: int, count: int, seed: int) -> list[int]:

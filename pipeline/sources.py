@@ -18,8 +18,10 @@ from diversity.spelling import did_you_mean
 from models.weights import refusal
 from pipeline import timm_sets
 from pipeline.digits import Digits
+from pipeline.holdout import complete, divide
 from pipeline.image_folder import ImageFolder, UnlabelledFolder, is_hidden
 from pipeline.inaturalist import INaturalist
+from pipeline.labelled import known_labels
 from utils import is_bug
 
 SOURCE_FLAGS = ("data_path", "train_split", "val_split", "inat_category")
@@ -33,6 +35,7 @@ class SourceOptions:
     data_path: str
     train_split: str
     val_split: str | None
+    val_fraction: float
     num_classes: int | None
     inat_category: str
     input_size: int
@@ -107,12 +110,45 @@ def find_source(name: str) -> Source:
     return SOURCES[key]
 
 
+def build_sources(options: SourceOptions, is_training: bool) -> tuple[Dataset | None, Dataset]:
+    """The images to train on, None unless `is_training`, and those to evaluate on; see `build_source`."""
+    if _is_divided(options):
+        train, val = _parts(options)
+        return train if is_training else None, val
+    return _open(options, is_training=True) if is_training else None, _open(options, is_training=False)
+
+
 def build_source(options: SourceOptions, is_training: bool) -> Dataset:
     """The data set that --data-set names, without transforms: its items are (PIL image, label).
 
+    With --val-fraction, training and validation set are two parts of the training images.
+
     Raises:
-        SystemExit: an unknown name, or files that are missing or cannot be read.
+        SystemExit: an unknown name, files that are missing or cannot be read, or images that cannot be divided.
     """
+    if _is_divided(options):
+        train, val = _parts(options)
+        return train if is_training else val
+    return _open(options, is_training)
+
+
+def _is_divided(options: SourceOptions) -> bool:
+    """Whether the training images are divided; images without labels are not, as nothing is trained on them."""
+    return options.val_fraction > 0 and find_source(options.data_set).has_labels
+
+
+def _parts(options: SourceOptions) -> tuple[Dataset, Dataset]:
+    images = _open(options, is_training=True)
+    labels = known_labels(images)
+    if labels is None:
+        raise SystemExit(
+            f"error: --val-fraction needs to know the label of each image before it is read, and --data-set "
+            f"{options.data_set} does not; give --val-fraction 0"
+        )
+    return divide(images, labels, options.val_fraction, find_source(options.data_set).class_names(images))
+
+
+def _open(options: SourceOptions, is_training: bool) -> Dataset:
     source, name, path = find_source(options.data_set), options.data_set, options.data_path
     if "data_path" in source.flags and not source.path_is_optional:
         if not path:
@@ -145,8 +181,8 @@ def find_classes(
     if needs_labels and not source.has_labels:
         line = f"--data-set {options.data_set} has no labels to train with or to evaluate with; it is for analyze.py"
         raise SystemExit(f"error: {line}")
-    names = source.class_names(val)
-    if train is not None and (of_train := source.class_names(train)) != names:
+    names = source.class_names(complete(val))
+    if train is not None and (of_train := source.class_names(complete(train))) != names:
         raise SystemExit(
             f"error: the classes of {options.data_path} differ: only in train: "
             f"{first_names(set(of_train) - set(names))}; only in val: {first_names(set(names) - set(of_train))}"

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import timm.data
@@ -12,6 +13,13 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch.nn import functional as F
 from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+TORCHVISION_POLICIES = {
+    "trivialaugment": transforms.TrivialAugmentWide,
+    "autoaugment-cifar10": partial(transforms.AutoAugment, transforms.AutoAugmentPolicy.CIFAR10),
+}
+"""{value of --aa: makes torchvision's policy from an interpolation and a fill}"""
 
 SMALL = 32  # up to this input size in pixels, images are resized and not cropped, as DeiT does for CIFAR
 
@@ -93,7 +101,19 @@ class FastCrop(RandomResizedCropAndInterpolation):
         return Image.fromarray(crop.permute(1, 2, 0).numpy())
 
 
+def _torchvision_policy(name: str, interpolation: InterpolationMode | tuple[InterpolationMode, ...]) -> Callable:
+    """A policy of `TORCHVISION_POLICIES`, black where nothing of the image is left; one of several interpolations is
+    drawn for each image.
+
+    It draws from torch's generator, which a sample seeds.
+    """
+    modes = interpolation if isinstance(interpolation, tuple) else (interpolation,)
+    policies = [TORCHVISION_POLICIES[name](interpolation=mode, fill=None) for mode in modes]
+    return policies[0] if len(policies) == 1 else transforms.RandomChoice(policies)
+
+
 def _training_transform(options: TransformOptions, as_bytes: bool) -> transforms.Compose:
+    of_torchvision = options.aa in TORCHVISION_POLICIES
     try:
         transform = timm.data.create_transform(
             input_size=options.input_size,
@@ -101,8 +121,8 @@ def _training_transform(options: TransformOptions, as_bytes: bool) -> transforms
             scale=options.scale,
             ratio=options.ratio,
             hflip=options.hflip,
-            color_jitter=options.color_jitter or None,
-            auto_augment=options.aa,
+            color_jitter=None if of_torchvision else options.color_jitter or None,
+            auto_augment=None if of_torchvision else options.aa,
             interpolation=options.train_interpolation,
             mean=options.mean,
             std=options.std,
@@ -112,9 +132,14 @@ def _training_transform(options: TransformOptions, as_bytes: bool) -> transforms
             use_prefetcher=as_bytes,
         )
     except (AssertionError, ValueError, KeyError, IndexError, NotImplementedError):
+        names = ", ".join(TORCHVISION_POLICIES)
         raise SystemExit(
-            f"error: --aa {options.aa} is no auto-augment policy of timm, such as rand-m9-mstd0.5-inc1"
+            f"error: --aa {options.aa} is no auto-augment policy: there are {names}, and timm's, such as "
+            "rand-m9-mstd0.5-inc1"
         ) from None
+    if of_torchvision:  # where timm has its policies: after the crop and the flip
+        policy = _torchvision_policy(options.aa, transform.transforms[0].interpolation)
+        transform.transforms.insert(2 if options.hflip else 1, policy)
     size = options.input_size
     if size <= SMALL:
         resize = transforms.Resize((size, size), interpolation=str_to_interp_mode(options.interpolation))

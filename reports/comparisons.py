@@ -19,6 +19,8 @@ from training.records import CHANGES, ENVIRONMENT
 DATA = {"classes": "classes", "train_images": "training images", "val_images": "validation images"} | DIGESTS
 """{key of the data in environment.json: its words}"""
 
+VAL_FRACTION = "validation fraction"
+
 TERMS = {"preset", *(f"{name}_coef" for name in (MIXING, *REGULARIZERS, *ALIASES))}
 """Flags by which the rows of an ablation differ."""
 
@@ -37,6 +39,7 @@ def setting(run: Run) -> dict[str, object]:
     return {
         "data": run.data_name,
         **{words: start.get("data", {}).get(key) for key, words in DATA.items()},
+        VAL_FRACTION: flags.get("val_fraction", 0.0) if flags else None,
         "model": " ".join([flags["model"], *details]) if "model" in flags else None,
         "epochs": run.records[-1]["epoch"] + 1 if run.records and not run.problem else None,
         "images per optimizer step": start.get("global_batch"),
@@ -114,7 +117,8 @@ def compared(runs: list[Run], owner: str = "all runs") -> str:
     values = {}
     for run in runs:
         values |= {words: value for words, value in setting(run).items() if value is not None}
-    known = [f"{words} {value}" for words, value in values.items() if words not in DIGESTS.values()]
+    hidden = {*DIGESTS.values()} if values.get(VAL_FRACTION) else {*DIGESTS.values(), VAL_FRACTION}
+    known = [f"{words} {value}" for words, value in values.items() if words not in hidden]
     return f"{owner}: {', '.join(known)}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.holdout import val_name
 from training import arguments
 from training.provenance import data_name
 from training.records import LOG
@@ -137,7 +138,8 @@ def _logged(run: Run) -> Measured:
     measures = {name.removeprefix(prefix): value for name, value in record.items()
                 if name.startswith(prefix) and _is_finite(value)}  # fmt: skip
     images = measures.pop("images", None)
-    provenance = {"data_set": run.data_name, "split": run.flags.get("val_split") or "validation"}
+    split = val_name(run.flags.get("val_split"), run.flags.get("val_fraction", 0.0))
+    provenance = {"data_set": run.data_name, "split": split}
     provenance["files"] = run.starts[-1]["data"].get("val_digest") if run.starts else None
     provenance |= {"input_size": run.flags.get("input_size"), "images": images, "weights": "raw"} | {"function": None}
     return Measured(measures, record.get("epoch"), provenance)

@@ -16,6 +16,7 @@ from datasets import DataOptions, build_data
 from diversity import measurable
 from diversity.backbones import Backbone
 from models import build_model, published_preprocessing, weights
+from pipeline.holdout import val_name
 from reports.run_folders import without_seed
 from training import arguments, checkpoint
 from training.build import options_of
@@ -112,6 +113,7 @@ def find_subject(run: str, flags: list[str], preprocessing: Mapping[str, object]
     config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
     args = arguments.parse_args(flags, config)
     arguments.check_model(args, trained_with, REMEDIES, run)
+    arguments.check_val_fraction(args, trained_with)
     is_on_command_line = any(word.partition("=")[0] == "--finetune" for word in flags)  # not in a run's args.yaml
     if (file or run == RANDOM) and is_on_command_line and args.finetune not in ("", str(file)):
         raise SystemExit(f"error: RUN {run} and --finetune {args.finetune} both name weights; give one")
@@ -194,7 +196,7 @@ def images(subject: Subject, world: World, num_images: int, kind: str = "raw") -
     options = subject.data
     measured_on = {
         "data_set": data_name(options.data_set, options.data_path),
-        "split": (options.val_split or "validation") if data.has_labels else "without labels",
+        "split": val_name(options.val_split, options.val_fraction) if data.has_labels else "without labels",
         "input_size": options.input_size,
         "files": digest(source_of(data.val), options.data_set, options.data_path),
         "images": count,

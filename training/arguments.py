@@ -74,6 +74,7 @@ def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace
     config = {name: value for name, value in stored.items() if name not in (*NOT_REPEATED, *NOT_OF_AN_EVALUATION)}
     args = parse_args(argv, config)
     check_model(args, stored, (*MODEL, *REMEDIES), "the checkpoint's model")
+    check_val_fraction(args, stored)
     return args
 
 
@@ -86,6 +87,17 @@ def check_model(args: argparse.Namespace, stored: dict, names: tuple[str, ...], 
                 f"error: {flag_of(name)} is {as_typed(getattr(args, name))}, but {owner} has {as_typed(known[name])}; "
                 "leave the flag out, also of a --config"
             )
+
+
+def check_val_fraction(args: argparse.Namespace, stored: dict):
+    """Raise SystemExit if weights trained with the flags `stored` would be evaluated on images of their training."""
+    ours, theirs = args.val_fraction, stored.get("val_fraction", 0.0)
+    is_same_set = all(getattr(args, name) == stored.get(name) for name in ("data_set", "train_split"))
+    if is_same_set and ours not in (0, theirs):
+        raise SystemExit(
+            f"error: --val-fraction {ours} has images that the weights were trained on, with --val-fraction {theirs}; "
+            "leave it out, or give 0 to evaluate on --val-split"
+        )
 
 
 def coefficients(args: argparse.Namespace) -> dict[str, float]:
@@ -164,9 +176,10 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (args.cache_images == "none", "cache_size", "--cache-images is none"),
         (args.cache_images != "none", "prefetcher fast_crop", f"--cache-images is {args.cache_images}"),
         (args.reprob == 0, "remode recount", "--reprob is 0"),
-        (args.aa and args.aa.startswith("rand"), "color_jitter", "RandAugment (--aa) replaces it"),
+        (args.aa and "3a" not in args.aa, "color_jitter", "--aa replaces it"),
         (small, "scale ratio eval_crop_ratio crop_mode fast_crop", "images are not cropped for inputs up to 32 px"),
         *((flag not in source.flags, flag, f"--data-set is {args.data_set}") for flag in SOURCE_FLAGS),
+        (args.val_fraction and "val_split" in source.flags, "val_split", "--val-fraction replaces it"),
         (args.lr_noise is None, "lr_noise_pct lr_noise_std", "--lr-noise is off"),
         (args.sched not in ("step", "plateau", "poly"), "decay_rate", f"--sched is {args.sched}"),
         (args.sched in ("step", "constant") and not args.cooldown_epochs, "min_lr", f"--sched is {args.sched}"),
@@ -233,6 +246,13 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error(f"--save-predictions needs images with numbers, but --data-set {args.data_set} streams")
     if args.cache_images != "none" and find_source(args.data_set).is_stream:
         parser.error(f"--cache-images needs images with numbers, but --data-set {args.data_set} streams")
+    if args.val_fraction and find_source(args.data_set).is_stream:
+        parser.error(f"--val-fraction needs images with numbers, but --data-set {args.data_set} streams")
+    if args.val_fraction and on_command_line & {"--val-split", "--val-dir"} and "--val-fraction" not in on_command_line:
+        parser.error(
+            f"--val-split {args.val_split} is replaced by the --val-fraction {args.val_fraction} of the --config or "
+            "checkpoint; leave it out, or give --val-fraction 0, too"
+        )
     if args.scale_lr_flag and args.unscale_lr:
         parser.error("--scale-lr-flag and --unscale-lr contradict each other; leave one of them out")
     if args.eval and not (args.resume or args.finetune):

@@ -12,7 +12,7 @@ MODEL = ("model", "patch_size", "model_kwargs")
 REMEDIES = ("remedy", "remedy_kwargs")
 """Flags of the model too, by which the rows of an ablation may differ."""
 
-LABELS = ("data_set", "inat_category", "num_classes")
+DATA = ("data_set", "inat_category", "num_classes", "val_fraction")
 UNRELATED = {
     *("config", "resume", "resume_with_changes", "finetune", "start_epoch", "eval", "preset", "data_path"),
     *("output_dir", "batch_size", "accum_steps"),  # processes x batch size x accumulated steps are compared
@@ -52,8 +52,8 @@ def find_changes(
         allowed: whether changes of the training are wanted.
 
     Raises:
-        SystemExit: the model, the labels, or the images of an epoch that has begun differ; or something else, and
-            changes are not `allowed`.
+        SystemExit: the model, the labels, --val-fraction, or the images of an epoch that has begun differ; or something
+            else, and changes are not `allowed`.
     """
     path, stored = checkpoint
     if not path:
@@ -74,7 +74,7 @@ def find_changes(
     numbers |= {"val_images": "validation images"}
     old, new = {**stored.get("data", {}), **stored}, {**data, "global_batch": global_batch}
     counts = [Change(text, old[key], new[key]) for key, text in numbers.items() if old.get(key, new[key]) != new[key]]
-    for fixed, what in ((("input_size", *MODEL, *REMEDIES), "model"), (LABELS, "data set")):
+    for fixed, what in ((("input_size", *MODEL, *REMEDIES), "model"), (DATA, "data set")):
         if other := [change for change in changes if change.name in map(flag_of, fixed)]:
             raise SystemExit(
                 f"error: --resume {path} has another {what}: {_listed(other)}; give the old values, or start a new run "

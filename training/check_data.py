@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from datasets import DataOptions, loader_settings
 from pipeline.images import ReadableImages
-from pipeline.sources import build_source, find_classes
+from pipeline.sources import build_sources, find_classes
 from pipeline.workers import StoppableLoader
 from utils import World
 
@@ -38,8 +38,7 @@ def check_data(options: DataOptions, world: World):
     """
     if not world.is_main:
         return
-    train = None if options.eval else build_source(options, is_training=True)
-    val = build_source(options, is_training=False)
+    train, val = build_sources(options, is_training=not options.eval)
     if isinstance(val, IterableDataset):
         raise SystemExit(f"error: --check-data reads images by their number; --data-set {options.data_set} is a stream")
     num_classes, _ = find_classes(options, train, val)

@@ -5,6 +5,7 @@ from argparse import BooleanOptionalAction as Switch
 from diversity.mixing import MODES
 from pipeline.image_cache import PLACES
 from pipeline.sources import SOURCES, sources_help
+from pipeline.transforms import TORCHVISION_POLICIES
 from training.parsing import (
     fraction,
     fraction_below_one,
@@ -20,8 +21,9 @@ from training.parsing import (
 def add_augmentation(parser):
     """Add the group of augmentation, Mixup and CutMix to a parser."""
     add = parser.add_argument_group("augmentation").add_argument
-    add("--aa", type=none_or_text, default="rand-m9-mstd0.5-inc1", metavar="NAME", help="timm auto-augment; none = off")
-    add("--color-jitter", type=nonneg_float, default=0.4, help="strength if --aa is not RandAugment; 0 = off")
+    add("--aa", type=none_or_text, default="rand-m9-mstd0.5-inc1", metavar="NAME",
+        help=f"timm auto-augment, or torchvision's {' or '.join(TORCHVISION_POLICIES)}; none = off")  # fmt: skip
+    add("--color-jitter", type=nonneg_float, default=0.4, help="strength without --aa, or with timm's 3a; 0 = off")
     add("--train-interpolation", choices=("random", "bilinear", "bicubic"), default=None,
         help="of training crops; None = --interpolation")  # fmt: skip
     add("--scale", type=fraction, nargs=2, default=[0.08, 1.0], metavar=("LOW", "HIGH"),
@@ -74,6 +76,9 @@ def add_data(parser):
     add("--train-split", "--train-dir", default="train", metavar="NAME", help="sub-folder or split to train on")
     add("--val-split", "--val-dir", default=None, metavar="NAME",
         help="sub-folder or split to evaluate on; None = val (folders) or validation (timm names)")  # fmt: skip
+    add("--val-fraction", type=fraction_below_one, default=0.0, metavar="F",
+        help="evaluate on this fraction of each class of the training images, in place of --val-split; the same images "
+        "for all seeds, which are not trained on; 0 = off")  # fmt: skip
     add("--num-classes", type=positive_int, default=None,
         help="None = counted; needed for a data set without class names")  # fmt: skip
     add("--inat-category", default="name", help="iNaturalist label",

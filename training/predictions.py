@@ -24,7 +24,7 @@ class Predictions:
     """
 
     def __init__(self, data: Data, world: World):
-        self.world, self.num_images = world, data.num_val
+        self.world, self.numbers = world, data.val_numbers
         self.is_shared = data.val_is_shared
         self.batches: list[dict[str, torch.Tensor]] = []
 
@@ -38,14 +38,14 @@ class Predictions:
 
     def gather(self) -> dict[str, np.ndarray]:
         """The predictions of all processes in the order of the images, [n] int32 under label, raw and, if there is an
-        average, ema; image has their numbers.
+        average, ema; image has their numbers, which for a validation part are those of training images.
 
         Each image has one prediction: where every process evaluates all images, it is the one of the main process.
         """
         names = self.world.from_main([*self.batches[0]] if self.batches else [])  # another process may have no image
-        arrays = {"image": np.arange(self.num_images, dtype=np.int32)}
+        arrays = {"image": np.asarray(self.numbers, dtype=np.int32)}
         for name in names:
-            values = torch.zeros(self.num_images, dtype=torch.int64)
+            values = torch.zeros(len(self.numbers), dtype=torch.int64)
             own = [batch[name].cpu() for batch in self.batches]
             if self.is_shared and own:
                 values[self.world.rank :: self.world.size] = torch.cat(own)

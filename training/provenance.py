@@ -20,6 +20,7 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from datasets import Data
+from pipeline.holdout import Part, complete, numbers
 from training.records import ENVIRONMENT
 from training.run_folder import same_error_everywhere
 from utils import World, errors_of, write_json
@@ -156,7 +157,7 @@ def source_of(loader: DataLoader) -> Dataset:
 def digest(source: Dataset, data_set: str, root: str) -> str:
     """16 hexadecimal digits: sha256 of the sorted paths of all files below `root` and their sizes in bytes.
 
-    Of a data set that does not know its files, of its name and its number of images.
+    Of a data set that does not know its files, of its name and its number of images, and of the numbers of a part's.
     """
     root = str(Path(root))
     paths = _files(source, root)
@@ -166,16 +167,17 @@ def digest(source: Dataset, data_set: str, root: str) -> str:
             sizes = itertools.chain.from_iterable(threads.map(_sizes, batches))
             lines = [f"{path.removeprefix(f'{root}/')} {size}" for path, size in zip(paths, sizes, strict=True)]
     else:
-        lines = [f"{data_set} {len(source)}"]
+        lines = [f"{data_set} {len(source)}", *(map(str, source.indices) if isinstance(source, Part) else ())]
     return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _files(source: Dataset, root: str) -> list[str]:
     """Paths of images or shards; empty where they are not known."""
-    reader = getattr(source, "reader", source)
+    reader = getattr(complete(source), "reader", complete(source))
     if hasattr(reader, "split_info"):
         return [f"{root}/{name}" for name in reader.split_info.filenames]
-    paths = [sample[0] for sample in getattr(reader, "samples", [])]
+    samples = getattr(reader, "samples", [])
+    paths = [samples[number][0] for number in numbers(source)] if samples else []
     return paths if all(isinstance(path, str) for path in paths) else []
 
 

@@ -28,7 +28,7 @@ def test_every_flag_is_of_one_kind():
     flags = {*arguments.defaults()}
     kinds = [
         {"input_size", *changes.MODEL, *changes.REMEDIES},
-        {*changes.LABELS},
+        {*changes.DATA},
         changes.UNRELATED - {"check_data", "dry_run"},
     ]
     assert all(kind <= flags for kind in kinds)
@@ -89,6 +89,7 @@ def test_what_changes_the_training_needs_a_word(before, after, listed):
         ("--patch-size", "16"),
         ("--data-set", "FAKE"),
         ("--num-classes", "11"),
+        ("--val-fraction", "0.1"),
         ("--remedy", "xsa"),
     ],
     ids=" ".join,

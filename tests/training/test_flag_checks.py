@@ -53,6 +53,9 @@ from training.arguments import parse_args, without_effect
         ("--diversity-until 0", "--diversity-until"),
         ("--diversity-warmup 5 --diversity-until 5", "--diversity-until --diversity-warmup"),
         ("--grad-norms-every -1", "--grad-norms-every"),
+        ("--val-fraction 1", "--val-fraction"),
+        ("--val-fraction nan", "--val-fraction"),
+        ("--val-fraction 0.1 --data-set wds/any", "--val-fraction --data-set"),
     ],
 )
 def test_wrong_command_lines(capsys, words, named):
@@ -89,6 +92,9 @@ IDLE = {
     "--no-repeated-aug --aug-repeats 2": "aug-repeats",
     "--reprob 0 --remode const --recount 3": "remode recount",
     "--color-jitter 0.1": "color-jitter",
+    "--aa trivialaugment --color-jitter 0.1": "color-jitter",
+    "--val-split test --val-fraction 0.1": "val-split",
+    "--data-set DIGITS --val-split test --val-fraction 0.1": "val-split",
     "--input-size 32 --scale 0.5 1 --ratio 1 1": "scale ratio",
     "--inat-category genus": "inat-category",
     "--lr-noise-pct 0.1 --lr-noise-std 2": "lr-noise-pct lr-noise-std",

@@ -65,7 +65,7 @@ def test_two_ranks_save_the_file_of_one_and_a_finished_run_gets_it(trained):
 
 
 def test_where_every_rank_evaluates_all_images_the_main_one_is_saved(monkeypatch):
-    data = SimpleNamespace(num_val=3, val_is_shared=False)
+    data = SimpleNamespace(val_numbers=range(3), val_is_shared=False)
     ranks = [Predictions(data, world(rank, 2)) for rank in range(2)]
     for rank, predictions in enumerate(ranks):
         predictions.add(torch.tensor([1, 2]), {"": torch.tensor([4, 5 + rank])})
@@ -78,7 +78,7 @@ def test_where_every_rank_evaluates_all_images_the_main_one_is_saved(monkeypatch
 
 
 def test_a_rank_without_an_image_takes_part(monkeypatch):
-    predictions = Predictions(SimpleNamespace(num_val=1, val_is_shared=True), world(1, 2))
+    predictions = Predictions(SimpleNamespace(val_numbers=range(1), val_is_shared=True), world(1, 2))
     monkeypatch.setattr(World, "from_main", lambda world, value: ["label", "raw"])
     monkeypatch.setattr(World, "sum", lambda world, values: values)
     assert {name: [*values] for name, values in predictions.gather().items()} == {
