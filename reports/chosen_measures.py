@@ -1,5 +1,7 @@
 """Which measures of redundancy a table of runs shows, and which measurement of them: only equal ones are compared."""
 
+from collections.abc import Collection
+
 from diversity.spelling import did_you_mean
 from reports.runs import MAY_LACK, PROVENANCE, REPORT, Run
 from reports.tables import known_measures
@@ -9,6 +11,11 @@ DEFAULT_MEASURES = (
     *("embedding_token_cosine_last", "embedding_token_abscosine_last", "embedding_participation_ratio_last"),
     *("attention_head_cosine_first", "weight_condition_number_qkv", "weight_row_abscosine_qkv"),
 )
+FUNCTION_OUTCOMES = (
+    *("function_knn_last", "function_patch_probe", "function_patch_probe_pasted"),
+    *("function_heads_50", "function_tokens_50_random"),
+)
+"""Function-level measures that the page of a study shows where they were measured."""
 FORMER = {"embedding_participation_ratio_last": "embedding_effective_rank_last"}
 """{a default measure: what earlier versions measured in its place, shown where no run has the default one}."""
 
@@ -37,12 +44,26 @@ def _choose_measures(chosen: list[str], are_default: bool, runs: list[Run]) -> t
         return None, [], [note or "redundancy: not in the table, as no finished run has any measures"]
     measured = {name for run in runs if not run.problem for name in run.redundancy[source].measures}
     if are_default:
-        chosen = [FORMER[name] if name not in measured and FORMER.get(name) in measured else name for name in chosen]
+        chosen = [_former(name, measured) for name in chosen]
     missing = [name for name in chosen if name not in measured]
     note += f"; it lacks {', '.join(missing)}" if missing else ""
     function_level = any(name.startswith("function_") for name in missing)
     note += " (analyze.py --function-level measures what begins with function_)" if function_level else ""
     return source, [name for name in chosen if name in measured], [note]
+
+
+def page_measures(runs: list[Run]) -> list[str]:
+    """The measures that the page of a study shows: the runs' own, `FUNCTION_OUTCOMES` and `DEFAULT_MEASURES`."""
+    finished = [run for run in runs if not run.problem]
+    own = dict.fromkeys(name for run in finished for name in run.own_measures)
+    measured = {name for run in finished for of_source in run.redundancy.values() for name in of_source.measures}
+    default = [_former(name, measured) for name in DEFAULT_MEASURES]
+    return [*own, *(name for name in FUNCTION_OUTCOMES if name in measured), *default]
+
+
+def _former(name: str, measured: Collection[str]) -> str:
+    """A default measure, or what earlier versions measured in its place where it was not measured."""
+    return FORMER[name] if name not in measured and FORMER.get(name) in measured else name
 
 
 def check_measures(names: list[str], runs: list[Run]):
@@ -73,7 +94,7 @@ def choose_redundancy(runs: list[Run]) -> tuple[str | None, str | None]:
         return None, None
     reasons = []
     for source in (REPORT, LOG):
-        reason = _reason_against(source, finished)
+        reason = reason_against(source, finished)
         if reason is None:
             values = finished[0].redundancy[source].provenance
             known = [name for name in PROVENANCE if values[name] is not None and name != "files"]
@@ -85,7 +106,7 @@ def choose_redundancy(runs: list[Run]) -> tuple[str | None, str | None]:
     return None, f"redundancy: not in the table, as {' and '.join(reasons)}; run analyze.py on all runs in the same way"
 
 
-def _reason_against(source: str, runs: list[Run]) -> str | None:
+def reason_against(source: str, runs: list[Run]) -> str | None:
     """Why a source does not serve for all runs; None if it does."""
     for number, run in enumerate(runs):
         if source not in run.redundancy:

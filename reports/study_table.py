@@ -57,6 +57,10 @@ def write_table(
     groups = study_groups(runs, baseline)
     parts = [group_tables(group, groups, measures, baseline, pairwise) for group in groups]
     tables, texts, legends, notes = ([*of_parts] for of_parts in zip(*parts, strict=True))
+    notes = [
+        [f"{group[0].study.name}: {note}" for note in of_group] if group[0].study else of_group
+        for group, of_group in zip(groups, notes, strict=True)
+    ]
     if mcnemar:
         tables = [pairs.mcnemar_table(groups, baseline, pairwise)]
         texts.append([pairs.mcnemar_texts(tables[0])])
@@ -117,7 +121,6 @@ def group_tables(
     notes += [compared(runs, owner), *notes_on_measures, *comparisons.notes(runs)]
     if study:
         texts = [_with_heading(columns, study.name) for columns in texts]
-        notes = [f"{study.name}: {note}" for note in notes]
         table.insert(0, "set", study.name)
     return Tables(table, texts, legend, notes)
 
@@ -128,13 +131,13 @@ def _with_heading(columns: dict[str, list[str]], name: str) -> dict[str, list[st
     return {f"{first}, {name}": columns[first]} | {heading: columns[heading] for heading in others}
 
 
-def draw_curves(runs: list[Run], path: Path):
-    """Draw the training curves of runs as PNG and PDF."""
+def draw_curves(runs: list[Run], path: Path, styles: Sequence[dict] | None = None):
+    """Draw the training curves of runs as PNG and PDF, in styles of their configurations, by default the study's."""
     from reports import figures  # here, as matplotlib takes a second to import
 
     if not any(run.records for run in runs):
         raise SystemExit(f"error: --curves {path} has nothing to draw: no run has finished an epoch")
     places = {run.configuration: place_of(run) for run in runs}
     of_runs = [(run.configuration, run.records, not run.problem) for run in runs]
-    figure = figures.training_curves(of_runs, figures.study_styles(places.values()))
+    figure = figures.training_curves(of_runs, styles or figures.study_styles(places.values()))
     figures.save(figure, path.with_suffix(""))
