@@ -2,12 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.holdout import val_name
 from training import arguments
+from training.changes import Change
+from training.parsing import flag_of
 from training.provenance import data_name
 from training.records import LOG
 
@@ -160,22 +162,27 @@ def _problem(run: Run, summary: dict) -> str | None:
     return None
 
 
-def check_configuration(runs: list[Run]):
-    """Refuse to average runs of a configuration that differ in more than their seed.
+def changed_flags(before: Mapping, after: Mapping) -> list[Change]:
+    """What differs between the flags of two runs that prevents their average: all but `MAY_DIFFER`.
 
     A flag that the version of a run did not have is at its default.
+    """
+    defaults = arguments.defaults()
+    pairs = {name: (before.get(name, defaults.get(name)), after.get(name, defaults.get(name)))
+             for name in {**before, **after} if name not in MAY_DIFFER}  # fmt: skip
+    return [Change(flag_of(name), *values) for name, values in pairs.items() if values[0] != values[1]]
+
+
+def check_configuration(runs: list[Run]):
+    """Refuse to average runs of a configuration that differ in more than their seed.
 
     Raises:
         SystemExit: they differ in a flag, or have the same seed.
     """
-    defaults = arguments.defaults()
     for run in runs[1:]:
-        for name in runs[0].flags | run.flags:
-            ours, theirs = (flags.get(name, defaults.get(name)) for flags in (runs[0].flags, run.flags))
-            if name not in MAY_DIFFER and ours != theirs:
-                values = f"{ours} in {runs[0].folder}, {theirs} in {run.folder}"
-                flag = f"--{name.replace('_', '-')}"
-                raise SystemExit(f"error: the runs of {run.configuration} differ in {flag}: {values}")
+        for flag, ours, theirs in changed_flags(runs[0].flags, run.flags):
+            values = f"{ours} in {runs[0].folder}, {theirs} in {run.folder}"
+            raise SystemExit(f"error: the runs of {run.configuration} differ in {flag}: {values}")
     folders = {}
     for run in runs:
         seed, name = run.flags["seed"], run.configuration

@@ -49,10 +49,15 @@ def plan_runs(study: Study, out: Path, user_flags: Sequence[str] = ()) -> list[P
         for row in study.rows:
             folder = out / row / f"seed{seed}"
             words = ["--config", str(study.recipe)] if study.recipe else []
-            words += [word for name, value in study.flags_of(row).items() for word in words_of(name, value)]
-            words += ["--seed", str(seed), "--resume", "auto", "--output_dir", str(folder), *user_flags]
+            words += [*flags_as_words(study.flags_of(row)), "--seed", str(seed), "--resume", "auto"]
+            words += ["--output_dir", str(folder), *user_flags]
             runs.append(PlannedRun(row, seed, folder, words, _parse(f"{study.path}, row {row}", words)))
     return runs
+
+
+def flags_as_words(flags: dict[str, object]) -> list[str]:
+    """Flags as words of a command line."""
+    return [word for name, value in flags.items() for word in words_of(name, value)]
 
 
 def _check_user_flags(study: Study, words: Sequence[str]):
@@ -63,8 +68,8 @@ def _check_user_flags(study: Study, words: Sequence[str]):
     for name in _with_preset(given, presets):
         if name in NOT_OF_A_STUDY:
             raise SystemExit(
-                f"error: {flag_of(name)} is not for a study, which sets it itself or does not need it; leave it out, or "
-                "see OUT and --seeds"
+                f"error: {flag_of(name)} is not for a study, which sets it itself or does not need it; leave it "
+                "out, or see OUT and --seeds"
             )
         for row, flags in study.rows.items():
             if name in _with_preset(flags, presets):

@@ -17,13 +17,14 @@ to those of `flags` and of the recipe; any other flag replaces theirs.
 import os
 import re
 import shlex
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
 from diversity.spelling import did_you_mean
+from training.flag_files import read_flags
 from training.parsing import with_hyphens
 
 KEYS = ("recipe", "rows_from", "seeds", "baseline", "flags", "analyze", "rows")
@@ -116,23 +117,27 @@ def read_study(path: Path) -> Study:
         baseline,
         flags=_check_flags(f"{path}: flags", content.get("flags")),
         recipe=recipe,
-        recipe_flags={flag_name(name): value for name, value in _read(recipe).items()} if recipe else {},
+        recipe_flags=_read_recipe(recipe) if recipe else {},
         analyze=shlex.split(content["analyze"] or "") if "analyze" in content else None,
     )
+
+
+def _read_recipe(path: Path) -> dict[str, object]:
+    try:
+        return read_flags(path)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that is there twice is an error, and does not replace the first."""
 
     def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, Hashable) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{key} is there twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key)
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [self.construct_object(key, deep=True) for key in keys]
+        for key, name in zip(keys, names, strict=True):
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{name} is there twice", problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 
