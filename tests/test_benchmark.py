@@ -3,6 +3,7 @@
 import json
 import re
 
+import pytest
 from helpers import TINY, make_image_folder
 
 import benchmark
@@ -63,6 +64,18 @@ def test_loaders(capsys, tmp_path, monkeypatch):
     parts = ["decode once", "fast crop", "bytes", "all three", "all three, resized copy", "all three, 1 processes"]
     assert [*rows] == ["DeiT's", *parts]
     assert all(float(row[0]) > 0 for row in rows.values())
+
+
+def test_cached_images(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "SECONDS", 0.1)
+    data = make_image_folder(tmp_path / "data", n=24)
+    flags = ["--data-set", "IMNET", "--data-path", data, "--cache-images", "memory", "--num-workers", "1"]
+    own = ["--rounds", "1", "--steps", "2", "--json", tmp_path / "loader.json"]
+    benchmark.main(["loader", *map(str, [*TINY, *flags, *own])])
+    rows = table(capsys.readouterr().out)
+    assert [*rows] == ["DeiT's", "decode once, fast crop", "cached", "decode once, fast crop, 1 processes"]
+    speed, of_loader = (float(rows[name][0]) for name in ("cached", "decode once, fast crop"))
+    assert float(rows["cached"][2]) == pytest.approx(speed / of_loader, rel=0.05)
 
 
 def test_remedies(capsys, tmp_path, monkeypatch):
