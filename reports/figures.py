@@ -147,11 +147,14 @@ def training_curves(runs: list[tuple[str, list[dict], bool]], styles: list[dict]
     epochs = [epoch for _, records, _ in runs for epoch in records[:-1] or records]
     shown = {name: text for name, text in shown.items() if any(epoch.get(name) is not None for epoch in epochs)}
     marker = "o" if max(len(records) for _, records, _ in runs) < 20 else None
-    figure, axes = panels(1, len(shown), 4.2 * len(shown) + 2, 3.8)
+    columns, rows = min(len(shown), 2), math.ceil(len(shown) / 2)
+    figure, axes = panels(rows, columns, 4.2 * columns + 2, 3.4 * rows + 0.2)
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
     names, handles = dict.fromkeys(name for name, _, _ in runs), []
     for name, style in zip(names, styles or curve_styles(), strict=False):
         of_name = [(records, has_finished) for other, records, has_finished in runs if other == name]
-        for axis, column in zip(axes[0], shown, strict=True):
+        for axis, column in zip(axes.flat, shown, strict=False):
             finished = []
             for records, has_finished in of_name:
                 points = {r["epoch"]: r[column] for r in records if r.get(column) is not None}
@@ -163,7 +166,7 @@ def training_curves(runs: list[tuple[str, list[dict], bool]], styles: list[dict]
             axis.plot(epochs, means, **style, linewidth=2, marker=marker, markersize=3)
         label = name if any(has_finished for _, has_finished in of_name) else f"{name} (none finished)"
         handles.append(Line2D([], [], **style, linewidth=2, label=label))
-    for axis, (title, unit) in zip(axes[0], shown.values(), strict=True):
+    for axis, (title, unit) in zip(axes.flat, shown.values(), strict=False):
         axis.set(title=title, xlabel="epoch", ylabel=unit)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     if "test_acc1_ema" in shown:

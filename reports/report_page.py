@@ -160,7 +160,7 @@ def _conditions(runs: Sequence[Run]) -> list[str]:
     hours = [hours for run in runs if not run.problem and (hours := run.hours()) is not None]
     if hours:
         lines.append(
-            f in {len(hours)} finished runs, {_hours(max(hours))} in the longest "
+            f"training took {_hours(sum(hours))} in {len(hours)} finished runs, {_hours(max(hours))} in the longest "
             "(images over images/s, without evaluation)"
         )
     else:
@@ -184,9 +184,7 @@ def _results(section: Section) -> list[str]:
         blocks += ["Verdicts by the rule above, with corrected p-values:"]
         blocks += [markdown_table(verdict_table(section.verdicts))]
     elif section.verdicts:
-        blocks += [
-            "No verdict by the rule above: in every row and outcome too few runs, or none that differ."
-        ]
+        blocks += ["No verdict by the rule above: in every row and outcome too few runs, or none that differ."]
     for file, caption in section.images.items():
         blocks += [f"![{file.partition('_')[0]}]({file})", f"*{caption}*"]
     return [*blocks, _list(section.left_out)] if section.left_out else blocks
