@@ -91,12 +91,13 @@ def main(argv: list[str] | None = None):
         return print_commands(own, settings)
     outcome = train(own, settings)
     if outcome.signal:
+        tell(f"{args.out}: stopped; start the same command again to continue")
         raise SystemExit(RESUMABLE)
     report(study, runs, args, argv)
     if outcome.failed:
         raise SystemExit(f"failed: {' '.join(outcome.failed)}")
     if outcome.left:
-        tell(f"left for another start of the same command: {' '.join(outcome.left)}")
+        tell(f"left; start the same command again to continue: {' '.join(outcome.left)}")
         raise SystemExit(RESUMABLE)
 
 

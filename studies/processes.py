@@ -37,6 +37,7 @@ class Processes:
 
     def start(self, words: list[str], log: Path | None, environment: Mapping[str, str]) -> subprocess.Popen:
         """Start a command; its output is added to the file `log`, or is that of this process."""
+        self.end_orphans()
         with _opened(log) as output:
             process = subprocess.Popen(
                 words,
