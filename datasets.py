@@ -203,7 +203,8 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
             source.target_transform = partial(_known_label, num_classes=num_classes, labels=labels)
     notes = [source.note for source in (train, val) if getattr(source, "note", "")]
     if is_cached:
-        notes.append(_require_memory(options, world, len(train), len(val)))
+        side = side_of(options.cache_size, options.input_size)
+        notes.append(require_memory(options.cache_images, world, (len(train), side), (len(val), options.input_size)))
     val_loader = _val_loader(options, world, val, labels, prefetches, is_cached)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(None, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps, seed=options.seed)
@@ -274,16 +275,6 @@ def _cached(options: DataOptions, world: World, images: ReadableImages, shape: t
     settings = loader_settings(options, world, is_training=True) | {"pin_memory": False, "persistent_workers": False}
     pin = options.pin_mem and world.device.type == "cuda"
     return cache_images(images, shape, world, options.cache_images, settings, pin)
-
-
-def _require_memory(options: DataOptions, world: World, num_train: int, num_val: int) -> str:
-    """Refuse caches that do not fit; a line about them."""
-    side = side_of(options.cache_size, options.input_size)
-    num_bytes = 3 * (num_train * side**2 + num_val * options.input_size**2)
-    images = f"{num_train:,} training images of {side} px and {num_val:,} validation images of {options.input_size} px"
-    require_memory(options.cache_images, num_bytes, images, world)
-    place = "device memory" if options.cache_images == "device" else "memory"
-    return f"{images} are in {place}: {num_bytes:,} bytes"
 
 
 def _as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

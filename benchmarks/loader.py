@@ -87,7 +87,7 @@ def images_per_core(modes: dict[str, DataOptions], num_batches: int, rounds: int
     torch.set_num_threads(1)
     seconds = interleave(readers, rounds, CPU)
     torch.set_num_threads(num_threads)
-    return {name: num_batches * modes[name].batch_size / seconds[name] for name in modes}
+    return {name: num_batches * options.batch_size / seconds[name] for name, options in modes.items()}
 
 
 def images_of_all_workers(options: DataOptions) -> tuple[float, int]:

@@ -102,28 +102,32 @@ def _rows_of(tensor: torch.Tensor, rows: torch.Tensor, pin: bool) -> torch.Tenso
     return torch.index_select(tensor, 0, rows, out=batch)
 
 
-def require_memory(place: str, num_bytes: int, images: str, world: World):
-    """Refuse a cache that does not fit; each local process has all of it.
+def require_memory(place: str, world: World, train: tuple[int, int], val: tuple[int, int]) -> str:
+    """Refuse a cache that does not fit; each process has all of it.
 
     Args:
-        place: "memory" or "device".
-        num_bytes: of the images of one process.
-        images: their number and size, for the message.
+        place: "memory" of the host, or "device".
+        train, val: the number of images and the side of each in pixels.
+
+    Returns:
+        A line about the cache.
 
     Raises:
         SystemExit: it needs more bytes than are free.
     """
-    device = world.device if place == "device" else torch.device("cpu")
-    copies = world.local_size if device.type == "cpu" else 1
-    free = free_bytes(device)
+    num_bytes = sum(count * 3 * side**2 for count, side in (train, val))
+    images = f"{train[0]:,} training images of {train[1]} px and {val[0]:,} validation images of {val[1]} px"
+    on_gpu = place == "device" and world.device.type == "cuda"
+    copies = 1 if on_gpu else world.local_size
+    free = free_bytes(world.device if on_gpu else torch.device("cpu"))
     if free is not None and copies * num_bytes > free:
         of_each = f" in each of {copies} processes" if copies > 1 else ""
-        other = "memory, " if device.type == "cuda" else ""
+        owner, other = ("the GPU", "memory or ") if on_gpu else ("the memory", "")
         raise SystemExit(
             f"error: --cache-images {place} needs {num_bytes:,} bytes{of_each} for {images}, but {free:,} bytes of "
-            f"{'the GPU' if device.type == 'cuda' else 'the memory'} are free; take --cache-images {other}none, or a "
-            "smaller --cache-size"
+            f"{owner} are free; take --cache-images {other}none, or a smaller --cache-size"
         )
+    return f"{images} are in {'device memory' if place == 'device' else 'memory'}: {num_bytes:,} bytes"
 
 
 def cache_images(

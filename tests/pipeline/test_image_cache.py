@@ -2,11 +2,12 @@
 
 import gc
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_image_folder, photo, world
+from helpers import REPOSITORY, make_image_folder, photo, world
 from image_files import UNREADABLE
 from PIL import Image
 
@@ -89,27 +90,45 @@ def test_the_side_of_a_cached_image(given, input_size, side):
     assert side_of(given, input_size) == side
 
 
+def test_the_documented_sizes_of_caches(monkeypatch):
+    monkeypatch.setattr(image_cache, "free_bytes", lambda device: None)
+    page = (REPOSITORY / "docs" / "data.md").read_text()
+    rows = re.findall(r"\| ([\d,]+) \| (\d+) \| ([\d,]+) \| (\d+) \| ([\d,]+) \|", page)
+    for *numbers, num_bytes in rows:
+        num_train, side, num_val, input_size = (int(number.replace(",", "")) for number in numbers)
+        assert side_of(None, input_size) == side
+        line = require_memory("memory", world(), (num_train, side), (num_val, input_size))
+        assert line.endswith(f" are in memory: {num_bytes} bytes")
+    assert len(rows) == 5
+
+
+NEEDED = 3 * (10 * 4**2 + 5 * 2**2)
+IMAGES = "10 training images of 4 px and 5 validation images of 2 px"
+
+
 @pytest.mark.parametrize(
     ("local_size", "place", "device", "free", "message"),
     [
-        (1, "memory", "cpu", 100, None),
-        (1, "memory", "cpu", 99, "needs 100 bytes for 4 images, but 99 bytes of the memory are free"),
-        (3, "memory", "cuda", 299, "needs 100 bytes in each of 3 processes for 4 images, but 299 bytes of the memory"),
-        (3, "device", "cuda", 100, None),
-        (3, "device", "cuda", 99, "needs 100 bytes for 4 images, but 99 bytes of the GPU are free"),
+        (1, "memory", "cpu", NEEDED, None),
+        (1, "memory", "cpu", 539, "540 bytes for {}, but 539 bytes of the memory are free; .* none, "),
+        (3, "memory", "cuda", 3 * NEEDED, None),
+        (3, "memory", "cuda", 1619, "540 bytes in each of 3 processes for {}, but 1,619 bytes of the memory"),
+        (3, "device", "cuda", NEEDED, None),
+        (3, "device", "cuda", 539, "540 bytes for {}, but 539 bytes of the GPU are free; .* memory or none, "),
+        (2, "device", "cpu", 1000, "540 bytes in each of 2 processes for {}, but 1,000 bytes of the memory"),
         (1, "memory", "cpu", None, None),
     ],
 )
 def test_what_does_not_fit_is_refused(local_size, place, device, free, message, monkeypatch):
     asked = []
     monkeypatch.setattr(image_cache, "free_bytes", lambda device: asked.append(device.type) or free)
-    of_run = World(0, local_size, 0, local_size, torch.device(device))
+    needs = place, World(0, local_size, 0, local_size, torch.device(device)), (10, 4), (5, 2)
     if message:
-        with pytest.raises(SystemExit, match=f"^error: --cache-images {place} {message}.*--cache-size$"):
-            require_memory(place, 100, "4 images", of_run)
+        with pytest.raises(SystemExit, match=f"^error: --cache-images {place} needs {message.format(IMAGES)}"):
+            require_memory(*needs)
     else:
-        require_memory(place, 100, "4 images", of_run)
-    assert asked == ["cuda" if place == "device" else "cpu"]
+        assert require_memory(*needs).startswith(IMAGES)
+    assert asked == ["cuda" if (place, device) == ("device", "cuda") else "cpu"]
 
 
 @pytest.mark.cuda
