@@ -1,5 +1,7 @@
 """`benchmark.py bytes`: kernels and bytes of the compiled training step on an H100, counted without a GPU.
 
+And what would keep the step from running as CUDA graphs.
+
 AOTAutograd traces the step on fake CUDA tensors, and inductor lowers and schedules forward and backward as for a GPU;
 nothing is compiled to machine code or run. The bytes are those that inductor's scheduler counts: every buffer that a
 kernel or a library call reads or writes, once, and as a whole where a slice of it is read. They bound the time from
@@ -63,13 +65,16 @@ def compare_bytes(own: Namespace, args: Namespace, world: World) -> dict:
         "ratio": ("bytes", lambda number: f"{number / plain['bytes']:.3f}"),
         "kernels": ("kernels", str),
         "ratio of kernels": ("kernels", lambda number: f"{number / plain['kernels']:.3f}"),
+        "obstacles to CUDA graphs": ("obstacles", lambda found: "; ".join(found) or "none"),
     }
     print(f"{args.model}, batch {args.batch_size}, bfloat16: counted, not measured\n")
     return {"steps": print_rows("step", [*rows], counts(), columns)}
 
 
-def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> dict[str, int]:
-    """{"bytes": number, "kernels": number} of a forward and a backward pass with `terms` alone; None = those of `args`.
+def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> dict[str, int | list[str]]:
+    """{"bytes", "kernels", "obstacles"} of a forward and a backward pass with `terms` alone; None = those of `args`.
+
+    Obstacles to CUDA graphs are described in `_obstacles`.
 
     With `from_bytes` the input is bytes that are normalised, erased and mixed, otherwise floats, ready for the model.
     """
@@ -89,13 +94,13 @@ def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> di
     return _lower(training_loss, (images, labels, draws), fake_mode)
 
 
-def _lower(training_loss: nn.Module, batch: tuple, fake_mode) -> dict[str, int]:
+def _lower(training_loss: nn.Module, batch: tuple, fake_mode) -> dict[str, int | list[str]]:
     from torch._functorch.aot_autograd import aot_function, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
     names, tensors = zip(*training_loss.named_parameters(), *training_loss.named_buffers(), strict=True)
-    counts = {"bytes": 0, "kernels": 0}
+    counts = {"bytes": 0, "kernels": 0, "obstacles": []}
 
     def step(tensors, images, labels, mixing, boxes):
         state = dict(zip(names, tensors, strict=True))
@@ -104,7 +109,8 @@ def _lower(training_loss: nn.Module, batch: tuple, fake_mode) -> dict[str, int]:
 
     def compiler(is_backward):
         def count(graph, inputs):
-            for key, value in _scheduled(graph, inputs, is_backward, fake_mode).items():
+            state = set() if is_backward else {f"primals_{number + 1}" for number in range(len(tensors))}
+            for key, value in _scheduled(graph, inputs, is_backward, fake_mode, state).items():
                 counts[key] += value
             return make_boxed_func(graph.forward)
 
@@ -127,8 +133,10 @@ def _lower(training_loss: nn.Module, batch: tuple, fake_mode) -> dict[str, int]:
     return counts
 
 
-def _scheduled(graph: torch.fx.GraphModule, inputs: list, is_backward: bool, fake_mode) -> dict[str, int]:
-    """Bytes and kernels, library calls included, of one of the two graphs as inductor schedules it.
+def _scheduled(
+    graph: torch.fx.GraphModule, inputs: list, is_backward: bool, fake_mode, state: set[str]
+) -> dict[str, int | list[str]]:
+    """Bytes and kernels, library calls included, of one of the two graphs as inductor schedules it, and obstacles.
 
     Of a library call with several results each is a node of the schedule.
     """
@@ -151,7 +159,21 @@ def _scheduled(graph: torch.fx.GraphModule, inputs: list, is_backward: bool, fak
         lowering.codegen()
         nodes = [node for node in lowering.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
         kernels = [node for node in nodes if not isinstance(getattr(node, "node", None), MultiOutput)]
-        return {"bytes": sum(node.get_read_write_buffers_sizes() for node in nodes), "kernels": len(kernels)}
+        num_bytes = sum(node.get_read_write_buffers_sizes() for node in nodes)
+    return {"bytes": num_bytes, "kernels": len(kernels), "obstacles": _obstacles(graph, lowering, state)}
+
+
+def _obstacles(graph: torch.fx.GraphModule, lowering, state: set[str]) -> list[str]:
+    """Why inductor would launch a graph, or a part of it, kernel by kernel though CUDA graphs are asked for.
+
+    It does so with operations on the CPU, with those that wait for the device, and with inputs that are written to and
+    that are not the model's `state`, whose addresses stay.
+    """
+    from torch._inductor.utils import is_cudagraph_unsafe_fx_node
+
+    found = [f"{node} computes on {device}" for device, node in lowering.device_node_mapping.items() if device != CUDA]
+    found += [f"{node.target} cannot be recorded" for node in graph.graph.nodes if is_cudagraph_unsafe_fx_node(node)]
+    return found + [f"{name} is written to" for name in lowering.mutated_inputs if name not in state]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class GraphMemory:
     def __call__(self, graph, inputs, **options):
         assert all(torch.is_tensor(each) and not each.is_meta for each in inputs)
         nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        is_static = [node.meta["tensor_dict"].get("_dynamo_static_input_type") for node in nodes]
+        is_static = [node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") for node in nodes]
         self.varying |= {node.name for node, static in zip(nodes, is_static, strict=True) if not static}
         return aot_autograd(fw_compiler=self._replayed, bw_compiler=self._replayed)(graph, inputs)
 
