@@ -1,8 +1,8 @@
 """Crop, flip, shear, translation and rotation of a batch of images as one affine map and one sampling of each image.
 
 A map is a tensor [B, 2, 3] float32 of rows (a, b, c) and (d, e, f), as Pillow's Image.transform expects them: the pixel
-whose centre is (x, y) in the output shows the input at (a x + b y + c, d x + e y + f). Centres of pixels are at 0.5, 1.5,
-..., so that an image of width W reaches from 0 to W. All arguments of a batch are tensors [B].
+whose centre is (x, y) in the output shows the input at (a x + b y + c, d x + e y + f). Centres of pixels are at 0.5,
+1.5, ..., so that an image of width W reaches from 0 to W. Levels, degrees and boxes are tensors [B].
 """
 
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ def identity(batch: int, device: torch.device | None = None) -> torch.Tensor:
 
 
 def shear_x(level: torch.Tensor) -> torch.Tensor:
-    """Rows are shifted in proportion to y: timm's shear_x, and torchvision's ShearX of the opposite sign."""
+    """Rows are shifted in proportion to y: timm's shear_x, torchvision's ShearX."""
     maps = identity(len(level), level.device)
     maps[:, 0, 1] = level
     return maps
 
 
 def shear_y(level: torch.Tensor) -> torch.Tensor:
-    """Columns are shifted in proportion to x: timm's shear_y, and torchvision's ShearY of the opposite sign."""
+    """Columns are shifted in proportion to x: timm's shear_y, torchvision's ShearY."""
     maps = identity(len(level), level.device)
     maps[:, 1, 0] = level
     return maps
 
 
 def translate(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The image is moved left by x and up by y pixels: timm's translate_x_abs, and torchvision's of the opposite sign."""
+    """The image moves left by x and up by y pixels: timm's translate_x_abs, and torchvision's of the opposite sign."""
     maps = identity(len(x), x.device)
     maps[:, 0, 2], maps[:, 1, 2] = x, y
     return maps
@@ -102,29 +102,29 @@ def sample(
         uint8 [B, 3, size, size].
     """
     height, width = images.shape[-2:]
-    x, y = _positions(maps, size, (width, height))
-    sampled = F.grid_sample(
-        images.float(),
-        torch.stack((x, y), dim=-1),
-        mode=interpolation,
-        padding_mode=padding_mode,
-        align_corners=False,
-    )
+    grid = torch.empty(len(images), size, size, 2, device=images.device)
+    _positions(maps[:, 0], size, width, out=grid[..., 0])
+    _positions(maps[:, 1], size, height, out=grid[..., 1])
+    sampled = F.grid_sample(images.float(), grid, mode=interpolation, padding_mode=padding_mode, align_corners=False)
     sampled.add_(0.5).clamp_(0, 255)
     if frames is not None:
-        x, y = _positions(frames, size, (size, size))
-        is_outside = (torch.maximum(x.abs(), y.abs()) > 1).any(dim=1)
+        x, y = (_positions(frames[:, :, axis], size, size).abs_() for axis in (0, 1))
+        is_outside = torch.maximum(x, y, out=x).amax(dim=1) > 1
         for plane, value in zip(sampled.unbind(1), fill, strict=True):
             plane.masked_fill_(is_outside, value)
     return sampled.to(torch.uint8)
 
 
-def _positions(maps: torch.Tensor, size: int, input_size: tuple[int, int]) -> list[torch.Tensor]:
-    """x and y [..., size, size] under maps [..., 2, 3], scaled so that the input (width, height) is from -1 to 1."""
-    centres = torch.arange(size, device=maps.device) + 0.5
-    positions = []
-    for row, length in zip(maps.unbind(-2), input_size, strict=True):
-        a, b, c = (row * (2 / length)).unbind(-1)
-        down = b[..., None] * centres + (c[..., None] - 1)
-        positions.append(a[..., None, None] * centres + down[..., None])
-    return positions
+def _positions(rows: torch.Tensor, size: int, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Input positions of size x size output pixels along one axis, [..., size, size].
+
+    Args:
+        rows: [..., 3], of the maps.
+        size: of the output in pixels.
+        length: of the input in pixels, from -1 to 1 in the result, as F.grid_sample expects it.
+        out: where the result is written; None = a new tensor.
+    """
+    centres = torch.arange(size, device=rows.device) + 0.5
+    a, b, c = (rows * (2 / length)).unbind(-1)
+    down = b[..., None] * centres + (c[..., None] - 1)
+    return torch.add(a[..., None, None] * centres, down[..., None], out=out)

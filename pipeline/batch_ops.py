@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torchvision.transforms.v2 import functional
 
 
 class PixelOp(NamedTuple):
@@ -27,30 +28,23 @@ class PixelOp(NamedTuple):
 
 
 def autocontrast(images: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
-    """The values of each colour stretched to 0 to 255 as by PIL.ImageOps.autocontrast; a single value stays as it is."""
-    low, high = images.flatten(2).aminmax(dim=2, keepdim=True)
-    spread = high.double() - low
-    scale = torch.full_like(spread, 255) / spread  # not 255 / spread, which is a rounded reciprocal times 255
+    """The values of each colour stretched to 0 to 255, as by PIL.ImageOps.autocontrast; a single value stays."""
+    low, high = (extreme(dim=(2, 3))[..., None].double() for extreme in (images.amin, images.amax))
+    scale = torch.full_like(low, 255) / (high - low)  # not 255 / (high - low), a rounded reciprocal times 255
     values = torch.arange(256, dtype=torch.float64, device=images.device)
     stretched = (values * scale - low * scale).clamp_(0, 255)  # in float64 and in this order, as Pillow rounds it
-    return _look_up(images, torch.where(spread == 0, values, stretched))
+    table = torch.where(low == high, values, stretched).to(torch.uint8)
+    return table.gather(2, images.flatten(2).long()).view_as(images)
 
 
 def equalize(images: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
-    """The histogram of each colour made even as by PIL.ImageOps.equalize."""
-    values = images.flatten(2).long()
-    counts = torch.zeros(*values.shape[:2], 256, dtype=torch.long, device=images.device)
-    counts.scatter_add_(2, values, torch.ones_like(values[:1, :1, :1]).expand_as(values))
-    last = counts.gather(2, values.amax(dim=2, keepdim=True))
-    step = (values.shape[2] - last) // 255
-    smaller = counts.cumsum(dim=2) - counts
-    table = ((step // 2 + smaller) // step.clamp(min=1)).clamp_(max=255)
-    return _look_up(images, torch.where(step == 0, torch.arange(256, device=images.device), table))
+    """The histogram of each colour made even, as by PIL.ImageOps.equalize; torchvision's function takes a batch."""
+    return functional.equalize(images)
 
 
 def invert(images: torch.Tensor, strength: torch.Tensor | None = None) -> torch.Tensor:
     """255 less each value, as PIL.ImageOps.invert."""
-    return 255 - images
+    return functional.invert(images)
 
 
 def posterize(images: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -70,8 +64,9 @@ def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         images: [B, 3, H, W] uint8.
         threshold: [B], the lowest inverted value; 256 changes nothing.
     """
-    is_inverted = images.short() >= _per_image(threshold.ceil()).short()
-    return images ^ (is_inverted * 255).to(torch.uint8)
+    threshold = _per_image(threshold)
+    mask = (threshold < 256).to(torch.uint8) * 255
+    return images ^ ((images >= threshold.ceil().clamp(max=255).to(torch.uint8)) * mask)
 
 
 def solarize_add(images: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
@@ -79,10 +74,9 @@ def solarize_add(images: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
 
     Args:
         images: [B, 3, H, W] uint8.
-        added: [B], integers from 0 on; sums are clipped to 255.
+        added: [B], integers from 0 to 128, so that no sum is above 255.
     """
-    values = images.short()
-    return (values + (values < 128) * _per_image(added).short()).clamp_(max=255).to(torch.uint8)
+    return images + (images < 128) * _per_image(added).to(torch.uint8)
 
 
 def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -94,9 +88,8 @@ def color(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Contrast as PIL.ImageEnhance.Contrast: 0 is the mean luma everywhere, 1 changes nothing."""
     values = images.float()
-    total = _luma(values).long().sum(dim=(1, 2, 3), keepdim=True)
-    num_pixels = images.shape[2] * images.shape[3]
-    mean = (2 * total + num_pixels) // (2 * num_pixels)  # rounded, half up
+    total = _luma(values).sum(dim=(2, 3), keepdim=True, dtype=torch.float64)
+    mean = (total / images[0, 0].numel() + 0.5).floor_()
     return _blend(mean.float(), values, factor)
 
 
@@ -109,9 +102,9 @@ def sharpness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Sharpness as PIL.ImageEnhance.Sharpness: 0 is smoothed, 1 changes nothing; the border stays as it is."""
     values = images.float()
     inner = values[..., 1:-1, 1:-1]
-    columns = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]
-    squares = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]
-    smooth = ((squares + 4 * inner) / 13 + 0.5).floor_()  # weights of PIL.ImageFilter.SMOOTH: 5 and eight times 1
+    columns = (values[..., :-2, :] + values[..., 1:-1, :]).add_(values[..., 2:, :])
+    squares = (columns[..., :-2] + columns[..., 1:-1]).add_(columns[..., 2:])
+    smooth = squares.add_(inner, alpha=4).div_(13).add_(0.5).floor_()  # PIL.ImageFilter.SMOOTH: 5 and eight times 1
     sharpened = images.clone()
     sharpened[..., 1:-1, 1:-1] = _blend(smooth, inner, factor)
     return sharpened
@@ -131,13 +124,8 @@ def _per_image(strength: torch.Tensor) -> torch.Tensor:
     return strength.float()[:, None, None, None]
 
 
-def _look_up(images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Images [B, 3, H, W] through a table of values [B, 3, 256], of any type."""
-    return table.to(torch.uint8).gather(2, images.flatten(2).long()).view_as(images)
-
-
 def _luma(values: torch.Tensor) -> torch.Tensor:
-    """Pillow's conversion to grey, [B, 3, H, W] -> [B, 1, H, W] float32; exact, as all sums are below 2 ** 24 / 65536."""
+    """Pillow's conversion to grey, [B, 3, H, W] -> [B, 1, H, W]; exact in float32, as 65536 times it is below 2^24."""
     red, green, blue = values.split(1, dim=1)
     return ((19595 / 65536) * red + (38470 / 65536) * green + (7471 / 65536) * blue + 0.5).floor_()
 

@@ -44,6 +44,10 @@ def pictures(count, height, width, seed=0):
     return torch.from_numpy(images.astype(np.uint8))
 
 
+def strengths_of(name, device="cpu"):
+    return torch.tensor(STRENGTHS.get(name, FACTORS), dtype=torch.float32, device=device)
+
+
 def one_by_one(function, images, strengths):
     """Pillow's function on each image by itself, [B, 3, H, W]."""
     changed = [
@@ -56,10 +60,49 @@ def one_by_one(function, images, strengths):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("name", PIXEL_OPS)
 def test_equals_pillows_operation(name, size):
-    strengths = STRENGTHS.get(name, FACTORS)
-    images = pictures(len(strengths), *size)
+    images, strengths = pictures(10, *size), strengths_of(name)
     given = images.clone()
-    changed = PIXEL_OPS[name].apply(images, torch.tensor(strengths, dtype=torch.float32))
+    changed = PIXEL_OPS[name].apply(images, strengths)
     assert changed.dtype == torch.uint8 and changed.shape == images.shape
     assert torch.equal(images, given), "the given images are changed"
-    assert torch.equal(changed, one_by_one(PILLOWS[name], images, strengths))
+    assert torch.equal(changed, one_by_one(PILLOWS[name], images, STRENGTHS.get(name, FACTORS)))
+
+
+@pytest.mark.parametrize("name", PIXEL_OPS)
+def test_neither_waits_nor_has_shapes_that_depend_on_values(name):
+    """A tensor without memory has no values that could be read."""
+    images = torch.empty(10, 3, 9, 11, dtype=torch.uint8, device="meta")
+    changed = PIXEL_OPS[name].apply(images, strengths_of(name, "meta"))
+    assert changed.shape == images.shape and changed.dtype == torch.uint8
+
+
+def test_compiles_as_one_graph():
+    @torch.compile(backend="eager", fullgraph=True)
+    def all_operations(images, strengths):
+        return [op.apply(images, strengths[name]) for name, op in PIXEL_OPS.items()]
+
+    images, strengths = pictures(10, 8, 8), {name: strengths_of(name) for name in PIXEL_OPS}
+    for name, changed in zip(PIXEL_OPS, all_operations(images, strengths), strict=True):
+        assert torch.equal(changed, PIXEL_OPS[name].apply(images, strengths[name]))
+
+
+@pytest.mark.parametrize("name", PIXEL_OPS)
+def test_an_image_does_not_depend_on_the_others(name):
+    images, strengths = pictures(10, 32, 32), strengths_of(name)
+    changed = PIXEL_OPS[name].apply(images, strengths)
+    for one, strength, expected in zip(images.split(1), strengths.split(1), changed.split(1), strict=True):
+        assert torch.equal(PIXEL_OPS[name].apply(one, strength), expected)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", PIXEL_OPS)
+def test_a_gpu_computes_as_the_cpu(name):
+    images, strengths = pictures(10, 96, 80), strengths_of(name)
+    there = images.cuda(), strengths.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        changed = PIXEL_OPS[name].apply(*there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(changed.cpu(), PIXEL_OPS[name].apply(images, strengths))
