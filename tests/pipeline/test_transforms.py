@@ -1,12 +1,18 @@
 """DeiT's transforms: sizes, crops, augmentation flags, and torch's crops beside Pillow's."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
-from helpers import data_options, photo
+from helpers import data_options, one_line, photo
+from image_files import Photos
 from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
+from pipeline.images import ReadableImages, Sample
 from pipeline.transforms import FastCrop, build_transform
 from utils import reseed
 
@@ -152,3 +158,64 @@ def test_default_augmentation_runs(size):
     transform = training_transform("--input-size", size)
     for seed in range(300):
         assert transform(photo(seed)).isfinite().all()
+
+
+# torchvision's policies
+
+
+POLICIES = ("trivialaugment", "autoaugment-cifar10")
+
+
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize(("name", "kind"), zip(POLICIES, ("TrivialAugmentWide", "AutoAugment"), strict=True))
+def test_torchvisions_policies_are_where_timm_has_its_own(name, kind, size):
+    """After the crop and the flip, before the erasing; without timm's jitter of colours."""
+    flags = ("--input-size", size, "--train-interpolation", "bilinear")
+    for flip in (0, 0.5):
+        of_timm = [*steps_of(*flags, "--hflip", flip)]
+        assert [*steps_of(*flags, "--hflip", flip, "--aa", name)] == [
+            kind if step == "RandAugment" else step for step in of_timm
+        ]
+    policy = steps_of(*flags, "--aa", name)[kind]
+    assert (policy.interpolation.value, policy.fill) == ("bilinear", None)
+    both = steps_of(*flags[:2], "--train-interpolation", "random", "--aa", name)["RandomChoice"]
+    assert [policy.interpolation.value for policy in both.transforms] == ["bilinear", "bicubic"]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_torchvisions_policies_draw_as_its_classes(name):
+    """The pixels of a transform of which the policy is the only step that draws from torch's generator."""
+    kind = {"trivialaugment": transforms.TrivialAugmentWide(interpolation=InterpolationMode.BICUBIC),
+            "autoaugment-cifar10": transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10,
+                                                          InterpolationMode.BICUBIC)}[name]  # fmt: skip
+    flags = ("--input-size", 64, "--scale", 1, 1, "--ratio", 1, 1, *PLAIN, "--aa", name)
+    transform = build_transform(data_options(*flags), is_training=True, as_bytes=True)
+    image, differ = photo(3, 64), 0
+    for seed in range(40):
+        reseed("augmentation", seed)
+        found = transform(image).numpy()
+        reseed("augmentation", seed)
+        expected = np.asarray(kind(image))
+        assert np.array_equal(found, expected)
+        differ += not np.array_equal(expected, np.asarray(image))
+    assert differ > 20
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_pixels_of_torchvisions_policies_depend_on_the_sample_alone(name):
+    """Not on what was read before, nor on the state of a generator."""
+    flags = ("--train-interpolation", "random", "--aa", name)
+    images = ReadableImages(Photos(), training_transform(*flags), max_bad=0, seed=3)
+    samples = [Sample(index, epoch, repeat) for index in range(6) for epoch in (0, 1) for repeat in (0, 1)]
+    first = {sample: images[sample][0] for sample in samples}
+    torch.manual_seed(9), np.random.seed(9), random.seed(9)
+    for sample in reversed(samples):
+        assert torch.equal(images[sample][0], first[sample])
+    assert len({pixels.numpy().tobytes() for pixels in first.values()}) == len(samples)
+
+
+@pytest.mark.parametrize("name", ["trivial", "rand-x9", "autoaugment"])
+def test_an_unknown_policy_is_refused_with_those_there_are(name):
+    with pytest.raises(SystemExit) as caught:
+        training_transform("--aa", name)
+    one_line(caught, f"--aa {name} is no auto-augment policy", *POLICIES, "rand-m9-mstd0.5-inc1")
