@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from studies.plan import PlannedRun
+from studies.processes import SAVE_SECONDS
 from studies.run_state import State, state_of
 from utils import cpu_count
 
 ROOT = Path(__file__).resolve().parents[1]
-SAVE_SECONDS = 240  # in which the ranks of torchrun can save before it kills them
 
 
 @dataclass(frozen=True)

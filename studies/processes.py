@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+SAVE_SECONDS = 240  # in which the ranks of torchrun can save before they are killed
 _LIBC = ctypes.CDLL(None)  # loaded here, as nothing may be loaded between fork and exec
 _SIGNAL_AT_PARENTS_DEATH, _ADOPT_ORPHANS = 1, 36  # PR_SET_PDEATHSIG and PR_SET_CHILD_SUBREAPER of Linux
 
@@ -18,7 +20,7 @@ class Processes:
 
     Each is the leader of its own session, so that only `subprocess.Popen.terminate` stops it, and not a terminal's
     Ctrl-C: one that is stopped twice may end before it has saved. When this process is killed, they get SIGTERM (on
-    Linux). Processes that they leave behind, as a killed torchrun leaves its ranks, are killed by `end_orphans`.
+    Linux). Processes that they leave behind, as a killed torchrun leaves its ranks, are stopped by `end_orphans`.
     """
 
     def __enter__(self) -> "Processes":
@@ -52,12 +54,16 @@ class Processes:
         return process
 
     def end_orphans(self):
-        """Kill what processes that have ended left behind."""
+        """Stop what ended processes left behind: SIGTERM, and SIGKILL after the time in which ranks can save."""
         self.running = [process for process in self.running if process.poll() is None]
+        stopped, kill_at = set(), time.monotonic() + SAVE_SECONDS
         while orphans := _children() - self._others - {process.pid for process in self.running}:
             for pid in orphans:
-                os.kill(pid, signal.SIGKILL)  # not yet reaped, so the number is still its own
-                os.waitpid(pid, 0)
+                ended, _ = os.waitpid(pid, os.WNOHANG)
+                if not ended and (pid not in stopped or time.monotonic() > kill_at):
+                    os.kill(pid, signal.SIGTERM if pid not in stopped else signal.SIGKILL)
+                    stopped.add(pid)
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager

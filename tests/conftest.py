@@ -85,11 +85,3 @@ def refused(capsys):
         return line
 
     return run
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A folder in which a test runs the ablation scripts."""
-    from ablation_checkout import make_checkout
-
-    return make_checkout(tmp_path)
