@@ -205,15 +205,16 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
     if is_cached:
         side = side_of(options.cache_size, options.input_size)
         notes.append(require_memory(options.cache_images, world, (len(train), side), (len(val), options.input_size)))
-    val_loader = _val_loader(options, world, val, labels, prefetches, is_cached)
+    how = labels, prefetches, is_cached
+    train_loader = None if train is None else _train_loader(options, world, train, *how)
+    val_loader = _val_loader(options, world, val, *how)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
-    data = Data(None, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps, seed=options.seed)
-    data.has_labels, data.notes = find_source(options.data_set).has_labels, notes
+    data = Data(train_loader, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps)
+    data.seed, data.has_labels, data.notes = options.seed, find_source(options.data_set).has_labels, notes
     if train is not None:
-        data.train = _train_loader(options, world, train, labels, prefetches, is_cached)
         data.num_train = train.reader.num_samples if isinstance(train, IterableDataset) else len(train)
-        data.num_steps = len(data.train) // options.accum_steps
-        data.prefetcher = Prefetcher(data.train, world.device) if prefetches and not is_cached else None
+        data.num_steps = len(train_loader) // options.accum_steps
+        data.prefetcher = Prefetcher(train_loader, world.device) if prefetches and not is_cached else None
     return data
 
 

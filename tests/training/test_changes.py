@@ -45,6 +45,7 @@ def test_every_flag_is_of_one_kind():
         (("--attn-abscos-within-coef", "0.1"), ("--attn-cos-within-coef", "0.1")),
         (("--model-kwargs", "channels=(8,8)"), ("--model-kwargs", "channels=[8,8]")),  # as args.yaml has it
         (("--sched", "constant"), ("--sched", "constant", "--epochs", "9")),
+        (("--cache-images", "memory"), ("--cache-images", "device")),
         (("--sched", "step"), ("--sched", "step", "--epochs", "9", "--cooldown-epochs", "2")),
     ],
 )
@@ -67,6 +68,8 @@ def test_what_does_not_change_the_training(before, after):
         ((), ("--emb_cos_within_coef", "0.5"), "--emb-cos-within-coef 0.0 -> 0.5"),
         ((), ("--aa", "none"), "--aa rand-m9-mstd0.5-inc1 -> None"),
         ((), ("--no-model-ema",), "--model-ema True -> False"),
+        (("--cache-images", "device"), (), "--cache-images device -> none"),
+        (("--cache-images", "device"), ("--cache-images", "device", "--cache-size", "40"), "--cache-size None -> 40"),
         ((), ("--train-split", "half"), "--train-split train -> half"),
         (("--sched", "constant"), (), "--sched constant -> cosine"),
         ((), ("--sched", "step"), "--sched cosine -> step"),

@@ -11,6 +11,7 @@ from training.arguments import parse_args, without_effect
     [
         ("--batch-size 33", "--batch-size --mixup --cutmix"),
         ("--batch-size 33 --mixup 0", "--batch-size --cutmix"),
+        ("--data-set wds/any --num-classes 2 --cache-images memory", "--cache-images --data-set"),
         ("--batch-size 33 --mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8", "--batch-size --cutmix"),
         ("--input-size 224 --patch-size 15", "--input-size --patch-size"),
         ("--distillation-type hard", "--distillation-type --teacher-path"),
@@ -95,6 +96,9 @@ IDLE = {
     "--aa trivialaugment --color-jitter 0.1": "color-jitter",
     "--val-split test --val-fraction 0.1": "val-split",
     "--data-set DIGITS --val-split test --val-fraction 0.1": "val-split",
+    "--cache-size 240": "cache-size",
+    "--cache-images device --prefetcher --no-fast-crop": "prefetcher fast-crop",
+    "--cache-images memory --input-size 32 --no-prefetcher --no-fast-crop": "prefetcher fast-crop",
     "--input-size 32 --scale 0.5 1 --ratio 1 1": "scale ratio",
     "--inat-category genus": "inat-category",
     "--lr-noise-pct 0.1 --lr-noise-std 2": "lr-noise-pct lr-noise-std",
