@@ -123,6 +123,8 @@ def statistics(samples):
     [
         ("--aa", "rand-m9-mstd0.5-inc1"),
         ("--aa", "none", "--color-jitter", 0.4),
+        ("--aa", "trivialaugment"),
+        ("--aa", "autoaugment-cifar10"),
         ("--aa", "none", "--reprob", 0.5, "--input-size", 48),
     ],
 )
