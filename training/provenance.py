@@ -174,8 +174,9 @@ def digest(source: Dataset, data_set: str, root: str) -> str:
 def _files(source: Dataset, root: str) -> list[str]:
     """Paths of images or shards; empty where they are not known."""
     reader = getattr(complete(source), "reader", complete(source))
-    if hasattr(reader, "split_info"):
-        return [f"{root}/{name}" for name in reader.split_info.filenames]
+    shards = getattr(getattr(reader, "split_info", None), "filenames", ())  # Hugging Face's splits name no files
+    if shards:
+        return [f"{root}/{name}" for name in shards]
     samples = getattr(reader, "samples", [])
     paths = [samples[number][0] for number in numbers(source)] if samples else []
     return paths if all(isinstance(path, str) for path in paths) else []

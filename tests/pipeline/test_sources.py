@@ -14,6 +14,7 @@ from helpers import make_image_folder, parse, photo
 from pipeline import sources
 from pipeline.sources import Digits
 from training import arguments
+from training.provenance import digest
 from utils import BadImageError
 
 # The registry
@@ -198,7 +199,10 @@ def read_hugging_face_sets(pipe, good, bad, cache):
         "classes": data.num_classes, "train": len(data.train.dataset), "val": len(data.val.dataset),
         "labels": sorted(labels_of(data.val)), "shape": list(samples.shape),
         "their package": hasattr(sys.modules["datasets"], "load_dataset"),
+        "digest": len(digest(data.val.dataset.source, f"hfds/{good}", str(cache))),
     })  # fmt: skip
+    data = build(*words, f"hfds/{good}", "--val-fraction", 0.5)
+    pipe.send((labels_of(data.val), [*data.val_numbers], sum(len(labels) for _, labels in data.train), data.classes))
     data = build(*words, f"hfds/{bad}", "--num-workers", 1)
     pipe.send(sum(len(samples) for samples, _ in data.train))
     try:
@@ -219,10 +223,11 @@ def test_hugging_face_set(tmp_path, monkeypatch, capfd):
         (bad / split / "cat" / "0.png").write_bytes(b"no image")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     process, pipe = forking.start(read_hugging_face_sets, good, bad, tmp_path / "cache")
-    found, num_trained, bad_image, missing = (forking.receive(pipe, 40) for _ in range(4))
+    found, part, num_trained, bad_image, missing = (forking.receive(pipe, 40) for _ in range(5))
     assert forking.exit_code(process) == 0
     counts = {"classes": 3, "train": 6, "val": 6, "labels": [0, 0, 1, 1, 2, 2]}
-    assert found == {**counts, "shape": [2, 3, 32, 32], "their package": True}
+    assert found == {**counts, "shape": [2, 3, 32, 32], "their package": True, "digest": 16}
+    assert part == ([0, 1, 2], [1, 3, 5], 2, ["ant", "bee", "cow"])  # a class has two training images
     assert num_trained == 4
     assert "train/cat/0.png" in capfd.readouterr().err
     assert "validation/cat/0.png" in bad_image
