@@ -69,7 +69,7 @@ def crop(top: torch.Tensor, left: torch.Tensor, height: torch.Tensor, width: tor
 
 def compose(first: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
     """The map that does what `first` does to an image, then what `then` does to the result. Both are [B, 2, 3]."""
-    maps = first[..., :2] @ then
+    maps = (first[..., :2, None] * then[..., None, :, :]).sum(dim=-2)  # `@` is less exact under autocast and TF32
     maps[..., 2] += first[..., 2]
     return maps
 
@@ -89,7 +89,7 @@ def sample(
     Bicubic weights are torch's (a = -0.75); those of Image.transform have a = -1.
 
     Args:
-        images: uint8 [B, 3, H, W].
+        images: uint8 [B, 3, C, C].
         maps: [B, 2, 3], from output pixels to input pixels.
         size: width and height of the output in pixels.
         interpolation: "nearest", exact and fastest for flips and shifts by whole pixels; "bilinear"; "bicubic".
@@ -101,30 +101,27 @@ def sample(
     Returns:
         uint8 [B, 3, size, size].
     """
-    height, width = images.shape[-2:]
     grid = torch.empty(len(images), size, size, 2, device=images.device)
-    _positions(maps[:, 0], size, width, out=grid[..., 0])
-    _positions(maps[:, 1], size, height, out=grid[..., 1])
+    _positions(maps, size, images.shape[-1], out=grid.permute(0, 3, 1, 2))
     sampled = F.grid_sample(images.float(), grid, mode=interpolation, padding_mode=padding_mode, align_corners=False)
     sampled.add_(0.5).clamp_(0, 255)
     if frames is not None:
-        x, y = (_positions(frames[:, :, axis], size, size).abs_() for axis in (0, 1))
-        is_outside = torch.maximum(x, y, out=x).amax(dim=1) > 1
+        is_outside = _positions(frames, size, size).abs_().amax(dim=(1, 2)) > 1
         for plane, value in zip(sampled.unbind(1), fill, strict=True):
             plane.masked_fill_(is_outside, value)
     return sampled.to(torch.uint8)
 
 
-def _positions(rows: torch.Tensor, size: int, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Input positions of size x size output pixels along one axis, [..., size, size].
+def _positions(maps: torch.Tensor, size: int, length: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x and y in the input of size x size output pixels, [..., 2, size, size], from -1 to 1 as F.grid_sample has them.
 
     Args:
-        rows: [..., 3], of the maps.
+        maps: [..., 2, 3].
         size: of the output in pixels.
-        length: of the input in pixels, from -1 to 1 in the result, as F.grid_sample expects it.
+        length: of the square input in pixels.
         out: where the result is written; None = a new tensor.
     """
-    centres = torch.arange(size, device=rows.device) + 0.5
-    a, b, c = (rows * (2 / length)).unbind(-1)
-    down = b[..., None] * centres + (c[..., None] - 1)
-    return torch.add(a[..., None, None] * centres, down[..., None], out=out)
+    centres = torch.arange(0.5, size, device=maps.device)
+    of_column, of_row, shift = (maps * (2 / length))[..., None].unbind(-2)
+    down = of_row * centres + (shift - 1)
+    return torch.add(of_column[..., None] * centres, down[..., None], out=out)
