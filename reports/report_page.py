@@ -9,7 +9,7 @@ from reports.rows import decimals_of
 from reports.runs import ACCURACIES, Run
 from reports.study_table import Tables, problems
 from reports.tables import markdown_table
-from reports.verdicts import DECIDED, Verdict, outcome_heading, rule, verdict_sentence, verdict_table
+from reports.verdicts import DECIDED, Verdict, outcome_heading, rule, verdict_sentences, verdict_table
 
 IN_SHORT = (*ACCURACIES, "function_knn_last", "function_patch_probe")
 """Outcomes of the summary; a study's own measures are among them too."""
@@ -105,8 +105,9 @@ def _in_short(asked: Asked, parts: Sequence[Part], sections: Sequence[Section]) 
         for outcome in (*IN_SHORT, *sorted(own)):
             found = [verdict for verdict in section.verdicts if verdict.outcome == outcome]
             if found:
-                sentence = verdict_sentence(found, asked.baseline, decimals_of(section.tables.statistics, outcome))
-                lines.append(f"{section.label}, {outcome_heading(outcome)}: {sentence}.")
+                decimals = decimals_of(section.tables.statistics, outcome)
+                sentences = verdict_sentences(found, asked.baseline, decimals)
+                lines.append(f"{section.label}, {outcome_heading(outcome)}. {sentences}")
     if not any(section.verdicts for section in sections):
         lines.append(f"Nothing can be compared: {asked.baseline} and another row need finished runs.")
     return _list(lines)
@@ -153,8 +154,8 @@ def _conditions(runs: Sequence[Run]) -> list[str]:
     """Commit, hours and further conditions of runs, with the number of runs where they differ."""
     values = {"commit": [run.commit or "not known" for run in runs]}
     for name in CONDITIONS:
-        known = [str(start[name]) for run in runs for start in run.starts[-1:] if name in start]
-        values |= {name: known + ["not known"] * (len(runs) - len(known))} if known else {}
+        of_runs = [run.starts[-1].get(name) if run.starts else None for run in runs]
+        values |= {name: ["not known" if value is None else str(value) for value in of_runs]} if any(of_runs) else {}
     lines = ["; ".join(f"{name} {_counted(of_runs)}" for name, of_runs in values.items())]
     lines[0] += "" if "device" in values else "; device and versions not known"
     hours = [hours for run in runs if not run.problem and (hours := run.hours()) is not None]

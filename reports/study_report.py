@@ -1,13 +1,17 @@
 """The report of a study: one folder with a page to read, tables and figures, made by one call from runs or records."""
 
+import contextlib
+import io
 import re
 import shutil
 from collections.abc import Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+from diversity import TapError
 from reports import figures
 from reports.chosen_measures import page_measures, reason_against
+from reports.comparisons import check_rows
 from reports.report_figures import FIGURES, draw_all
 from reports.report_page import Asked, Part, Section, page
 from reports.run_folders import find_runs
@@ -37,7 +41,7 @@ def write_report(
         measure: whether analyze.py measures finished runs first that have weights and no redundancy.json.
 
     Raises:
-        SystemExit: there is no run, runs of a row differ in more than their seed, or a file cannot be written.
+        SystemExit: there is no run, the runs of a row differ in more than their seed, or a file cannot be written.
     """
     not_measured = measure_runs(chain(*map(find_runs, [[out] for out in outs]))) if measure else []
     parts = [*_parts(asked, outs, is_asked=True), *_parts(asked, also, is_asked=False)]
@@ -79,9 +83,11 @@ def measure_runs(runs: Sequence[Run]) -> list[str]:
     lines = []
     with joined_world("auto", "env://") as world:
         for run in todo:
+            print(f"measuring {run.folder}", flush=True)
             try:
-                analyze([str(run.folder)], None, 256, None, False, "last", 0, False, [], [], world)
-            except SystemExit as error:
+                with contextlib.redirect_stdout(io.StringIO()):  # its tables, which are in redundancy.md too
+                    analyze([str(run.folder)], None, 256, None, False, "last", 0, False, [], [], world)
+            except (SystemExit, TapError) as error:
                 lines.append(f"{run.name} was not measured: {str(error).removeprefix('error: ')}")
     return lines
 
@@ -91,6 +97,7 @@ def _parts(asked: Asked, outs: Sequence[str | Path], is_asked: bool) -> list[Par
     parts = []
     for out in map(Path, outs):
         for study, runs in by_study(find_runs([out])).items():
+            check_rows(runs)
             label = study.name if study else next((run.data_name for run in runs if run.data_name), out.name)
             label += "" if is_asked else f", {out.stem}"
             label += f" ({out})" if label in [part.label for part in parts] else ""
@@ -132,7 +139,9 @@ def _draw(runs: list[Run], slug: str, styles: dict[str, dict], target: Path) -> 
         figures.save(figure, target / f"{name}_{slug}")
         images[f"{name}_{slug}.png"] = FIGURES[name].caption
     if absent := [name for name in FIGURES if name not in drawn]:
-        left_out.append(f"Not drawn, as not all of these runs have the numbers: {', '.join(absent)}.")
+        left_out.append(f"Not drawn, as a run or its record lacks the numbers: {', '.join(absent)}.")
+        if "function" in absent:
+            left_out.append("analyze.py --function-level measures what the figure of the function level draws.")
     rows = dict.fromkeys(run.configuration for run in runs if not run.problem)
     if without := [row for row in rows if row not in reports]:
         left_out.append(f"Without {', '.join(without)}, of which no run has a {REPORT}.")

@@ -11,7 +11,8 @@ from reports.runs import ACCURACIES
 from reports.statistics import ALPHA, holm, interval_text, p_text
 from reports.tables import known_measures
 
-DECIDED = ("better", "worse", "higher", "lower", "not significant")
+DIFFERENT = ("better", "worse", "higher", "lower")
+DECIDED = (*DIFFERENT, "not significant")
 WORDS = (*DECIDED, "no test", "too few runs")
 
 
@@ -97,15 +98,18 @@ def _text(verdict: Verdict) -> str:
     return f"{word} ({p_text(verdict.p).removesuffix(', n. s.')})"
 
 
-def verdict_sentence(found: Sequence[Verdict], baseline: str, decimals: int) -> str:
-    """The verdicts in one outcome as a sentence that names every row."""
-    parts = []
-    for word in dict.fromkeys(verdict.word for verdict in sorted(found, key=lambda verdict: WORDS.index(verdict.word))):
-        rows = [verdict for verdict in found if verdict.word == word]
-        texts = [f"{v.row} ({interval_text(*v[2:5], decimals)}, {_p_or_runs(v)})" for v in rows]
-        than = f" than {baseline}" if word in WORDS[:4] else ""
-        parts.append(f"{word}{than}: {', '.join(texts)}")
-    return "; ".join(parts)
+def verdict_sentences(found: Sequence[Verdict], baseline: str, decimals: int) -> str:
+    """The verdicts in one outcome: a sentence for each word, which names its rows."""
+    sentences = []
+    for word in WORDS:
+        texts = [
+            f"{verdict.row} ({interval_text(*verdict[2:5], decimals)}, {_p_or_runs(verdict)})"
+            for verdict in found
+            if verdict.word == word
+        ]
+        begin = f"{word} than {baseline}" if word in DIFFERENT else word
+        sentences += [f"{begin.capitalize()}: {', '.join(texts)}."] if texts else []
+    return " ".join(sentences)
 
 
 def _p_or_runs(verdict: Verdict) -> str:

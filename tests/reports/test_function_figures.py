@@ -4,30 +4,10 @@ import itertools
 
 import numpy as np
 import pytest
+from made_reports import make_function
 
 from diversity.function_level import FUNCTION_MEASURES
 from reports.function_figures import BARS, CURVES, function_level
-
-FRACTIONS = {"heads": 11, "tokens": 10}
-
-
-def make_report(seed, depth=4):
-    """Numbers of the form that `measure_function` returns."""
-    generator = np.random.default_rng(seed)
-
-    def curve(length):
-        return [*(100 * generator.random(length))]
-
-    function = {}
-    for measure, key in CURVES:
-        if measure in FRACTIONS:
-            function.setdefault(measure, {"fractions": [i / 10 for i in range(FRACTIONS[measure])]})
-        function.setdefault(measure, {})[key] = curve(FRACTIONS.get(measure, depth + (measure != "blocks")))
-    for measure in ("knn", "probe"):
-        function[measure]["layers"][0] = None
-    function["patch_probe"] = dict.fromkeys(BARS, 0) | {"majority": 80.0, "chance": 12.0}
-    function["patch_probe"] |= dict(zip(BARS, curve(len(BARS)), strict=True))
-    return {"function": function}
 
 
 def panels_of(figure):
@@ -37,14 +17,14 @@ def panels_of(figure):
 
 
 def test_curves_are_means_over_runs_with_their_range():
-    configurations = {"plain": [make_report(0)], "all": [make_report(1), make_report(2)]}
+    configurations = {"plain": [make_function(0)], "all": [make_function(1), make_function(2)]}
     panels, _ = panels_of(figure := function_level(configurations))
     for (measure, key), axis in panels.items():
         assert axis.get_title() and axis.get_xlabel()
         plain, several = axis.lines
         runs = np.array([report["function"][measure][key] for report in configurations["all"]], dtype=float)
         np.testing.assert_allclose(several.get_ydata(), runs.mean(axis=0))
-        np.testing.assert_allclose(plain.get_ydata(), np.array(make_report(0)["function"][measure][key], dtype=float))
+        np.testing.assert_allclose(plain.get_ydata(), np.array(make_function(0)["function"][measure][key], dtype=float))
         assert plain.get_xdata()[-1] == {"heads": 1, "tokens": 0.9, "blocks": 3}.get(measure, 4)
         assert len(axis.collections) == 1 and axis.get_ylim()[0] == 0
     (legend,) = figure.legends
@@ -53,7 +33,7 @@ def test_curves_are_means_over_runs_with_their_range():
 
 
 def test_bars_are_the_patch_probe_and_lines_its_baselines():
-    configurations = {"plain": [make_report(0)], "all": [make_report(1), make_report(2)]}
+    configurations = {"plain": [make_function(0)], "all": [make_function(1), make_function(2)]}
     _, bars = panels_of(function_level(configurations))
     heights = [bar.get_height() for bar in bars.patches]
     values = {name: [r["function"]["patch_probe"] for r in reports] for name, reports in configurations.items()}
@@ -65,7 +45,7 @@ def test_bars_are_the_patch_probe_and_lines_its_baselines():
 
 
 def test_what_a_model_lacks_is_left_out():
-    one, other = make_report(0), make_report(1)
+    one, other = make_function(0), make_function(1)
     for name in ("tokens", "patch_probe"):
         one["function"][name] = other["function"][name] = None
     one["function"]["heads"] = None
@@ -73,7 +53,7 @@ def test_what_a_model_lacks_is_left_out():
     assert [len(panels["heads", "random"].lines), len(panels["tokens", "random"].lines)] == [1, 0]
     assert [text.get_text() for text in panels["tokens", "random"].texts] == ["does not apply"]
     assert [text.get_text() for text in bars.texts] == ["does not apply"] and not bars.patches
-    other["function"]["patch_probe"] = make_report(2)["function"]["patch_probe"] | {"head": None}
+    other["function"]["patch_probe"] = make_function(2)["function"]["patch_probe"] | {"head": None}
     _, bars = panels_of(function_level({"a": [one], "b": [other]}))
     assert len(bars.patches) == len(BARS) - 1
 
@@ -81,7 +61,7 @@ def test_what_a_model_lacks_is_left_out():
 @pytest.mark.parametrize("count", [1, 9])
 def test_everything_lies_within_the_figure_and_apart(count):
     names = [f"a configuration with quite a long name, such as --emb_contrast_cross_coef 0.{i}" for i in range(count)]
-    figure = function_level({name: [make_report(2 * i), make_report(2 * i + 1)] for i, name in enumerate(names)})
+    figure = function_level({name: [make_function(2 * i), make_function(2 * i + 1)] for i, name in enumerate(names)})
     figure.canvas.draw()
     (legend,) = figure.legends
     boxes = [axis.get_window_extent() for axis in figure.axes] + [legend.get_window_extent()]

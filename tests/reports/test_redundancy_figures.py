@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from made_reports import CIRCUITS, MATRICES, make_report
 
 from diversity import MEASURES
 from diversity.measures import measures_of
@@ -17,27 +18,7 @@ from reports.redundancy_figures import (
     weight_spectra,
 )
 
-MATRICES = ["q", "k", "v", "proj", "fc1", "fc2"]
-CIRCUITS = ["qk", "ov"]
 SWIN = [0, 2, 4, 10]
-
-
-def make_report(seed, stages=(0,), depth=4, width=6):
-    """Numbers of the form that `measure_redundancy` returns; a stage is twice as wide as the one before."""
-    generator = np.random.default_rng(seed)
-    widths = [width * 2 ** (sum(block >= first for first in stages) - 1) for block in range(depth)]
-    return {
-        "stages": list(stages),
-        "embedding": {key: list(generator.random(depth + 1)) for key in measures_of("embedding")},
-        "attention": {key: list(generator.random(depth)) for key in measures_of("attention")},
-        "mlp": {key: list(generator.random(depth)) for key in measures_of("mlp")},
-        "weight": {m: {key: list(generator.random(depth) + 1) for key in measures_of("weight")} for m in MATRICES},
-        "circuit": {c: {key: list(generator.random(depth)) for key in measures_of("circuit")} for c in CIRCUITS},
-        "circuit_spectra": {c: [sorted(generator.random(3), reverse=True) for _ in widths] for c in CIRCUITS},
-        "cka": generator.random((depth + 1, depth + 1)).tolist(),
-        "variance": [list(generator.dirichlet(np.ones(width))) for width in [widths[0], *widths]],
-        "spectra": {m: [sorted(generator.random(n) + 0.1, reverse=True) for n in widths] for m in MATRICES},
-    }
 
 
 def curves_of(axis):
