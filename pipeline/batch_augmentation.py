@@ -15,7 +15,7 @@ from torch import nn
 
 from diversity import MixedTarget, PatchMixup
 from diversity.mixing import in_box
-from pipeline.batch_draws import BOX_DRAWS, draw_boxes
+from pipeline.batch_boxes import BOX_DRAWS, draw_boxes
 from utils import reseed
 
 

@@ -1,19 +1,16 @@
-"""Random numbers of images that are augmented in batches: tables that an image's number indexes, and boxes from them.
+"""What is drawn for images that are augmented in batches, and the tables of random numbers that it is made of.
 
 No global generator is used. What is drawn for an image depends on the seed, the epoch, the image and the number of its
 copy alone: not on the batch, the order, the rank or the number of loader workers.
 """
 
-import math
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from pipeline.batch_augmentation import to_device
 from utils import seed_of
-
-TRIES = 10  # as often do timm's random crop and timm's erasing draw a box until one fits
-BOX_DRAWS = 2 + 2 * TRIES  # uniform numbers that a box needs
 
 
 class DrawTable:
@@ -52,69 +49,79 @@ class DrawTable:
         return np.random.Generator(np.random.Philox(key=seed_of(purpose, self.seed, *counters)))
 
 
-def draw_boxes(
-    uniforms: np.ndarray, area: np.ndarray, log_aspects: Sequence[float], limits: np.ndarray, sides: np.ndarray
-) -> np.ndarray:
-    """The first of ten boxes that fits each image, as timm's random crop and timm's random erasing draw it.
+class Sampling(NamedTuple):
+    """Images of a batch that are sampled with one kernel.
 
-    A try has an area and a logarithm of height over width, both uniform; its sides are rounded to pixels. The place of
-    the box is uniform too.
-
-    Args:
-        uniforms: [N, BOX_DRAWS] in [0, 1).
-        area: smallest and largest area of a box in pixels, [N, 2].
-        log_aspects: smallest and largest logarithm of height over width.
-        limits: largest height and width of a box that fits, [N, 2].
-        sides: height and width of the images, [N, 2].
-
-    Returns:
-        (top, left, height, width) [N, 4], int64; height and width are 0 where none of the tries fits.
+    Attributes:
+        rows: their places in the batch, [n].
+        maps: from the pixels of the result to those of the cached image, or of its crop where all crops are shifts by
+            pixels, [n, 2, 3].
+        frames: from the pixels of the result to those of the crop before each layer's geometry, [n, L, 2, 3]; None =
+            the policy has none.
+        interpolation: "nearest", "bilinear" or "bicubic".
     """
-    drawn = np.zeros((len(uniforms), 2), np.int64)
-    pending = np.arange(len(uniforms))
-    for attempt in range(2, BOX_DRAWS, 2):
-        of_area, of_aspect = uniforms[pending, attempt : attempt + 2].T.astype(np.float64)
-        low, high = area[pending].T
-        pixels = low + (high - low) * of_area
-        aspect = np.exp(log_aspects[0] + (log_aspects[1] - log_aspects[0]) * of_aspect)
-        tried = np.rint(np.sqrt(np.stack((pixels * aspect, pixels / aspect), axis=1))).astype(np.int64)
-        fits = (tried <= limits[pending]).all(axis=1)
-        drawn[pending[fits]] = tried[fits]
-        pending = pending[~fits]
-        if not len(pending):
-            break
-    place = (uniforms[:, :2].astype(np.float64) * (sides - drawn + 1)).astype(np.int64)
-    return np.concatenate((place, drawn), axis=1)
+
+    rows: torch.Tensor
+    maps: torch.Tensor
+    frames: torch.Tensor | None
+    interpolation: str
 
 
-def resized_crops(
-    uniforms: np.ndarray, sizes: np.ndarray, scale: Sequence[float], ratio: Sequence[float]
-) -> np.ndarray:
-    """Boxes of timm's random resized crop, in pixels of images of any size.
+class Layer(NamedTuple):
+    """Operations on pixels, at most one an image.
 
-    Args:
-        uniforms: [B, BOX_DRAWS] in [0, 1).
-        sizes: height and width of the images, [B, 2].
-        scale: smallest and largest area, as fractions of the image's.
-        ratio: smallest and largest width over height.
-
-    Returns:
-        (top, left, height, width) [B, 4], int64. Where none of ten tries fits, the largest crop in the middle of the
-        image whose aspect ratio is in `ratio`.
+    Attributes:
+        rows: places in the batch, [n], of the images of the first operation, then of the second, ...
+        strengths: [n].
+        groups: names of the operations, and their numbers of images.
     """
-    log_aspects = (-math.log(ratio[1]), -math.log(ratio[0]))
-    boxes = draw_boxes(uniforms, sizes.prod(axis=1)[:, None] * np.array(scale), log_aspects, sizes, sizes)
-    none_fits = np.flatnonzero((boxes[:, 2:] == 0).all(axis=1))
-    if len(none_fits):
-        height, width = sizes[none_fits].T
-        sides = np.stack(
-            (
-                np.where(width < height * min(ratio), np.rint(width / min(ratio)), height),
-                np.where(width > height * max(ratio), np.rint(height * max(ratio)), width),
-            ),
-            axis=1,
-        ).astype(np.int64)
-        boxes[none_fits] = np.concatenate(((sizes[none_fits] - sides) // 2, sides), axis=1)
-    boxes[:, 2:] = np.maximum(boxes[:, 2:], 1)  # a side may be rounded to 0 in an image of a few pixels
-    boxes[:, :2] = np.minimum(boxes[:, :2], sizes - boxes[:, 2:])
-    return boxes
+
+    rows: torch.Tensor
+    strengths: torch.Tensor
+    groups: tuple[tuple[str, int], ...]
+
+
+class Erasing(NamedTuple):
+    """Boxes of the erased images.
+
+    Attributes:
+        rows: places of the images in the batch, [n].
+        boxes: (yl, yh, xl, xh) in pixels, [n, max_count, 4].
+        offsets: of each box in the table of normal numbers, [n, max_count].
+    """
+
+    rows: torch.Tensor
+    boxes: torch.Tensor
+    offsets: torch.Tensor
+
+
+class BatchDraws(NamedTuple):
+    """What happens to the images of a batch.
+
+    Attributes:
+        epoch: from 0.
+        shifts: top and left of the crop in the padded image, and 1 for a flip, [B, 3]; None = all images are sampled.
+        samplings: of the images that are not only shifted.
+        layers: of the policy's operations on pixels.
+        erasing: None = no image is erased.
+    """
+
+    epoch: int
+    shifts: torch.Tensor | None
+    samplings: tuple[Sampling, ...]
+    layers: tuple[Layer, ...]
+    erasing: Erasing | None
+
+    def to(self, device: torch.device) -> "BatchDraws":
+        """The same on a device; on a GPU the host does not wait."""
+        return _to(self, device)
+
+
+def _to(value, device: torch.device):
+    """A tensor, or nested tuples with tensors in them, on a device."""
+    if isinstance(value, torch.Tensor):
+        return to_device(value, device)
+    if isinstance(value, tuple):
+        parts = (_to(part, device) for part in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value

@@ -1,14 +1,14 @@
 """Decoded images of one size become batches of training samples, on any device: DeiT's augmentation, batch by batch.
 
 Crop, flip and the policy's geometry are one affine map and one sampling of each image, or none where an image is only
-shifted by pixels. Then follow the policy's operations on pixels, each for all images that drew it, normalisation and
-erasing. So an image differs from the one that the loader's workers make in three ways: operations on pixels follow the
-geometry where the policy has them the other way round; a crop that is smaller than its box is not smoothed before it is
-sampled; and values between pixels are rounded once.
+shifted by pixels. The policy's operations on pixels follow, each for all images that drew it, then normalisation and
+erasing. So an image differs from the one that a loader makes: operations on pixels come after all geometry; what a
+crop makes smaller is not smoothed before; and values between pixels are computed once, and rounded where Pillow cuts
+them.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from pipeline import batch_geometry
 from pipeline.batch_augmentation import BatchErasing, Normalize, to_device
-from pipeline.batch_draws import BOX_DRAWS, DrawTable, resized_crops
+from pipeline.batch_boxes import BOX_DRAWS, resized_crops
+from pipeline.batch_draws import BatchDraws, DrawTable, Erasing, Layer, Sampling
 from pipeline.batch_ops import PIXEL_OPS
 from pipeline.batch_policies import GEOMETRY, OPERATIONS, Choice, build_policy
 from pipeline.images import Sample
@@ -24,74 +25,6 @@ from pipeline.transforms import SMALL, TransformOptions
 
 PADDING = 4  # pixels around an image up to 32 px, as DeiT has it for CIFAR
 LEAST_NOISE = 1 << 20
-
-
-class Sampling(NamedTuple):
-    """Images of a batch that are sampled with one kernel.
-
-    Attributes:
-        rows: their places in the batch, [n].
-        maps: from the pixels of the result to those of the cached image, or of its crop where all crops are shifts by
-            pixels, [n, 2, 3].
-        frames: from the pixels of the result to those of the crop before each layer's geometry, [n, L, 2, 3]; None =
-            the policy has none.
-        interpolation: "nearest", "bilinear" or "bicubic".
-    """
-
-    rows: torch.Tensor
-    maps: torch.Tensor
-    frames: torch.Tensor | None
-    interpolation: str
-
-
-class Layer(NamedTuple):
-    """Operations on pixels, at most one an image.
-
-    Attributes:
-        rows: places in the batch, [n], of the images of the first operation, then of the second, ...
-        strengths: [n].
-        groups: names of the operations, and their numbers of images.
-    """
-
-    rows: torch.Tensor
-    strengths: torch.Tensor
-    groups: tuple[tuple[str, int], ...]
-
-
-class Erasing(NamedTuple):
-    """Boxes of the erased images.
-
-    Attributes:
-        rows: places of the images in the batch, [n].
-        boxes: (yl, yh, xl, xh) in pixels, [n, max_count, 4].
-        offsets: of each box in the table of normal numbers, [n, max_count].
-    """
-
-    rows: torch.Tensor
-    boxes: torch.Tensor
-    offsets: torch.Tensor
-
-
-class BatchDraws(NamedTuple):
-    """What happens to the images of a batch.
-
-    Attributes:
-        epoch: from 0.
-        shifts: top and left of the crop in the padded image, and 1 for a flip, [B, 3]; None = all images are sampled.
-        samplings: of the images that are not only shifted.
-        layers: of the policy's operations on pixels.
-        erasing: None = no image is erased.
-    """
-
-    epoch: int
-    shifts: torch.Tensor | None
-    samplings: tuple[Sampling, ...]
-    layers: tuple[Layer, ...]
-    erasing: Erasing | None
-
-    def to(self, device: torch.device) -> "BatchDraws":
-        """The same on a device; on a GPU the host does not wait."""
-        return _to(self, device)
 
 
 class BatchTransform:
@@ -131,7 +64,8 @@ class BatchTransform:
         Args:
             sizes: height and width of the files' images in pixels, [B, 2]; up to 32 px of input they do not matter.
         """
-        indices, epochs, repeats = np.array(samples, np.int64).T
+        numbers = np.fromiter(chain.from_iterable(samples), np.int64, 3 * len(samples))
+        indices, epochs, repeats = numbers.reshape(-1, 3).T
         assert (epochs == epochs[0]).all(), "samples of several epochs in one batch"
         uniforms = self.table.rows(epochs[0], indices, repeats)
         of_crop, of_flip, of_kernel, of_policy, of_erasing = np.split(uniforms, self.parts, axis=1)
@@ -266,13 +200,3 @@ def _shifted(images: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
     index = rows[:, :, None] * padded.shape[-1] + columns[:, None]
     index = index.flatten(1)[:, None].expand(-1, images.shape[1], -1)
     return padded.flatten(2).gather(2, index).view_as(images)
-
-
-def _to(value, device: torch.device):
-    """A tensor, or nested tuples with tensors in them, on a device."""
-    if isinstance(value, torch.Tensor):
-        return to_device(value, device)
-    if isinstance(value, tuple):
-        parts = (_to(part, device) for part in value)
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value

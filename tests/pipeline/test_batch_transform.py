@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import auto_augment
 
 from pipeline.batch_augmentation import Normalize
-from pipeline.batch_draws import BOX_DRAWS, resized_crops
+from pipeline.batch_boxes import BOX_DRAWS, resized_crops
 from pipeline.batch_transform import PADDING
 
 FILL = (30, 200, 120)
