@@ -14,17 +14,25 @@ from families import build
 from helpers import REPOSITORY
 
 import diversity
+import study
 from diversity.function_level import function_table
 from diversity.measures import measures_table
 from pipeline import sources
+from studies.plan import plan_runs
+from studies.study_file import read_study
 from training import arguments
 from training.log import accuracy_line, epoch_line, terms_table
 
 README = REPOSITORY / "README.md"
 PAGES = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 LINKING = [*PAGES, REPOSITORY / "LOG.md"]
-TO_MAIN = re.compile(r"script/(quickstart|train_paper|run_|ablate|slurm_)")
+TO_MAIN = re.compile(r"script/(quickstart|train_paper|run_|slurm_deit)")
 """Scripts that pass further flags to main.py."""
+STUDIES = {
+    "script/ablate_deit_small.sh": "paper", "script/slurm_ablate.sbatch": "paper",
+    "script/ablate_cifar.sh": "paper_cifar", "script/ablate_digits.sh": "paper_digits",
+}  # fmt: skip
+"""{script: the study that it starts}; further flags are those of study.py and main.py."""
 TERM_ROWS = diversity.markdown_table().splitlines()[2:]
 
 
@@ -57,6 +65,11 @@ def flags_of_program():
     return flags
 
 
+def first_flag(words: list[str]) -> int:
+    """The place of the first flag, or of the end without one."""
+    return next((place for place, word in enumerate(words) if word.startswith("--")), len(words))
+
+
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_every_command_parses(page, command, flags_of_program):
     words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
@@ -73,8 +86,12 @@ def test_every_command_parses(page, command, flags_of_program):
     is_of_a_run = config is not None and not config.startswith("recipes/")  # its args.yaml, which is not here
     if program == "main.py" and "--help" not in flags and not is_of_a_run:
         arguments.parse_args(rest)
+    elif program == "study.py" or program in STUDIES:
+        file = f"recipes/studies/{STUDIES[program]}.yaml" if program in STUDIES else rest[0]
+        options, of_main = study.build_parser().parse_known_args([file, "out", *rest[first_flag(rest) :]])
+        plan_runs(read_study(REPOSITORY / file).chosen(options.rows, options.seeds), options.out, of_main)
     elif TO_MAIN.match(program) and flags:
-        arguments.parse_args(rest[rest.index(next(word for word in rest if word.startswith("--"))) :])
+        arguments.parse_args(rest[first_flag(rest) :])
     elif program in ("analyze.py", "table.py", "benchmark.py"):
         of_main = set() if program == "table.py" else {*arguments.build_parser()._option_string_actions}
         assert {*flags} <= flags_of_program(program) | of_main
@@ -87,7 +104,7 @@ def test_every_flag_that_is_named_exists(page, flags_of_program):
     of_others = {"--slow", "--time", "--max-restarts"}  # of script/test.sh, sbatch and torchrun
     not_flags = {"--emb-cos", "--no"}  # an abbreviation, and the beginning of --no-...
     known = {*arguments.build_parser()._option_string_actions} | of_others | not_flags
-    for program in ("analyze.py", "table.py", "benchmark.py"):
+    for program in ("analyze.py", "table.py", "benchmark.py", "study.py"):
         known |= flags_of_program(program)
     assert named <= known
 

@@ -103,7 +103,7 @@ def assert_complete(run):
     files, keys = map(rows.findall, page.split("## log.txt"))
     written = {path.name for path in run.iterdir()}
     absent = {"checkpoint.1.pth", "events.out.tfevents.*", "changes.jsonl"}  # one epoch, unchanged, --no-tensorboard
-    absent |= {"skipped_steps.txt"}  # no step was skipped
+    absent |= {"skipped_steps.txt", "console.log", "analyzed.json"}  # no step was skipped; no study
     assert set(re.findall("`(.*?)`", "".join(files))) <= written | absent
     assert {key for key in re.findall(r"`(\w+)`", "".join(keys))} <= record.keys()
 
