@@ -1,7 +1,5 @@
 """Which measures of redundancy a table of runs shows, and which measurement of them: only equal ones are compared."""
 
-from collections.abc import Collection
-
 from diversity.spelling import did_you_mean
 from reports.runs import MAY_LACK, PROVENANCE, REPORT, Run
 from reports.tables import known_measures
@@ -11,11 +9,12 @@ DEFAULT_MEASURES = (
     *("embedding_token_cosine_last", "embedding_token_abscosine_last", "embedding_participation_ratio_last"),
     *("attention_head_cosine_first", "weight_condition_number_qkv", "weight_row_abscosine_qkv"),
 )
-FUNCTION_OUTCOMES = (
-    *("function_knn_last", "function_patch_probe", "function_patch_probe_pasted"),
-    *("function_heads_50", "function_tokens_50_random"),
+PAGE_MEASURES = (
+    *("function_patch_probe", "function_knn_last", "function_tokens_50_random", "function_heads_50_random"),
+    *("embedding_token_abscosine_last", "attention_head_cosine", "weight_row_abscosine_qkv"),
+    "circuit_effective_rank_qk",
 )
-"""Function-level measures that the page of a study shows where they were measured."""
+"""Outcomes beside the accuracy on the page of a study, where they were measured; docs/study/rule.md names them."""
 FORMER = {"embedding_participation_ratio_last": "embedding_effective_rank_last"}
 """{a default measure: what earlier versions measured in its place, shown where no run has the default one}."""
 
@@ -44,7 +43,7 @@ def _choose_measures(chosen: list[str], are_default: bool, runs: list[Run]) -> t
         return None, [], [note or "redundancy: not in the table, as no finished run has any measures"]
     measured = {name for run in runs if not run.problem for name in run.redundancy[source].measures}
     if are_default:
-        chosen = [_former(name, measured) for name in chosen]
+        chosen = [FORMER[name] if name not in measured and FORMER.get(name) in measured else name for name in chosen]
     missing = [name for name in chosen if name not in measured]
     note += f"; it lacks {', '.join(missing)}" if missing else ""
     function_level = any(name.startswith("function_") for name in missing)
@@ -53,17 +52,14 @@ def _choose_measures(chosen: list[str], are_default: bool, runs: list[Run]) -> t
 
 
 def page_measures(runs: list[Run]) -> list[str]:
-    """The measures that the page of a study shows: the runs' own, `FUNCTION_OUTCOMES` and `DEFAULT_MEASURES`."""
+    """The measures that the page of a study has: the runs' own, and those of `PAGE_MEASURES` that a run has.
+
+    Without any of them these are all, for the note that there are none.
+    """
     finished = [run for run in runs if not run.problem]
     own = dict.fromkeys(name for run in finished for name in run.own_measures)
     measured = {name for run in finished for of_source in run.redundancy.values() for name in of_source.measures}
-    default = [_former(name, measured) for name in DEFAULT_MEASURES]
-    return [*own, *(name for name in FUNCTION_OUTCOMES if name in measured), *default]
-
-
-def _former(name: str, measured: Collection[str]) -> str:
-    """A default measure, or what earlier versions measured in its place where it was not measured."""
-    return FORMER[name] if name not in measured and FORMER.get(name) in measured else name
+    return [*own, *(name for name in PAGE_MEASURES if name in measured)] or [*PAGE_MEASURES]
 
 
 def check_measures(names: list[str], runs: list[Run]):

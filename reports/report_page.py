@@ -1,17 +1,19 @@
 """The page of a study's report, from top to bottom: in short, what was asked, what was run, results, notes."""
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from reports.rows import decimals_of
-from reports.runs import ACCURACIES, Run
+from reports.runs import Run
+from reports.statistics import runs_needed
 from reports.study_table import Tables, problems
 from reports.tables import markdown_table
-from reports.verdicts import DECIDED, Verdict, outcome_heading, rule, verdict_sentences, verdict_table
+from reports.verdicts import DECIDED, DIFFERENT, Rule, Verdict, outcome_heading, verdict_sentences, verdict_table
 
-IN_SHORT = (*ACCURACIES, "function_knn_last", "function_patch_probe")
+IN_SHORT = ("test_acc1", "function_patch_probe", "function_knn_last")
 """Outcomes of the summary; a study's own measures are among them too."""
 CONDITIONS = ("device", "card", "processes", "precision", "python", "torch", "torchvision", "timm")
 """Keys of environment.json that the page names."""
@@ -27,7 +29,7 @@ class Asked:
         seeds: of each row.
         baseline: the row that the others are compared with.
         lines: further sentences, such as the recipe, the flags of all rows, and the command of the study.
-        min_runs: finished runs of a row and of the baseline below which no verdict is given.
+        alpha, min_runs: of the `Rule` of the verdicts.
     """
 
     title: str
@@ -35,7 +37,12 @@ class Asked:
     seeds: Sequence[int]
     baseline: str
     lines: Sequence[str] = field(default_factory=list)
+    alpha: float = 0.01
     min_runs: int = 5
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.baseline, self.alpha, self.min_runs)
 
 
 class Part(NamedTuple):
@@ -100,17 +107,32 @@ def _in_short(asked: Asked, parts: Sequence[Part], sections: Sequence[Section]) 
     finished = sum(not run.problem for run in runs)
     total = len(runs) + sum(len(_missing(asked, part)) for part in parts if part.is_asked)
     lines = [f"{finished} of {total} runs are finished."]
-    own = {name for run in runs for name in run.own_measures}
+    outcomes = (*IN_SHORT, *dict.fromkeys(name for run in runs for name in run.own_measures))
     for section in sections:
-        for outcome in (*IN_SHORT, *sorted(own)):
-            found = [verdict for verdict in section.verdicts if verdict.outcome == outcome]
-            if found:
-                decimals = decimals_of(section.tables.statistics, outcome)
-                sentences = verdict_sentences(found, asked.baseline, decimals)
-                lines.append(f"{section.label}, {outcome_heading(outcome)}. {sentences}")
+        lines += [f"{section.label}, {line}" for line in _outcomes_in_short(asked, section, outcomes)]
     if not any(section.verdicts for section in sections):
         lines.append(f"Nothing can be compared: {asked.baseline} and another row need finished runs.")
     return _list(lines)
+
+
+def _outcomes_in_short(asked: Asked, section: Section, outcomes: Sequence[str]) -> list[str]:
+    """A line for each outcome, and what the deviation between runs allows to find."""
+    lines, statistics = [], section.tables.statistics
+    words = {verdict.word for verdict in section.verdicts if verdict.outcome in outcomes}
+    for outcome in outcomes:
+        if found := [verdict for verdict in section.verdicts if verdict.outcome == outcome]:
+            sentences = verdict_sentences(found, asked.baseline, decimals_of(statistics, outcome))
+            lines.append(f"{outcome_heading(outcome)}. {sentences}")
+    if words & {*DECIDED} and not words & {*DIFFERENT}:
+        lines.append("no row differs in these outcomes. The intervals say how large a gain or a loss is ruled out.")
+    deviations = statistics["test_acc1_std"].dropna()
+    if len(deviations) and deviations.max() > 0:
+        deviation = math.sqrt((deviations**2).mean())
+        lines.append(
+            f"the runs of a row deviate by {deviation:.2f} points in top-1 raw. A difference of one point is found with "
+            f"p < {asked.alpha} in 80 % of studies of {runs_needed(deviation, 1, asked.alpha)} runs of each row."
+        )
+    return lines
 
 
 def _asked(asked: Asked) -> list[str]:
@@ -118,7 +140,7 @@ def _asked(asked: Asked) -> list[str]:
     names = [f"{row} (baseline)" if row == asked.baseline else row for row in asked.rows]
     flags = [f"`{flags}`" if flags else "-" for flags in asked.rows.values()]
     seeds = ", ".join(map(str, asked.seeds))
-    lines = [*asked.lines, f"Seeds of each row: {seeds}.", f"Rule: {rule(asked.baseline, asked.min_runs)}"]
+    lines = [*asked.lines, f"Seeds of each row: {seeds}.", f"Rule: {asked.rule}"]
     return [markdown_table({"row": names, "its flags": flags}), _list(lines)]
 
 

@@ -1,6 +1,7 @@
 """Statistical tests: Welch's t between the runs of two rows, McNemar's between two models on the same images."""
 
 import math
+import statistics
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,6 +71,21 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, p_values[i] * (len(order) - rank)))
         corrected[i] = largest
     return corrected
+
+
+def runs_needed(deviation: float, difference: float, alpha: float, power: float = 0.8) -> int:
+    """Runs of each of two rows with which a true difference of the means is found with a probability.
+
+    2 (z(1 - alpha / 2) + z(power))^2 (deviation / difference)^2 with the quantiles z of the normal distribution, rounded
+    up. The approximation is some runs too low where it is below ten, as t has wider tails.
+
+    Args:
+        deviation: standard deviation between the runs of a row.
+        alpha: the p-value below which a difference counts.
+        power: the probability.
+    """
+    normal = statistics.NormalDist()
+    return math.ceil(2 * ((normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * deviation / difference) ** 2)
 
 
 class Disagreement(NamedTuple):

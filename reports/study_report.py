@@ -113,7 +113,7 @@ def _sections(asked: Asked, part: Part, styles: dict[str, dict], target: Path) -
     for number, runs in enumerate(groups, 1):
         label = part.label if number == 1 else f"{part.label}, group {number}"
         tables = group_tables(runs, groups, page_measures(runs), asked.baseline)
-        of_group = verdicts(tables.statistics, asked.baseline, asked.min_runs)
+        of_group = verdicts(tables.statistics, asked.rule)
         images, left_out = _draw(runs, _file_name(label), styles, target)
         sections.append(Section(label, part.is_asked, tables, of_group, images, left_out))
     return sections

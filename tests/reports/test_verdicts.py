@@ -1,12 +1,14 @@
 """Verdicts on the rows of a study: Welch's test, Holm's correction over the rows, and enough runs."""
 
+import numpy as np
 import pytest
 import scipy.stats
 from run_folders_on_disk import make_run
 
 from reports.rows import statistics_table
 from reports.run_folders import find_runs
-from reports.verdicts import rule, verdict_sentences, verdict_table, verdicts
+from reports.statistics import runs_needed
+from reports.verdicts import Rule, verdict_sentences, verdict_table, verdicts
 
 VALUES = {
     "plain": [50.0, 50.5, 51.0],
@@ -27,14 +29,14 @@ def found(tmp_path):
             last = {f"redundancy_{COSINE}": value / 100, f"redundancy_{SINK}": -value / 100}
             make_run(tmp_path / row / f"seed{seed}", seed, value, last=last)
     table = statistics_table(find_runs([tmp_path]), "log.txt", [COSINE, SINK], "plain")
-    return verdicts(table, "plain", min_runs=3)
+    return verdicts(table, Rule("plain", 0.05, 3))
 
 
 def of(found, outcome):
     return {verdict.row: verdict for verdict in found if verdict.outcome == outcome}
 
 
-def test_p_values_are_corrected_over_the_tested_rows(found):
+def test_p_values_are_welchs_and_are_corrected_over_the_tested_rows(found):
     """Three rows are tested: the smallest p-value counts three times, the next one twice."""
     raw = {
         row: scipy.stats.ttest_ind(VALUES[row], VALUES["plain"], equal_var=False).pvalue
@@ -42,7 +44,8 @@ def test_p_values_are_corrected_over_the_tested_rows(found):
     }
     first, second, third = sorted(raw, key=raw.get)
     rows = of(found, "test_acc1")
-    assert [rows[row].p for row in (first, second, third)] == pytest.approx(
+    assert [rows[row].p for row in raw] == pytest.approx([*raw.values()])
+    assert [rows[row].holm for row in (first, second, third)] == pytest.approx(
         [3 * raw[first], 2 * raw[second], raw[third]]
     )
     assert (first, third) == ("good", "same") and raw["bad"] < 0.05 < raw["same"]
@@ -75,15 +78,38 @@ def test_runs_that_do_not_vary_have_no_test(tmp_path):
     for row, value in (("plain", 50.0), ("all", 51.0)):
         for seed in (0, 1):
             make_run(tmp_path / row / f"seed{seed}", seed, value)
-    (verdict,) = verdicts(statistics_table(find_runs([tmp_path]), None, [], "plain"), "plain", min_runs=2)
+    (verdict,) = verdicts(statistics_table(find_runs([tmp_path]), None, [], "plain"), Rule("plain", 0.05, 2))
     assert verdict.word == "no test" and verdict_table([verdict])["all"] == ["no test (n = 2)"]
 
 
 def test_without_the_baseline_there_is_no_verdict(tmp_path):
     make_run(tmp_path / "all" / "seed0")
-    assert verdicts(statistics_table(find_runs([tmp_path]), None, [], "plain"), "plain", min_runs=1) == []
+    assert verdicts(statistics_table(find_runs([tmp_path]), None, [], "plain"), Rule("plain", 0.05, 1)) == []
+
+
+def test_a_stricter_rule(tmp_path, found):
+    for row in ("plain", "bad"):
+        for seed, value in enumerate(VALUES[row]):
+            make_run(tmp_path / "strict" / row / f"seed{seed}", seed, value, ema=value)
+    table = statistics_table(find_runs([tmp_path / "strict"]), None, [], "plain")
+    (verdict,) = verdicts(table, Rule("plain", 0.01, 3))  # none of the averaged weights
+    assert (verdict.outcome, verdict.word) == ("test_acc1", "not significant") and 0.01 < verdict.p < 0.05
 
 
 def test_the_rule_names_its_numbers():
-    text = rule("plain", 5)
-    assert all(words in text for words in ("Welch", "Holm", "below 0.05", "fewer than 5 finished runs", "plain"))
+    text = str(Rule("plain", 0.01, 5))
+    assert all(words in text for words in ("Welch", "Holm", "p < 0.01", "at least 5 finished runs", "plain"))
+
+
+@pytest.mark.parametrize(("deviation", "alpha", "runs"), [(1, 0.05, 16), (2, 0.05, 63), (0.5, 0.05, 4), (1, 0.01, 24)])
+def test_runs_needed(deviation, alpha, runs):
+    """Lehr's rule: 16 times the squared ratio at p < 0.05 with a power of 80 %."""
+    assert runs_needed(deviation, 1, alpha) == runs
+
+
+def test_runs_needed_find_the_difference_in_most_studies():
+    generator = np.random.default_rng(0)
+    count = runs_needed(1.5, 1, 0.01)
+    first, second = generator.normal(0, 1.5, (2, 2000, count)) + np.array([1, 0])[:, None, None]
+    p = scipy.stats.ttest_ind(first, second, axis=1, equal_var=False).pvalue
+    assert 0.75 < (p < 0.01).mean() < 0.85
