@@ -97,6 +97,7 @@ def count_step(args: Namespace, terms: list[str] | None, from_bytes: bool) -> di
 def _lower(training_loss: nn.Module, batch: tuple, fake_mode) -> dict[str, int | list[str]]:
     from torch._functorch.aot_autograd import aot_function, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor import lowering  # noqa: F401 as its decomposition of max-pooling expects
     from torch._inductor.decomposition import select_decomp_table
 
     names, tensors = zip(*training_loss.named_parameters(), *training_loss.named_buffers(), strict=True)

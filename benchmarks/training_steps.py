@@ -1,7 +1,7 @@
 """Training steps to compare: a plain timm user's, this project's, and a textbook's; on random images."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from timm.data import Mixup
@@ -32,7 +32,7 @@ from . import textbook_step
 NUM_CLASSES = 1000
 LEARNING_RATE = 1e-4
 
-Run = Callable[[int], None]
+Run = Callable[[int], object]
 """Takes so many training steps."""
 
 
@@ -57,8 +57,12 @@ def plain(args: Namespace, world: World) -> Run:
     return _steps(loss_of, model, model_ema, optimizer, random_batch(args, device), dtype, reads_loss=False)
 
 
-def diversified(args: Namespace, world: World) -> Run:
-    """What main.py trains with, from the batch on the device to the average: `engine.train_one_epoch`."""
+def diversified(args: Namespace, world: World, loader: Callable[[int], Iterable] | None = None) -> Run:
+    """What main.py trains with, from the batch on the device to the average; returns `train_one_epoch`'s means.
+
+    Args:
+        loader: returns so many batches; None = one random batch, again and again.
+    """
     model = build_initial(args, NUM_CLASSES).to(world.device)
     augment = build_augmentation(args, of_bytes=False)
     training_loss = compile_and_wrap(args, world, build_diverse_loss(args, world, model, NUM_CLASSES, augment))
@@ -72,8 +76,10 @@ def diversified(args: Namespace, world: World) -> Run:
     batch = random_batch(args, world.device)
 
     def run(num_steps):
-        train_one_epoch(training_loss, [batch] * num_steps, state, update, progress, world, amp_dtype=dtype)
+        batches = loader(num_steps) if loader else [batch] * num_steps
+        stats = train_one_epoch(training_loss, batches, state, update, progress, world, amp_dtype=dtype)
         state.step, state.totals = 0, EpochTotals()
+        return stats
 
     return run
 

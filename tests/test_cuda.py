@@ -13,15 +13,19 @@ import torch
 from cutting import content, points
 from families import FAMILIES, build, objective_of
 from families import images as images_of_a_family
-from helpers import REPOSITORY, TINY, parse, run_main, run_process
+from helpers import REPOSITORY, TINY, parse, run_main, run_process, train_epoch
 from steps import images, make_state, small_vit, train, weights
 from timm.utils import ModelEmaV3
+from torch._dynamo.utils import counters
+from torch._inductor import cudagraph_trees
 
 from benchmarks import training_steps
 from benchmarks.measure import host_syncs
 from diversity import REGULARIZERS, MixedTarget, PatchMixup, TappedViT
+from engine import autocast_dtype
 from training.background import copy_to_cpu
-from training.build import build_optimizer
+from training.build import build_augmentation, build_diverse_loss, build_initial, build_optimizer, compile_and_wrap
+from training.log import RunLog
 from training.stopping import RESUMABLE
 from utils import World, reseed
 
@@ -47,11 +51,11 @@ def losses_of(folder, *words):
 # Waits of the host
 
 
-@pytest.mark.parametrize("flag", ["--no-compile", "--compile"])
-def test_the_host_never_waits_in_a_step(flag):
-    args = parse(*SMALL, "--preset", "released", flag)
+@pytest.mark.parametrize("words", ["--no-compile", "--compile", "--compile --compile-mode reduce-overhead"])
+def test_the_host_never_waits_in_a_step(words):
+    args = parse(*SMALL, "--preset", "released", *words.split())
     run = training_steps.diversified(args, ON_GPU)
-    run(2)
+    run(4)
     assert host_syncs(run, ON_GPU.device) == 0
 
 
@@ -101,6 +105,50 @@ def test_twenty_steps_compiled_are_those_of_eager(terms, tmp_path):
     compiled, eager = (losses_of(tmp_path / flag, flag, *terms.split())[0] for flag in ("--compile", "--no-compile"))
     assert compiled == pytest.approx(eager, rel=1e-3)
     assert compiled != eager  # else nothing was compiled
+
+
+@pytest.mark.parametrize("words", ["--accum-steps 2", "--amp fp16 --clip-grad 1"])
+def test_steps_as_cuda_graphs_are_those_of_eager(words):
+    """With drop-path, erasing and probes drawn the same; the norms of gradients are measured between two of them."""
+    words = ["--amp", "off", "--drop-path", "0.5", "--reprob", "0.5", "--preset", "released", *words.split()]
+    counters.clear()
+    as_graphs = five_steps(ON_GPU, *words, "--compile", "--compile-mode", "reduce-overhead")
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    manager = cudagraph_trees.get_manager(0, create_if_none_exists=False)
+    assert manager is not None and any(manager.roots.values())
+    eager = five_steps(ON_GPU, *words, "--no-compile")
+    assert as_graphs != eager
+    assert as_graphs == pytest.approx(eager, rel=3e-2 if "fp16" in words else 1e-3)
+
+
+def five_steps(world, *words):
+    """The losses of five optimizer steps on bytes, by SGD."""
+    args = parse(*SMALL, "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3", *words)
+    model = build_initial(args, 10).to(world.device)
+    loss_fn = build_diverse_loss(args, world, model, 10, build_augmentation(args, of_bytes=True))
+    loss_fn = compile_and_wrap(args, world, loss_fn)
+    dtype = autocast_dtype(args.amp, world.device)
+    scaler = torch.amp.GradScaler(world.device.type, init_scale=256, enabled=dtype == torch.float16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    state = make_state(model, optimizer, ModelEmaV3(model, decay=0.9), scaler)
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(8))
+        for _ in range(5 * args.accum_steps)
+    ]
+    log, losses = RunLog(None, world, tensorboard=False), []
+    log.scalars = lambda values, step: losses.append(values["train/loss"])
+
+    def measure(number, *batch):
+        if number == 3:
+            loss_fn.gradient_norms(*batch)
+
+    train_epoch(
+        loss_fn, batches, state, world=world, log=log, log_interval=1, amp_dtype=dtype, before_batch=measure,
+        accum_steps=args.accum_steps, clip_grad=args.clip_grad,
+    )  # fmt: skip
+    assert len(losses) == 5
+    return losses
 
 
 def test_two_processes_on_one_card_have_the_gradients_of_one(tmp_path):
