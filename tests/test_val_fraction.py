@@ -56,6 +56,13 @@ def test_two_ranks_are_evaluated_on_the_part_of_one(run, tmp_path):
     assert all(np.array_equal(one[name], two[name]) for name in ("image", "label", "val_digest"))
 
 
+@pytest.mark.parametrize("fraction", [0.3, 0.2])
+def test_fine_tuning_warns_of_validation_images_that_the_weights_know(fraction, run, capsys):
+    run_main(*TINY, "--finetune", run / "checkpoint.pth", "--val-fraction", fraction, "--dry-run")
+    line = f"warning: --val-fraction {fraction} has images that the weights were trained on, with --val-fraction 0.3"
+    assert (line in capsys.readouterr().out) == (fraction != 0.3)
+
+
 @pytest.mark.parametrize("other", [0, 0.2])
 def test_another_fraction_is_another_data_set(other, run, refused):
     words = ("--output-dir", run, "--resume", "auto", "--epochs", 2, "--val-fraction", other, "--resume-with-changes")

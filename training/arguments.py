@@ -91,13 +91,17 @@ def check_model(args: argparse.Namespace, stored: dict, names: tuple[str, ...], 
 
 def check_val_fraction(args: argparse.Namespace, stored: dict):
     """Raise SystemExit if weights trained with the flags `stored` would be evaluated on images of their training."""
+    if line := seen_in_training(args, stored):
+        raise SystemExit(f"error: {line}; leave --val-fraction out, or give 0 to evaluate on --val-split")
+
+
+def seen_in_training(args: argparse.Namespace, stored: dict) -> str:
+    """A line if the validation part has images of the training with the flags `stored`; otherwise empty."""
     ours, theirs = args.val_fraction, stored.get("val_fraction", 0.0)
     is_same_set = all(getattr(args, name) == stored.get(name) for name in ("data_set", "train_split"))
-    if is_same_set and ours not in (0, theirs):
-        raise SystemExit(
-            f"error: --val-fraction {ours} has images that the weights were trained on, with --val-fraction {theirs}; "
-            "leave it out, or give 0 to evaluate on --val-split"
-        )
+    if not is_same_set or ours in (0, theirs):
+        return ""
+    return f"--val-fraction {ours} has images that the weights were trained on, with --val-fraction {theirs}"
 
 
 def coefficients(args: argparse.Namespace) -> dict[str, float]:

@@ -3,6 +3,7 @@
 With main.py, the only module that reads the namespace of the parsed flags.
 """
 
+import contextlib
 import dataclasses
 import sys
 from argparse import Namespace
@@ -24,7 +25,7 @@ from diversity import DiverseLoss, DiversityObjective, PatchMixup, TapError
 from diversity.distillation import DistillationLoss
 from models import build_model
 from models.execution import embed_patches_by_product, enable_grad_checkpointing, keep_residual_in_bfloat16
-from models.weights import load_weights
+from models.weights import load_weights, local_file, origin
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing, Normalize
 from pipeline.transforms import Preprocessing
 from training import arguments
@@ -252,7 +253,10 @@ def build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Schedul
 def warnings(args: Namespace, amp_dtype: torch.dtype | None, lr: float, num_steps: int) -> list[str]:
     """One line for each setting that has no effect, or that a run hardly can mean."""
     lines = [*arguments.without_effect(args, amp_dtype), *normalisation_warnings(args)]
-    return [*lines, *unusual_settings(args, lr, num_steps)]
+    if args.val_fraction and args.finetune:
+        with contextlib.suppress(ValueError):  # the run is resumed, and the file is gone
+            lines.append(arguments.seen_in_training(args, origin(local_file(args.finetune)).flags))
+    return [*filter(None, lines), *unusual_settings(args, lr, num_steps)]
 
 
 def unusual_settings(args: Namespace, lr: float, num_steps: int) -> list[str]:
