@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from batch_transforms import PLAIN, apply, batch_transform, in_a_batch, photos
+from device_watch import watched_fake_cuda
 from helpers import data_options
 from PIL import Image
 from scipy import stats
+from torch.utils._pytree import tree_map_only
 
+from benchmarks.fake_cuda import CUDA
 from pipeline.images import Sample
 from pipeline.transforms import build_transform
 from utils import reseed
@@ -71,6 +74,19 @@ def test_draws_move_to_a_device(images):
     assert moved.shifts.is_meta and moved.samplings[0].maps.is_meta and moved.layers[0].rows.is_meta
     assert moved.erasing.boxes.is_meta and moved.layers[0].groups == draws.layers[0].groups
     assert torch.equal(transform(images, draws.to(torch.device("cpu"))), transform(images, draws))
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_host_does_not_wait_for_a_gpu(size):
+    """All draws travel through page-locked memory, and nothing on the device is read."""
+    transform = batch_transform(*EVERYTHING, "--input-size", size, cache_size=32)
+    draws = transform.draw([Sample(index, 0, 0) for index in range(64)], np.full((64, 2), 32))
+    with watched_fake_cuda() as watch:
+        fakes = tree_map_only(torch.Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), draws)
+        images = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device=CUDA)
+        samples = transform(images, fakes.to(CUDA))
+    assert samples.shape == (64, 3, size, size) and samples.device == CUDA
+    assert {finding.kind for finding in watch.findings} == {"upload"}
 
 
 @pytest.mark.cuda
