@@ -129,8 +129,8 @@ def _outcomes_in_short(asked: Asked, section: Section, outcomes: Sequence[str]) 
     if len(deviations) and deviations.max() > 0:
         deviation = math.sqrt((deviations**2).mean())
         lines.append(
-            f"the runs of a row deviate by {deviation:.2f} points in top-1 raw. A difference of one point is found with "
-            f"p < {asked.alpha} in 80 % of studies of {runs_needed(deviation, 1, asked.alpha)} runs of each row."
+            f"the runs of a row deviate by {deviation:.2f} points in top-1 raw. A difference of one point is found "
+            f"with p < {asked.alpha} in 80 % of studies of {runs_needed(deviation, 1, asked.alpha)} runs of each row."
         )
     return lines
 

@@ -76,8 +76,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def runs_needed(deviation: float, difference: float, alpha: float, power: float = 0.8) -> int:
     """Runs of each of two rows with which a true difference of the means is found with a probability.
 
-    2 (z(1 - alpha / 2) + z(power))^2 (deviation / difference)^2 with the quantiles z of the normal distribution, rounded
-    up. The approximation is some runs too low where it is below ten, as t has wider tails.
+    2 (z(1 - alpha / 2) + z(power))^2 (deviation / difference)^2 rounded up; z: quantiles of the normal distribution.
+    The approximation is some runs too low where it is below ten, as t has wider tails.
 
     Args:
         deviation: standard deviation between the runs of a row.

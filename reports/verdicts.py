@@ -34,9 +34,9 @@ class Rule(NamedTuple):
         return (
             f"a row differs from {self.baseline} in an outcome on this data if Welch's t test (unequal variances) has "
             f"p < {self.alpha} with at least {self.min_runs} finished runs of each; with fewer there is no verdict. "
-            "Beside it is the p-value that Holm's method corrects for all rows tested in this outcome on this data. The "
-            "outcomes are not corrected for their number: among many, some differ by chance. Averaged weights are not "
-            "tested."
+            "Beside it is the p-value that Holm's method corrects for all rows tested in this outcome on this data. "
+            "The outcomes are not corrected for their number: among many, some differ by chance. Averaged weights are "
+            "not tested."
         )
 
 
