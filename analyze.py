@@ -30,8 +30,8 @@ def _block(text: str) -> str:
     return text
 
 
-def main(argv: list[str] | None = None):
-    """Analyze the runs that a command line names; a mistake ends in one line and a non-zero exit."""
+def parse(argv: list[str]) -> tuple[dict, list[str]]:
+    """The settings of a command line, with the names of `analyze`'s arguments, and words that are flags of main.py."""
     parser = Parser(
         prog="analyze.py",
         description=__doc__.split("\n\n")[0],
@@ -59,11 +59,17 @@ def main(argv: list[str] | None = None):
     add("--extra-measures", nargs="+", default=[], choices=[name for name, entry in MEASURES.items() if entry.optional],
         metavar="NAME", help="measures that are off by default, as they take long: %(choices)s")  # fmt: skip
     add("--device", type=device_name, default="auto", help="auto, cuda or cpu")
-    options, flags = parser.parse_known_args([with_hyphens(word) for word in (sys.argv[1:] if argv is None else argv)])
+    options, flags = parser.parse_known_args([with_hyphens(word) for word in argv])
     settings = vars(options)
     settings["function_level"] = function_options(
         settings.pop("function_level"), settings.pop("function_images"), settings.pop("probe_images")
     )
+    return settings, flags
+
+
+def main(argv: list[str] | None = None):
+    """Analyze the runs that a command line names; a mistake ends in one line and a non-zero exit."""
+    settings, flags = parse(sys.argv[1:] if argv is None else argv)
     quiet_warnings()
     with one_line_errors(), loader_errors("start again"), joined_world(settings.pop("device"), "env://") as world:
         try:

@@ -24,10 +24,11 @@ import torch
 
 from studies.commands import Settings
 from studies.jobs import Jobs, Outcome, tell
-from studies.plan import PlannedRun, flags_as_words, plan_runs
+from studies.plan import PlannedRun, errors_in, flags_as_words, plan_runs
 from studies.processes import Processes
 from studies.run_state import check_flags, is_finished
 from studies.study_file import Study, read_study
+from training import arguments
 from training.parsing import Parser, nonneg_int, positive_float, positive_int, seed_int, with_hyphens
 from training.stopping import RESUMABLE, StopSignals
 from utils import run_command
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None):
     budget = args.budget and 60 * args.budget
     settings = Settings(study.analyze, args.keep_weights, args.jobs, args.nproc_per_node, budget)
     runs = plan_runs(study, args.out, user_flags)
+    check_analysis(study)
     own = _of_task(runs, args.task, args.tasks)
     for run in own:
         check_flags(run, settings.num_processes)
@@ -99,6 +101,23 @@ def main(argv: list[str] | None = None):
     if outcome.left:
         tell(f"left; start the same command again to continue: {' '.join(outcome.left)}")
         raise SystemExit(RESUMABLE)
+
+
+def check_analysis(study: Study):
+    """Refuse words for analyze.py that it would refuse when the first run is finished.
+
+    Raises:
+        SystemExit: a flag is unknown or out of range, or one that a study sets.
+    """
+    if study.analyze is None:
+        return
+    import analyze  # here, as matplotlib takes a second to import
+
+    with errors_in(f"{study.path}, analyze"):
+        settings, flags = analyze.parse(["RUN", *study.analyze])
+        if settings["runs"] != ["RUN"] or settings["output_dir"]:
+            raise SystemExit("it has flags only, without a RUN and --output-dir")
+        arguments.parse_args(flags)
 
 
 def _of_task(runs: Sequence[PlannedRun], task: int | None, tasks: int | None) -> Sequence[PlannedRun]:

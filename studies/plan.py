@@ -3,7 +3,7 @@
 import contextlib
 import io
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,8 @@ def plan_runs(study: Study, out: Path, user_flags: Sequence[str] = ()) -> list[P
             words = ["--config", str(study.recipe)] if study.recipe else []
             words += [*flags_as_words(study.flags_of(row)), "--seed", str(seed), "--resume", "auto"]
             words += ["--output_dir", str(folder), *user_flags]
-            runs.append(PlannedRun(row, seed, folder, words, _parse(f"{study.path}, row {row}", words)))
+            with errors_in(f"{study.path}, row {row}"):
+                runs.append(PlannedRun(row, seed, folder, words, arguments.parse_args(words)))
     return runs
 
 
@@ -90,17 +91,14 @@ def _value(words: Sequence[str], index: int) -> str:
     return value if equals else next(iter(words[index + 1 :]), "")
 
 
-def _parse(where: str, words: list[str]) -> Namespace:
-    """The flags that main.py gets from words.
-
-    Raises:
-        SystemExit: main.py would refuse them.
-    """
+@contextlib.contextmanager
+def errors_in(where: str) -> Iterator[None]:
+    """Turn the error of a parser into a line that says where its words come from."""
     text = io.StringIO()
     try:
         with contextlib.redirect_stderr(text):
-            return arguments.parse_args(words)
+            yield
     except SystemExit as error:
         reason = error.code if isinstance(error.code, str) else text.getvalue().strip().splitlines()[-1]
-        reason = reason.removeprefix("error: ").replace("(--help", "(main.py --help")
+        reason = reason.removeprefix("error: ").removesuffix(" (--help lists every flag)")
         raise SystemExit(f"error: {where}: {reason}") from None

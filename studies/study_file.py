@@ -30,7 +30,7 @@ from training.parsing import with_hyphens
 KEYS = ("recipe", "rows_from", "seeds", "baseline", "flags", "analyze", "rows")
 NOT_OF_A_STUDY = (
     *("config", "seed", "output_dir", "resume", "resume_with_changes", "start_epoch"),
-    *("eval", "check_data", "dry_run"),
+    *("eval", "check_data", "dry_run", "help"),
 )
 """Flags that a study sets for each run, and those with which main.py trains no run or another one."""
 
@@ -93,7 +93,7 @@ def read_study(path: Path) -> Study:
         if key not in KEYS:
             hint = did_you_mean(str(key), KEYS, f"; there are {', '.join(KEYS)}")
             raise SystemExit(f"error: {path} has an unknown key {key}{hint}")
-    other = read_study(path.parent / content["rows_from"]) if "rows_from" in content else None
+    other = _read_other(path, str(content["rows_from"])) if "rows_from" in content else None
     rows = _check_rows(path, content.get("rows", {}), other.rows if other else {})
     seeds = content.get("seeds", [0])
     if (
@@ -109,7 +109,7 @@ def read_study(path: Path) -> Study:
     if "baseline" in content and baseline not in rows:
         hint = did_you_mean(str(baseline), rows, f"; there are {', '.join(rows)}")
         raise SystemExit(f"error: {path}: baseline {baseline} is not a row{hint}")
-    recipe = Path(os.path.normpath(path.parent / content["recipe"])) if "recipe" in content else None
+    recipe = Path(os.path.normpath(path.parent / str(content["recipe"]))) if "recipe" in content else None
     return Study(
         path,
         rows,
@@ -118,8 +118,28 @@ def read_study(path: Path) -> Study:
         flags=_check_flags(f"{path}: flags", content.get("flags")),
         recipe=recipe,
         recipe_flags=_read_recipe(recipe) if recipe else {},
-        analyze=shlex.split(content["analyze"] or "") if "analyze" in content else None,
+        analyze=_check_words(path, content["analyze"]) if "analyze" in content else None,
     )
+
+
+def _read_other(path: Path, rows_from: str) -> Study:
+    """The study file that another one takes rows from, which may not take rows from a third one."""
+    other = path.parent / rows_from
+    if (third := _read(other).get("rows_from")) is not None:
+        raise SystemExit(
+            f"error: {path} has rows_from {other}, which has rows_from {third}; name one with rows of its own"
+        )
+    return read_study(other)
+
+
+def _check_words(path: Path, text: object) -> list[str]:
+    """The words for analyze.py."""
+    try:
+        if not isinstance(text, str | None):
+            raise ValueError
+        return shlex.split(text or "")
+    except ValueError:
+        raise SystemExit(f"error: {path}: analyze must be words for analyze.py; it is {text}") from None
 
 
 def _read_recipe(path: Path) -> dict[str, object]:

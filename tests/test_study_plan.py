@@ -146,6 +146,7 @@ def test_rows_of_another_file_come_first(tmp_path):
         ("rows: {plain: {}, mixing: {}}\nbaseline: plane", "baseline plane is not a row; did you mean plain?"),
         ("rows: {plain: {}}\nrecipe: no.yaml", "no.yaml cannot be read"),
         ("rows_from: no.yaml", "no.yaml cannot be read"),
+        ("rows_from: study.yaml", "which has rows_from study.yaml; name one with rows"),
         ("plain", "must have one `key: value` pair per line"),
         (
             "rows: {plain: {}, last: {mixing_coeff: 1}}",
@@ -154,6 +155,12 @@ def test_rows_of_another_file_come_first(tmp_path):
         ("rows: {plain: {}, last: {lr: fast}}", "row last: argument --lr: needs a finite number > 0; got 'fast'"),
         ("rows: {plain: {}, last: {no_epochs: true}}", "row last: unknown argument --no-epochs"),
         ("rows: {plain: {}, last: {batch_size: 3}}", "row last: --batch-size 3 is odd"),
+        ("rows: {plain: {}}\nanalyze: --num-images many", "analyze: argument --num-images: needs an integer >= 0"),
+        ("rows: {plain: {}}\nanalyze: --num-imagse 3", "analyze: unknown argument --num-imagse"),
+        ("rows: {plain: {}}\nanalyze: --output-dir x", "analyze: it has flags only"),
+        ("rows: {plain: {}}\nanalyze: other --ema", "analyze: it has flags only"),
+        ("rows: {plain: {}}\nanalyze: it's", "analyze must be words for analyze.py; it is it's"),
+        ("rows: {plain: {}}\nanalyze: 3", "analyze must be words for analyze.py; it is 3"),
     ],
 )
 def test_a_mistake_in_a_study_file_is_one_line(text, found, tmp_path, capsys):
