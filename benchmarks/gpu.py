@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).parents[1]
 NUM_KERNELS, TRACED_STEPS, KERNEL_NAME = 10, 3, 90  # the last is the largest number of characters
 TESTS = [
     str(REPOSITORY / "tests" / "test_cuda.py"),
+    str(REPOSITORY / "tests" / "test_cuda_cached.py"),
     str(REPOSITORY / "tests" / "pipeline"),
     "-m",
     "cuda",

@@ -12,7 +12,7 @@ from image_files import UNREADABLE
 from PIL import Image
 
 from pipeline import image_cache
-from pipeline.image_cache import CachedImages, Squeeze, cache_images, require_memory, side_of
+from pipeline.image_cache import Squeeze, cache_images, require_memory, side_of
 from pipeline.image_folder import ImageFolder
 from pipeline.images import ReadableImages
 from utils import BadImageError, World
@@ -129,16 +129,3 @@ def test_what_does_not_fit_is_refused(local_size, place, device, free, message, 
     else:
         assert require_memory(*needs).startswith(IMAGES)
     assert asked == ["cuda" if (place, device) == ("device", "cuda") else "cpu"]
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("place", ["memory", "device"])
-def test_batches_of_a_gpu_have_the_rows_that_were_asked_for(folder, place):
-    on_gpu = World(0, 1, 0, 1, torch.device("cuda", 0))
-    read = ReadableImages(ImageFolder(folder), Squeeze(24, "bicubic"), 0)
-    cache = cache_images(read, (3, 24, 24), on_gpu, place, WORKERS[0], pin=True)
-    assert cache.images.device.type == {"memory": "cpu", "device": "cuda"}[place]
-    images, labels = CachedImages.__getitems__(cache, [7, 0, 7])
-    assert torch.equal(images.cpu(), cached(folder).images[[7, 0, 7]]) and labels.tolist() == [1, 0, 1]
-    assert images.is_cuda or images.is_pinned()
