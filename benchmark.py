@@ -5,14 +5,15 @@
     python benchmark.py remedies --model deit_small_patch16_224_diverse --batch-size 16
     python benchmark.py loader --data-path DATA --resized RESIZED
     python benchmark.py cached --model deit_tiny_patch16_224_diverse --input-size 32 --patch-size 4 --batch-size 1024
+    python benchmark.py host --config recipes/slvit.yaml --compile-mode reduce-overhead
     python benchmark.py bytes --model deit_small_patch16_224_diverse --batch-size 1024
     python benchmark.py gpu --minutes 8
 
 `step` times a plain timm training step, this project's with all terms, with further flags (--variant) and with each
 term alone, and a textbook's. `terms` times every term alone, more precisely, as a fraction of the plain step, and
 measures the memory that it adds. `remedies` times the plain step with every remedy alone, with further flags too
-(--variant). `loader` times the input pipeline, of random images without --data-path. `cached`
-times batches of cached images on the device, and a training step on them. `bytes`
+(--variant). `loader` times the input pipeline, of random images without --data-path. `cached` times batches of cached
+images on the device, and a training step on them. `host` times what the host does in a step, part by part. `bytes`
 counts, without a GPU, the memory traffic and the kernels of the compiled step on an H100. `card` has the two speeds of
 the device, and `kernels` where a step spends its time. `gpu` runs all of this and the tests for a GPU, with a time
 limit for each, and writes a report; on a CPU with tiny models.
@@ -33,7 +34,7 @@ if __name__ == "__main__":
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler prints no messages
 
-from benchmarks import cached, cuda_bytes, gpu, loader, measure, remedies, steps, terms
+from benchmarks import cached, cuda_bytes, gpu, host, loader, measure, remedies, steps, terms
 from diversity import ALIASES, REGULARIZERS
 from diversity.classification import MIXING
 from models.execution import set_backends
@@ -48,6 +49,7 @@ WHATS = {
     "remedies": remedies.compare_remedies,
     "loader": loader.compare_loaders,
     "cached": cached.compare_cached,
+    "host": host.compare_host_work,
     "bytes": cuda_bytes.compare_bytes,
     "card": gpu.describe_card,
     "kernels": gpu.trace_kernels,

@@ -100,14 +100,19 @@ def seconds_of_a_call(function: Callable) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on the clock that `use_clock` has chosen, after the device has finished all its work."""
+    """Seconds on the clock, after the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return clock()
+
+
+def clock() -> float:
+    """Seconds on the clock that `use_clock` has chosen."""
     return _clock()
 
 
 def use_clock(of_process: bool):
-    """Choose the clock of `now`: the CPU time of this process and all its threads, or the time that passes."""
+    """Choose the clock: the CPU time of this process and all its threads, or the time that passes."""
     global _clock
     _clock = time.process_time if of_process else time.perf_counter
 

@@ -57,11 +57,14 @@ def plain(args: Namespace, world: World) -> Run:
     return _steps(loss_of, model, model_ema, optimizer, random_batch(args, device), dtype, reads_loss=False)
 
 
-def diversified(args: Namespace, world: World, loader: Callable[[int], Iterable] | None = None) -> Run:
+def diversified(
+    args: Namespace, world: World, loader: Callable[[int], Iterable] | None = None, **options: Callable
+) -> Run:
     """What main.py trains with, from the batch on the device to the average; returns `train_one_epoch`'s means.
 
     Args:
         loader: returns so many batches; None = one random batch, again and again.
+        options: of `train_one_epoch`.
     """
     model = build_initial(args, NUM_CLASSES).to(world.device)
     augment = build_augmentation(args, of_bytes=False)
@@ -77,7 +80,7 @@ def diversified(args: Namespace, world: World, loader: Callable[[int], Iterable]
 
     def run(num_steps):
         batches = loader(num_steps) if loader else [batch] * num_steps
-        stats = train_one_epoch(training_loss, batches, state, update, progress, world, amp_dtype=dtype)
+        stats = train_one_epoch(training_loss, batches, state, update, progress, world, amp_dtype=dtype, **options)
         state.step, state.totals = 0, EpochTotals()
         return stats
 
