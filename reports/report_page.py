@@ -104,9 +104,12 @@ def _list(lines: Iterable[str]) -> str:
 def _in_short(asked: Asked, parts: Sequence[Part], sections: Sequence[Section]) -> str:
     """How many runs are finished, and the verdicts in the outcomes that a study is about."""
     runs = [run for part in parts if part.is_asked for run in part.runs]
-    finished = sum(not run.problem for run in runs)
-    total = len(runs) + sum(len(_missing(asked, part)) for part in parts if part.is_asked)
-    lines = [f"{finished} of {total} runs are finished."]
+    pairs = {*itertools.product(asked.rows, asked.seeds)}
+    finished = [(run.configuration, run.flags.get("seed")) in pairs for run in runs if not run.problem]
+    total = len(pairs) * sum(part.is_asked for part in parts)
+    lines = [f"{sum(finished)} of {total} runs are finished."]
+    if others := len(finished) - sum(finished):
+        lines.append(f"{others} finished runs of other rows or seeds are in the tables too.")
     outcomes = (*IN_SHORT, *dict.fromkeys(name for run in runs for name in run.own_measures))
     for section in sections:
         lines += [f"{section.label}, {line}" for line in _outcomes_in_short(asked, section, outcomes)]
@@ -204,7 +207,7 @@ def _results(section: Section) -> list[str]:
     """Tables, verdicts and figures of comparable runs."""
     blocks = [f"### {section.label}", *map(markdown_table, section.tables.texts)]
     if any(verdict.word in DECIDED for verdict in section.verdicts):
-        blocks += ["Verdicts by the rule above, with corrected p-values:"]
+        blocks += ["Verdicts by the rule above:"]
         blocks += [markdown_table(verdict_table(section.verdicts))]
     elif section.verdicts:
         blocks += ["No verdict by the rule above: in every row and outcome too few runs, or none that differ."]

@@ -87,6 +87,14 @@ def test_the_page_says_what_was_asked_and_what_was_run(tmp_path, drawn):
     assert "- all/seed1, unfinished: epoch 1 of 2" in section(page, "### Runs that are not averaged")
 
 
+def test_runs_that_were_not_asked_for_are_counted_apart(tmp_path, drawn):
+    out = make_study(tmp_path / "out")
+    start(make_run(out / "extra" / "seed0"), data={"name": "digits"})
+    start(make_run(out / "plain" / "seed7", 7), data={"name": "digits"})
+    short = section(page_of(ASKED, [out], tmp_path / "report"), "## In short")
+    assert "- 3 of 6 runs are finished.\n- 2 finished runs of other rows or seeds are in the tables too.\n" in short
+
+
 def test_hours_are_images_over_speed(tmp_path, drawn):
     page = page_of(ASKED, [make_study(tmp_path / "out")], tmp_path / "report")
     minutes = (500 / 100 + 500 / 101) / 60  # two epochs of 500 images
