@@ -66,6 +66,12 @@ class Sampling(NamedTuple):
     frames: torch.Tensor | None
     interpolation: str
 
+    def split(self, size: int) -> "list[Sampling]":
+        """The same in parts of at most `size` images."""
+        rows, maps = self.rows.split(size), self.maps.split(size)
+        frames = [None] * len(rows) if self.frames is None else self.frames.split(size)
+        return [Sampling(*part, self.interpolation) for part in zip(rows, maps, frames, strict=True)]
+
 
 class Layer(NamedTuple):
     """Operations on pixels, at most one an image.

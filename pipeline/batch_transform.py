@@ -8,7 +8,7 @@ them.
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pipeline.transforms import SMALL, TransformOptions
 
 PADDING = 4  # pixels around an image up to 32 px, as DeiT has it for CIFAR
 LEAST_NOISE = 1 << 20
+SAMPLED_AT_ONCE = 1 << 18  # values that a CPU samples together; with more it waits for memory
 
 
 class BatchTransform:
@@ -87,10 +88,10 @@ class BatchTransform:
     ) -> tuple[Sampling, ...]:
         """Of boxes [B, 4] (top, left, height, width) in pixels of the cached images."""
         is_moved = (choice.operations > 0) & (choice.operations <= len(GEOMETRY))
-        is_sampled = is_moved.any(axis=1) if self.only_shifts else np.full(len(boxes), True)
+        groups = (True,) if self.only_shifts else (False, True)  # whether the policy moves an image
         samplings = []
-        for kernel, interpolation in enumerate(self.kernels):
-            rows = np.flatnonzero(is_sampled & (kernels == kernel))
+        for (kernel, interpolation), has_geometry in product(enumerate(self.kernels), groups):
+            rows = np.flatnonzero((is_moved.any(axis=1) == has_geometry) & (kernels == kernel))
             if not len(rows):
                 continue
             if self.only_shifts:
@@ -154,7 +155,8 @@ class BatchTransform:
         else:
             source = cropped = _shifted(images, draws.shifts)
         padding_mode = "zeros" if self.is_small and not self.only_shifts else "border"
-        for rows, maps, frames, interpolation in draws.samplings:
+        at_once = max(1, SAMPLED_AT_ONCE // source[0].numel()) if images.device.type == "cpu" else len(images)
+        for rows, maps, frames, interpolation in chain.from_iterable(part.split(at_once) for part in draws.samplings):
             cropped[rows] = batch_geometry.sample(
                 source[rows], maps, self.size, interpolation, frames, self.fill, padding_mode
             )

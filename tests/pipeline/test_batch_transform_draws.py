@@ -14,6 +14,7 @@ from scipy import stats
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.fake_cuda import CUDA
+from pipeline import batch_transform as program
 from pipeline.images import Sample
 from pipeline.transforms import build_transform
 from utils import reseed
@@ -30,12 +31,13 @@ def images():
 @pytest.mark.parametrize("words", [EVERYTHING, ("--aa", "none"), ("--aa", "trivialaugment", "--recount", 2),
                                    ("--aa", "autoaugment-cifar10", "--remode", "rand"),
                                    (*EVERYTHING, "--input-size", 48)])  # fmt: skip
-def test_pixels_of_a_sample_do_not_depend_on_its_batch(images, words):
-    """In any order, batch and subset, after any other batch, and from another object."""
+def test_pixels_of_a_sample_do_not_depend_on_its_batch(images, words, monkeypatch):
+    """In any order, batch and subset, after any other batch, from another object, and sampled in parts."""
     samples = [Sample(index, 3, index % 3) for index in range(64)]
     sizes = np.stack((40 + np.arange(64), 90 - np.arange(64)), axis=1)
     transform = batch_transform(*words, cache_size=32)
     together = apply(transform, images, samples, sizes)
+    monkeypatch.setattr(program, "SAMPLED_AT_ONCE", 3 * images[0].numel())
     other = batch_transform(*words, cache_size=32)
     apply(other, images, [Sample(index, 2, 0) for index in range(64)], sizes)
     for places in (np.random.RandomState(0).permutation(64), np.arange(5, 12), np.array([7, 7, 3]), np.array([40])):
