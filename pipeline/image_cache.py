@@ -21,7 +21,7 @@ from utils import World
 
 PLACES = ("none", "memory", "device")
 BATCH = 64  # images that a loader process reads before it sends them
-SHARED_ROWS = 4096  # images that a rank sends to the others at once
+SHARED_ROWS = 1024  # images that a rank sends to the others at once
 
 
 def side_of(cache_size: int | None, input_size: int) -> int:
@@ -153,6 +153,8 @@ def cache_images(
     images.transform = WithSize(images.transform)
     loader = StoppableLoader(Subset(images, range(first, end)), batch_size=BATCH, **settings)
     is_shown = world.is_main and sys.stderr.isatty()
+    if world.is_main and not is_shown:
+        print(f"reading {count:,} images once", file=sys.stderr, flush=True)
     with tqdm(desc="reading", total=end - first, unit=" images", leave=False, disable=not is_shown) as bar:
         for (pixels_of_batch, sizes_of_batch), labels_of_batch in loader:
             rows = slice(first, first + len(labels_of_batch))

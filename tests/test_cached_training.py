@@ -151,7 +151,8 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(then, tmp_path, monkeypa
 
 def test_a_run_names_its_memory_and_evaluates_without(folder, tmp_path, capfd):
     run_main(*TINY, *folder, "--batch-size", 4, "--cache-images", "memory", "--output-dir", tmp_path / "run")
-    printed = capfd.readouterr().out
+    printed, errors = capfd.readouterr()
+    assert "reading 46 images once\n" in errors and "reading 14 images once\n" in errors
     num_bytes = 3 * (46 + 14) * 32 * 32
     line = f"46 training images of 32 px and 14 validation images of 32 px are in memory: {num_bytes:,} bytes"
     assert line in printed and "fast path: fused attention, fused optimizer, images in memory\n" in printed

@@ -249,7 +249,7 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error("--save-predictions belongs to training; leave it out with --eval")
     if args.save_predictions and find_source(args.data_set).is_stream:
         parser.error(f"--save-predictions needs images with numbers, but --data-set {args.data_set} streams")
-    if args.cache_images != "none" and find_source(args.data_set).is_stream:
+    if args.cache_images != "none" and find_source(args.data_set).is_stream and not args.eval:
         parser.error(f"--cache-images needs images with numbers, but --data-set {args.data_set} streams")
     if args.val_fraction and find_source(args.data_set).is_stream:
         parser.error(f"--val-fraction needs images with numbers, but --data-set {args.data_set} streams")

@@ -80,6 +80,8 @@ def test_too_many_unreadable_images_stop_it_and_its_processes(folder, num_worker
     with pytest.raises(BadImageError, match="number 2; 1 may be replaced"):
         cached(folder, num_workers=num_workers, max_bad=1)
     gc.collect()  # the error has the frames in which the loader is
+    for process in multiprocessing.active_children():
+        process.join(20)
     assert not multiprocessing.active_children()
 
 

@@ -68,6 +68,7 @@ def test_wrong_command_lines(capsys, words, named):
     "words",
     [
         "--batch-size 33 --eval --resume a.pth",
+        "--data-set wds/any --num-classes 2 --cache-images memory --eval --resume a.pth",
         "--warmup-lr 0 --dr 0.5",
         "--batch-size 33 --mixup 0 --cutmix 0",
         "--start-epoch 10 --epochs 10 --cooldown-epochs 1",
