@@ -48,6 +48,11 @@ class DataOptions(SourceOptions, TransformOptions):
     cache_size: int | None
     decode_once: bool = True
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether images are kept in memory; an evaluation reads each of them once."""
+        return self.cache_images != "none" and not self.eval
+
 
 @dataclass
 class Data:
@@ -194,35 +199,35 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
         labels = labels_by_name(names, [*classes], is_training=train is not None)
     if classes:
         num_classes, names = options.num_classes or len(classes), [*classes]
-    is_cached = options.cache_images != "none" and not options.eval
     prefetches = options.prefetcher
-    if prefetches is None or is_cached:
+    if prefetches is None or options.is_cached:
         prefetches = world.device.type == "cuda"
     for source in (train, val):
         if isinstance(source, IterableDataset):
             source.target_transform = partial(_known_label, num_classes=num_classes, labels=labels)
     notes = [source.note for source in (train, val) if getattr(source, "note", "")]
-    if is_cached:
+    if options.is_cached:
         side = side_of(options.cache_size, options.input_size)
         notes.append(require_memory(options.cache_images, world, (len(train), side), (len(val), options.input_size)))
-    how = labels, prefetches, is_cached
-    train_loader = None if train is None else _train_loader(options, world, train, *how)
-    val_loader = _val_loader(options, world, val, *how)
+    train_loader = None if train is None else _train_loader(options, world, train, labels, prefetches)
+    val_loader = _val_loader(options, world, val, labels, prefetches)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(train_loader, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps)
     data.seed, data.has_labels, data.notes = options.seed, find_source(options.data_set).has_labels, notes
     if train is not None:
         data.num_train = train.reader.num_samples if isinstance(train, IterableDataset) else len(train)
         data.num_steps = len(train_loader) // options.accum_steps
-        data.prefetcher = Prefetcher(train_loader, world.device) if prefetches and not is_cached else None
+        data.prefetcher = Prefetcher(train_loader, world.device) if prefetches and not options.is_cached else None
     return data
 
 
 def _train_loader(
-    options: DataOptions, world: World, source: Dataset, labels: Sequence[int], prefetches: bool, is_cached: bool
+    options: DataOptions, world: World, source: Dataset, labels: Sequence[int], prefetches: bool
 ) -> DataLoader | CachedLoader:
     side = side_of(options.cache_size, options.input_size)
-    transform = Squeeze(side, options.interpolation) if is_cached else build_transform(options, True, prefetches)
+    transform = build_transform(options, is_training=True, as_bytes=prefetches)
+    if options.is_cached:
+        transform = Squeeze(side, options.interpolation)
     if isinstance(source, IterableDataset):
         return _stream_loader(options, world, source, transform, is_training=True)
     settings = {"decode_once": options.decode_once, "labels": labels}
@@ -242,33 +247,33 @@ def _train_loader(
         )
     num_batches = num_steps * options.accum_steps
     batches = ResumableBatches(sampler, options.batch_size, num_batches, repeats, world, options.repeats_together)
-    if is_cached:
+    if options.is_cached:
         augment = BatchTransform(options, options.seed, len(images), side)  # it refuses before images are read
         return CachedLoader(_cached(options, world, images, (3, side, side)), batches, augment, world.device)
     return StoppableLoader(images, batch_sampler=batches, **loader_settings(options, world, is_training=True))
 
 
 def _val_loader(
-    options: DataOptions, world: World, source: Dataset, labels: Sequence[int], prefetches: bool, is_cached: bool
+    options: DataOptions, world: World, source: Dataset, labels: Sequence[int], prefetches: bool
 ) -> DataLoader | Prefetcher:
     """The share of each rank without padding: images rank, rank + size, rank + 2 size, ..."""
-    transform = build_transform(options, is_training=False, as_bytes=prefetches or is_cached)
+    transform = build_transform(options, is_training=False, as_bytes=prefetches or options.is_cached)
     batch_size, settings = int(1.5 * options.batch_size), loader_settings(options, world, is_training=False)
     if isinstance(source, IterableDataset):
         loader = _stream_loader(options, world, source, transform, is_training=False)
     else:
         images = ReadableImages(source, transform, max_bad=0, labels=labels)
-        if is_cached:
+        if options.is_cached:
             images = _cached(options, world, images, (options.input_size, options.input_size, 3))
             settings = {"collate_fn": _as_it_is}
         if options.dist_eval and world.size > 1:
             images = Subset(images, range(world.rank, len(images), world.size))
         loader = StoppableLoader(images, batch_size=batch_size, **settings)
-    if not (prefetches or is_cached):
+    if not (prefetches or options.is_cached):
         return loader
     kind = Normalize if prefetches else FloatPath
     normalize = kind(options.mean, options.std).to(world.device)
-    are_there = is_cached and options.cache_images == "device"
+    are_there = options.is_cached and options.cache_images == "device"
     return Prefetcher(loader, world.device, normalize, has_stream=not are_there)
 
 
