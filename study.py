@@ -164,9 +164,6 @@ def report(study: Study, runs: Sequence[PlannedRun], args: Namespace, argv: Sequ
         return tell("no run has finished: neither report nor records are written")
     from reports import study_report  # here, as matplotlib takes a second to import
 
-    if args.collect:
-        count = study_report.collect([args.out], args.collect)
-        tell(f"{args.collect} has {count} records")
     if args.report:
         rows = {row: shlex.join(flags_as_words(flags)) for row, flags in study.rows.items()}
         lines = [f"command: {shlex.join(['python', 'study.py', *argv])}"]
@@ -176,6 +173,9 @@ def report(study: Study, runs: Sequence[PlannedRun], args: Namespace, argv: Sequ
         measure = args.budget is None  # which takes time
         page = study_report.write_report(asked, [args.out], args.out / "report", args.also, measure)
         tell(f"report: {page}")
+    if args.collect:  # after the report, which may have measured runs
+        count = study_report.collect([args.out], args.collect)
+        tell(f"{args.collect} has {count} records")
 
 
 if __name__ == "__main__":
