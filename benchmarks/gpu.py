@@ -50,26 +50,27 @@ def parts(own: Namespace, device: torch.device) -> list[Part]:
     """The commands of the report, the most important ones first; tiny ones on a CPU."""
     small, base = ["--model", "deit_small_patch16_224_diverse"], ["--model", "deit_base_patch16_224_diverse"]
     tiny = ["--model", "deit_tiny_patch16_224_diverse", "--input-size", "32", "--patch-size", "4"]
-    narrow = [*tiny, "--model-kwargs", "depth=9", "embed_dim=192", "num_heads=12", "mlp_ratio=2"]  # recipes/slvit.yaml
+    narrow = ["--config", str(REPOSITORY / "recipes" / "slvit.yaml")]
     if device.type != "cuda":
         small = base = tiny = narrow = [*tiny, "--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3"]
     large, middle, few = map(str, (1024, 256, 128) if device.type == "cuda" else (8, 4, 2))
     common = ["--device", str(device), "--rounds", str(own.rounds)]
     flags = ["--variant=--no-compile", "--variant=--patch-product", "--variant=--residual-dtype bfloat16 --amp bf16"]
     graphs = "--compile-mode reduce-overhead"
-    graphs = ["--terms", f"--variant={graphs}", "--variant=--preset none", f"--variant=--preset none {graphs}"]
+    modes = ["--terms", f"--variant={graphs}", "--variant=--preset none", f"--variant=--preset none {graphs}"]
     return [
         Part(["card", *common], 0.05),
         Part(["cached", *common, *tiny, "--batch-size", large], 0.1),
-        Part(["step", *common, *narrow, "--batch-size", few, *graphs], 0.18),
-        Part(["pytest", *TESTS], 0.22),
-        Part(["step", *common, *small, "--batch-size", large, "--terms", *flags[:1]], 0.22),
+        Part(["step", *common, *narrow, "--batch-size", few, *modes], 0.18),
+        Part(["host", *common, *narrow, "--batch-size", few, *graphs.split()], 0.05),
+        Part(["pytest", *TESTS], 0.2),
+        Part(["step", *common, *small, "--batch-size", large, "--terms", *flags[:1]], 0.2),
         Part(["kernels", *common, *small, "--batch-size", large], 0.05),
         Part(["step", *common, *small, "--batch-size", few, "--terms", *flags[:1]], 0.05),
         Part(["loader", *common, "--batch-size", few, "--steps", "2"], 0.05),
         Part(["step", *common, *base, "--batch-size", middle, "--terms"], 0.03),
         Part(["step", *common, *small, "--batch-size", large, *flags[1:]], 0.02),
-        Part(["remedies", *common, *small, "--batch-size", middle, "--no-compile"], 0.03),
+        Part(["remedies", *common, *small, "--batch-size", middle, "--no-compile"], 0.02),
     ]
 
 

@@ -2,13 +2,15 @@
 
 import json
 import re
+import time
 
 import pytest
 from helpers import TINY, make_image_folder
 
 import benchmark
 import diversity
-from benchmarks import loader, remedies
+from benchmarks import host, loader, remedies
+from training import update
 
 SMALL_STEP = (
     *("--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=2", "--device", "cpu"),
@@ -64,6 +66,30 @@ def test_loaders(capsys, tmp_path, monkeypatch):
     parts = ["decode once", "fast crop", "bytes", "all three", "all three, resized copy", "all three, 1 processes"]
     assert [*rows] == ["DeiT's", *parts]
     assert all(float(row[0]) > 0 for row in rows.values())
+
+
+def test_batches_of_cached_images_and_steps_on_them(capsys, tmp_path):
+    own = ["--rounds", "2", "--steps", "3", "--json", tmp_path / "cached.json"]
+    benchmark.main(["cached", *map(str, [*TINY, "--batch-size", "4", *own])])
+    rows = table(capsys.readouterr().out)
+    batches = [f"batches, --aa {aa}" for aa in ("rand-m9-mstd0.5-inc1", "none --color-jitter 0")]
+    assert [*rows] == [*batches, "step on one batch", "step on cached images"]
+    assert all(float(row[0].replace(",", "")) > 0 for row in rows.values())
+    step = json.loads((tmp_path / "cached.json").read_text())["cached"]["step on cached images"]
+    assert 0 < step["data_wait"] < 1 and step["to_one_batch"] > 0
+
+
+def test_the_work_of_the_host(capsys, tmp_path, monkeypatch):
+    """A wait of the optimizer is found in its row and in that of the step."""
+    take = update.step_if
+    monkeypatch.setattr(update, "step_if", lambda *args: (time.sleep(0.05), take(*args)))
+    monkeypatch.setattr(host, "WARM_UP", 1)
+    own = ["--rounds", "1", "--steps", "3", "--json", tmp_path / "host.json"]
+    benchmark.main(["host", *map(str, [*TINY, "--batch-size", "4", *own])])
+    assert [*table(capsys.readouterr().out)] == [*host.PARTS, host.OTHER, host.ALL]
+    found = {name: row["us"] for name, row in json.loads((tmp_path / "host.json").read_text())["host"].items()}
+    assert all(us > 0 for us in found.values())
+    assert found["optimizer"] > 50_000 and found[host.ALL] > 50_000
 
 
 def test_cached_images(capsys, tmp_path, monkeypatch):

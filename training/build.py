@@ -277,6 +277,9 @@ def unusual_settings(args: Namespace, lr: float, num_steps: int) -> list[str]:
          f"--warmup-lr {args.warmup_lr:g} is above the learning rate {lr:g}"),
         (has_min_lr and args.min_lr > lr,
          f"--min-lr {args.min_lr:g} is above the learning rate {lr:g}"),
+        (args.compile_mode != "default" and args.grad_checkpointing and (args.drop or args.drop_path),
+         f"--compile-mode {args.compile_mode} is cut into many CUDA graphs by the random numbers of blocks that "
+         "--grad-checkpointing computes again; --drop 0 --drop-path 0 avoids it"),
         (args.diversity_warmup >= num_epochs,
          f"--diversity-warmup {args.diversity_warmup} is too long for {num_epochs} epochs: none has full coefficients"),
         (args.diversity_until is not None and args.diversity_until >= num_epochs,

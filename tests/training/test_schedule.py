@@ -204,6 +204,9 @@ def test_all_ranks_have_the_accuracies_of_the_main_one(monkeypatch):
         ("--diversity-warmup 299 --diversity-until 302 --cooldown-epochs 3", ""),
         ("--diversity-warmup 300", "--diversity-warmup 300"),
         ("--diversity-until 300", "--diversity-until 300"),
+        ("--compile-mode reduce-overhead --grad-checkpointing", "--compile-mode reduce-overhead --grad-checkpointing"),
+        ("--compile-mode reduce-overhead --grad-checkpointing --drop-path 0", ""),
+        ("--compile-mode reduce-overhead", ""),
     ],
 )
 def test_settings_that_no_run_of_this_length_and_rate_means_are_said(words, named):
