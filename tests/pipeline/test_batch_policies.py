@@ -13,6 +13,7 @@ from torchvision import transforms
 from torchvision.transforms import autoaugment
 
 from pipeline.batch_policies import OPERATIONS, build_policy
+from pipeline.transforms import TORCHVISION_POLICIES
 
 SIZE = 32
 DRAWN = 4000
@@ -203,6 +204,11 @@ def test_color_jitter_draws_as_torchvision(strength):
     for name in names:
         factors = [[dict(image)[name] for image in images] for images in (ours, theirs)]
         assert stats.ks_2samp(*factors).pvalue > UNLIKELY, name
+
+
+@pytest.mark.parametrize("name", TORCHVISION_POLICIES)
+def test_policies_of_torchvision_that_a_loader_has_are_there_for_batches(name):
+    assert any(map(len, chosen(build_policy(name, 0.4, SIZE), 50)))
 
 
 def test_without_a_policy_nothing_is_drawn():
