@@ -1,10 +1,11 @@
-"""The paper-style table of a study, built from its run folders alone.
+"""The paper-style table of a study, built from its run folders or their records alone.
 
     python table.py runs/study --format latex --output table.tex --curves curves.png
 
 A configuration of the study, one row, is a set of runs that differ only in their seed: runs/study/plain/seed0, seed1,
 ... Only finished runs are averaged; the others are listed below the table. Redundancy is compared only if all runs were
-measured in the same way: by analyze.py, else by main.py in the last epoch.
+measured in the same way: by analyze.py, else by main.py in the last epoch. A .jsonl file has records of finished runs,
+which study.py --collect writes; each of its data sets has its own tables.
 """
 
 import signal
@@ -23,7 +24,12 @@ def main(argv: list[str] | None = None):
     """Write the table that a command line describes."""
     parser = Parser(prog="table.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("out", nargs="+", metavar="OUT", help="run folder, or folder that is searched for run folders")
+    add(
+        "out",
+        nargs="+",
+        metavar="OUT",
+        help="run folder, folder that is searched for run folders, or .jsonl file of records",
+    )
     add("--format", choices=("markdown", "latex", "csv"), default="markdown", help="default: markdown")
     add("--measures", nargs="*", metavar="NAME", help=f"of redundancy; default: {' '.join(DEFAULT_MEASURES)}")
     add("--baseline", default="plain", metavar="CONFIGURATION", help="to compare with; default: plain")
