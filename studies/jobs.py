@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from studies.commands import Settings
 from studies.plan import PlannedRun
-from studies.run_state import ANALYZED, epochs_left, seconds_taken, weights_of, write_analyzed
+from studies.run_state import ANALYZED, State, epochs_left, seconds_taken, weights_of, write_analyzed
 from training.stopping import RESUMABLE
 
 CONSOLE = "console.log"
@@ -93,7 +93,8 @@ class Jobs:
                 self.sleep(POLL_SECONDS)
             elif self.is_stopping:
                 break
-        return Outcome(self.failed, [*self.left, *(run.name for run in waiting)], self.signal)
+        self.left += [run.name for run in waiting if self.settings.state(run) != State.FINISHED]
+        return Outcome(self.failed, self.left, self.signal)
 
     def _begin(self, run: PlannedRun):
         state, job = self.settings.state(run), Job(run, self.settings.commands(run), self.clock())

@@ -78,10 +78,12 @@ def check_flags(run: PlannedRun, num_processes: int):
 
 
 def epochs_left(run: PlannedRun) -> float:
-    """The fraction of a run's epochs that its log.txt does not have."""
+    """The fraction of a run's epochs that it has not trained, by its log.txt; 1 without a checkpoint."""
     path = run.folder / LOG
-    epochs = [record["epoch"] for record in read_records(path) if record] if path.exists() else []
-    return max(0.0, 1 - (max(epochs) + 1) / (run.args.epochs + run.args.cooldown_epochs)) if epochs else 1.0
+    if not (path.exists() and weights_of(run.folder)):
+        return 1.0
+    trained = max((record["epoch"] + 1 for record in read_records(path) if record), default=0)
+    return max(0.0, 1 - trained / (run.args.epochs + run.args.cooldown_epochs))
 
 
 def seconds_taken(folder: Path) -> float:

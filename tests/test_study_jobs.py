@@ -132,9 +132,10 @@ def test_a_budget_starts_nothing_that_cannot_end_in_it(tmp_path, capsys):
 
 def test_at_the_end_of_the_budget_runs_are_stopped(tmp_path, capsys):
     runs = tiny_runs(tmp_path, seeds=[0, 1])
+    finish(runs[3])
     machine = Machine(usual=100)  # the first runs of a study take nobody knows how long
     outcome = machine.run(runs, budget_seconds=90, num_jobs=2)
-    assert outcome == ([], ["plain/seed0", "mixing/seed0", "plain/seed1", "mixing/seed1"], None)
+    assert outcome == ([], ["plain/seed0", "mixing/seed0", "plain/seed1"], None)
     assert len(machine.begun) == 2 and machine.now - 1000 < 92
     assert "the end of --budget stops the study: its runs save" in capsys.readouterr().err
 
