@@ -6,6 +6,7 @@ import re
 import pytest
 from run_folders_on_disk import error_of, make_run, redundancy, report, squeezed, start, tabulated
 
+from reports import figures
 from reports.run_folders import find_runs
 from reports.run_records import record_of, write_records
 
@@ -129,9 +130,18 @@ def test_records_are_not_compared_with_folders(study, tmp_path, capsys):
     assert csv.splitlines()[0].split(",")[:2] == ["configuration", "n"] and ",cifar10," in csv
 
 
-def test_a_quantity_of_the_last_epoch_alone_is_not_drawn(tmp_path):
-    from reports import figures
+def test_a_row_has_one_colour_in_all_sets_of_a_file(tmp_path, capsys, monkeypatch):
+    other = {"set": "imagenette", "args": BACKGROUND["args"] | {"data_path": "data/imagenette96"}}
+    file = write_lines(tmp_path / "early.jsonl", {"row": "all"}, {"row": "b"}, {}, other | {"row": "b"}, other)
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    tabulated(capsys, file, "--curves", tmp_path / "curves.png")
+    colours = [[handle.get_color() for handle in figure.legends[0].legend_handles] for figure in drawn]
+    plain, first, second = figures.COLOURS[:3]
+    assert colours == [[plain, first, second], [plain, second]]
 
+
+def test_a_quantity_of_the_last_epoch_alone_is_not_drawn(tmp_path):
     runs = find_runs([write_lines(tmp_path / "early.jsonl", {})])
     figure = figures.training_curves([(run.configuration, run.records, True) for run in runs])
     (axis,) = figure.axes
