@@ -11,7 +11,7 @@ from reports.runs import Run
 from reports.statistics import runs_needed
 from reports.study_table import Tables, problems
 from reports.tables import markdown_table
-from reports.verdicts import DECIDED, DIFFERENT, Rule, Verdict, outcome_heading, verdict_sentences, verdict_table
+from reports.verdicts import DECIDED, DIFFERENT, Rule, Verdict, outcome_heading, verdict_sentences, verdict_tables
 
 IN_SHORT = ("test_acc1", "function_patch_probe", "function_knn_last")
 """Outcomes of the summary; a study's own measures are among them too."""
@@ -208,7 +208,7 @@ def _results(section: Section) -> list[str]:
     blocks = [f"### {section.label}", *map(markdown_table, section.tables.texts)]
     if any(verdict.word in DECIDED for verdict in section.verdicts):
         blocks += ["Verdicts by the rule above:"]
-        blocks += [markdown_table(verdict_table(section.verdicts))]
+        blocks += map(markdown_table, verdict_tables(section.verdicts))
     elif section.verdicts:
         blocks += ["No verdict by the rule above: in every row and outcome too few runs, or none that differ."]
     for file, caption in section.images.items():

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from reports.rows import headings
+from reports.rows import SIDE_BY_SIDE, headings
 from reports.runs import ACCURACIES
 from reports.statistics import holm, interval_text, p_text
 from reports.tables import known_measures
@@ -93,14 +93,14 @@ def _word(outcome: str, difference: float, p: float, alpha: float) -> str:
     return direction if better is None else "better" if direction == better else "worse"
 
 
-def verdict_table(found: Sequence[Verdict]) -> dict[str, list[str]]:
-    """{heading: texts}: one line for each outcome, one column for each row."""
-    outcomes = [*dict.fromkeys(verdict.outcome for verdict in found)]
-    columns = {"outcome": [*map(outcome_heading, outcomes)]}
-    for row in dict.fromkeys(verdict.row for verdict in found):
-        of_row = {verdict.outcome: verdict for verdict in found if verdict.row == row}
-        columns[row] = [_text(of_row[outcome]) if outcome in of_row else "-" for outcome in outcomes]
-    return columns
+def verdict_tables(found: Sequence[Verdict]) -> list[dict[str, list[str]]]:
+    """Tables {heading: texts} with a line for each row, and a few outcomes beside each other in each."""
+    outcomes, rows = ([*dict.fromkeys(names)] for names in zip(*(verdict[:2] for verdict in found), strict=True))
+    texts = {(verdict.outcome, verdict.row): _text(verdict) for verdict in found}
+    columns = {outcome_heading(outcome): [texts.get((outcome, row), "-") for row in rows] for outcome in outcomes}
+    items = [*columns.items()]
+    parts = (items[first : first + SIDE_BY_SIDE] for first in range(0, len(items), SIDE_BY_SIDE))
+    return [{"configuration": rows} | dict(part) for part in parts]
 
 
 def outcome_heading(outcome: str) -> str:

@@ -1,5 +1,7 @@
 """Verdicts on the rows of a study: Welch's test, Holm's correction over the rows, and enough runs."""
 
+import re
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -8,7 +10,7 @@ from run_folders_on_disk import make_run
 from reports.rows import statistics_table
 from reports.run_folders import find_runs
 from reports.statistics import runs_needed
-from reports.verdicts import Rule, verdict_sentences, verdict_table, verdicts
+from reports.verdicts import Rule, verdict_sentences, verdict_tables, verdicts
 
 VALUES = {
     "plain": [50.0, 50.5, 51.0],
@@ -62,11 +64,14 @@ def test_words_follow_the_direction_in_which_an_outcome_is_better(found):
 
 
 def test_the_table_and_the_sentences_name_every_row(found):
-    table = verdict_table(found)
-    assert table["outcome"] == ["top-1 raw, % ↑", "token cosine, last layer ↓", "attention sink, all blocks"]
-    assert table["few"] == ["too few runs (n = 2)"] * 3
-    assert table["good"][0].startswith("**better** (p ") and table["same"][0].startswith("not significant (p ")
-    assert "n. s." not in str(table)
+    (table,) = verdict_tables(found)
+    first, *outcomes = table
+    assert (first, table[first]) == ("configuration", ["bad", "few", "good", "same"])
+    assert outcomes == ["top-1 raw, % ↑", "token cosine, last layer ↓", "attention sink, all blocks"]
+    bad, few, good, same = table["top-1 raw, % ↑"]
+    assert {texts[1] for name, texts in table.items() if name in outcomes} == {few} == {"too few runs (n = 2)"}
+    assert good.startswith("**better** (p ") and bad.startswith("**worse** (p ")
+    assert re.fullmatch(r"not significant \(p [\d.]+, Holm [\d.]+\)", same)
     text = verdict_sentences([*of(found, "test_acc1").values()], "plain", 2)
     assert text.startswith("Better than plain: good (+3.75 [") and " Worse than plain: bad (-1.58 [" in text
     assert " Not significant: same (0.00 [" in text and text.endswith(
@@ -79,7 +84,13 @@ def test_runs_that_do_not_vary_have_no_test(tmp_path):
         for seed in (0, 1):
             make_run(tmp_path / row / f"seed{seed}", seed, value)
     (verdict,) = verdicts(statistics_table(find_runs([tmp_path]), None, [], "plain"), Rule("plain", 0.05, 2))
-    assert verdict.word == "no test" and verdict_table([verdict])["all"] == ["no test (n = 2)"]
+    assert verdict.word == "no test"
+    assert verdict_tables([verdict]) == [{"configuration": ["all"], "top-1 raw, % ↑": ["no test (n = 2)"]}]
+
+
+def test_few_outcomes_are_beside_each_other(found):
+    four = [verdict._replace(outcome=f"{verdict.outcome}{end}") for end in ("", "_mine") for verdict in found]
+    assert [len(table) for table in verdict_tables(four)] == [4, 4]
 
 
 def test_without_the_baseline_there_is_no_verdict(tmp_path):
