@@ -121,7 +121,7 @@ def test_a_run_of_a_recipe_prints_its_values_and_resumes(tmp_path, few_digits, c
     words = ["--config", recipe, "--output-dir", tmp_path / "run", "--resume", "auto", *few]
     run_main(*words, "--epochs", 1)
     printed = capsys.readouterr().out.splitlines()
-    (first,) = [number for number, line in enumerate(printed) if line.startswith(f"config {recipe}: ")]
+    (first,) = [number for number, line in enumerate(printed) if line.startswith(f"config {recipe}:")]
     text = " ".join(printed[first : first + 10])
     assert "--batch-size=32" in text and "--no-repeated-aug" in text and "depth=1 embed_dim=16" in text
     run_main(*words, "--epochs", 1)

@@ -40,8 +40,8 @@ def test_a_run_prints_what_its_file_of_flags_resolved_to(tmp_path, words):
     args = parse_args(words)
     path = config(tmp_path, yaml.safe_dump(vars(args), sort_keys=False))
     lines = config_lines(parse_args(["--config", path, "--batch-size", "6"]))
-    assert lines[0].startswith(f"config {path}: ") and all(line.startswith("  ") for line in lines[1:])
-    printed = shlex.split(" ".join(line.removeprefix("  ") for line in lines).removeprefix(f"config {path}: "))
+    assert lines[0].startswith(f"config {path}:") and all(line.startswith("  ") for line in lines[1:])
+    printed = shlex.split(" ".join(line.removeprefix("  ") for line in lines).removeprefix(f"config {path}:"))
     again = parse_args(printed)
     own = {"config", "resume", "start_epoch", "local_rank", "output_dir"}
     differing = {name for name, value in vars(args).items() if getattr(again, name) != value} - own
