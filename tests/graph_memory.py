@@ -19,15 +19,17 @@ class GraphMemory:
 
     Attributes:
         num_steps: how often a step began.
+        num_graphs: how many graphs, each with its backward pass, it has compiled.
         varying: the names of the graph's inputs whose address may change, which a CUDA graph copies into its memory.
     """
 
     def __init__(self):
         self.outputs: list[torch.Tensor] = []
-        self.num_steps = 0
+        self.num_steps = self.num_graphs = 0
         self.varying: set[str] = set()
 
     def __call__(self, graph, inputs, **options):
+        self.num_graphs += 1
         assert all(torch.is_tensor(each) and not each.is_meta for each in inputs)
         nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
         is_static = [node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") for node in nodes]

@@ -8,6 +8,8 @@ from graph_memory import graph_memory
 from helpers import parse, train_epoch, world
 from steps import images, make_state, small_vit, weights
 from timm.utils import ModelEmaV3
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 
 from diversity import DiverseLoss, PatchMixup
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
@@ -18,9 +20,9 @@ from utils import World
 ON_GPU = World(0, 1, 0, 1, torch.device("cuda:0"))
 
 
-def trained(compile_step, accum_steps, before_batch=lambda *batch: None):
-    """Weights, their average and the means of the terms after three optimizer steps."""
-    model = small_vit(depth=1, drop_path_rate=0.5)
+def trained(compile_step, accum_steps, before_batch=lambda *batch: None, wrap=None, **size):
+    """Weights, their average and the means of the terms after three optimizer steps; with `wrap` one of two ranks."""
+    model = small_vit(**{"depth": 1, "drop_path_rate": 0.5} | size)
     coefs = {"mixing": 1.0, "attn_cos_within": 0.1}
     loss_fn = DiverseLoss(model, coefs, BatchAugmentation(PatchMixup(), BatchErasing(0.5)), diversity_warmup=2)
     compile_step(loss_fn)
@@ -28,7 +30,8 @@ def trained(compile_step, accum_steps, before_batch=lambda *batch: None):
     state = make_state(model, optimizer, ModelEmaV3(model, decay=0.9))
     batches = [images(4, seed=seed) for seed in range(3 * accum_steps)]
     options = {"accum_steps": accum_steps, "clip_grad": 1.0, "before_batch": partial(before_batch, loss_fn)}
-    stats = train_epoch(loss_fn, batches, state, world=world(), **options)
+    wrapped = loss_fn if wrap is None else wrap(loss_fn)
+    stats = train_epoch(wrapped, batches, state, world=world(size=1 if wrap is None else 2), **options)
     del stats["images_per_s"], stats["data_wait"]
     return weights(model), weights(state.model_ema.module), stats
 
@@ -51,6 +54,24 @@ def test_no_step_reads_what_an_earlier_one_has_returned(accum_steps):
     assert memory.num_steps == 3 * accum_steps and len(memory.outputs) > 20
     names = ("draws_boxes", "draws_mixing", "images", "labels")
     assert [name.strip("_").removeprefix("l_") for name in sorted(memory.varying)] == [*names]
+
+
+@pytest.mark.slow
+def test_each_bucket_of_several_processes_is_a_graph():
+    """One process takes part, which so has the gradients of both."""
+    ddp = partial(DistributedDataParallel, gradient_as_bucket_view=True, bucket_cap_mb=1)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        eager = trained(lambda loss_fn: None, 2, wrap=ddp, depth=3, embed_dim=192)
+        with graph_memory() as memory:
+            with_graphs = partial(DiverseLoss.compile_step, backend=memory, options={"triton.cudagraphs": True})
+            found = trained(with_graphs, 2, wrap=ddp, depth=3, embed_dim=192)
+    finally:
+        distributed.destroy_process_group()
+    for expected, value in zip(eager, found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    assert memory.num_graphs > 2 and memory.num_steps == 6
+    assert not any("parameters" in name for name in memory.varying)
 
 
 def test_losses_in_a_plain_loop_stay_as_they_were():
