@@ -22,11 +22,12 @@ if __name__ == "__main__":
 
 import torch
 
+from reports.run_records import restore_run
 from studies.commands import Settings
 from studies.jobs import Jobs, Outcome, tell
 from studies.plan import PlannedRun, errors_in, flags_as_words, plan_runs
 from studies.processes import Processes
-from studies.run_state import check_flags, is_finished
+from studies.run_state import check_flags, is_finished, recorded_runs
 from studies.study_file import Study, read_study
 from training import arguments
 from training.parsing import Parser, nonneg_int, positive_float, positive_int, seed_int, with_hyphens
@@ -63,7 +64,9 @@ def build_parser() -> Parser:
     add("--report", action="store_true", help="at the end write tables, figures and a page into OUT/report")
     add("--also", nargs="+", type=Path, default=[], metavar="FILE.jsonl",
         help="records of other studies, shown in the report beside")  # fmt: skip
-    add("--collect", type=Path, metavar="FILE.jsonl", help="at the end write a record of each finished run there")
+    add("--collect", type=Path, metavar="FILE.jsonl",
+        help="at the end write a record of each finished run there; a run whose record it has already is finished, and "
+        "gets a run folder without weights")  # fmt: skip
     return parser
 
 
@@ -87,7 +90,12 @@ def main(argv: list[str] | None = None):
     runs = plan_runs(study, args.out, user_flags)
     check_analysis(study)
     own = _of_task(runs, args.task, args.tasks)
+    recorded = recorded_runs(own, args.collect) if args.collect else {}
+    if args.dry_run:
+        own = [run for run in own if run.name not in recorded]
     for run in own:
+        if run.name in recorded:
+            restore_run(recorded[run.name], run.folder)
         check_flags(run, settings.num_processes)
     if args.dry_run:
         return print_commands(own, settings)

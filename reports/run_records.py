@@ -11,8 +11,12 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from reports.runs import Run
-from utils import atomic_write
+import yaml
+
+from reports.runs import REPORT, Run
+from training.parsing import ARGS
+from training.records import CHANGES, ENVIRONMENT, LOG, SUMMARY
+from utils import atomic_write, write_json
 
 RECORDS = ".jsonl"
 CURVES = (
@@ -86,6 +90,33 @@ def read_records_file(file: Path) -> list[Run]:
     rows = [*dict.fromkeys(record["row"] for record in records)]
     rows.sort(key=lambda row: row != "plain")  # as the places of run folders
     return [_run(record, file, rows.index(record["row"])) for record in records]
+
+
+def restore_run(run: Run, folder: Path):
+    """Write what a record has of a finished run as a run folder without weights, from which the same record follows.
+
+    Raises:
+        SystemExit: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_text(yaml.safe_dump(run.flags), folder / ARGS)
+        _write_text("".join(f"{json.dumps(epoch)}\n" for epoch in run.records), folder / LOG)
+        if run.changes:
+            _write_text("".join(f"{json.dumps(change)}\n" for change in run.changes), folder / CHANGES)
+        for value, name in ((run.starts, ENVIRONMENT), (run.report, REPORT)):
+            if value:
+                write_json(value, folder / name)
+        write_json(
+            {"epochs": len(run.records), "record": run.study.parent.name}, folder / SUMMARY
+        )  # last: it is complete
+    except OSError as error:
+        raise SystemExit(f"error: {error.filename or folder} cannot be written: {error.strerror}") from None
+
+
+def _write_text(text: str, path: Path):
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def _read_lines(file: Path) -> list[tuple[str, dict]]:

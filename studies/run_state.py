@@ -2,15 +2,17 @@
 
 import enum
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from reports.runs import changed_flags
+from reports.run_records import read_records_file
+from reports.runs import Run, changed_flags
 from studies.plan import PlannedRun
 from training.changes import Change
 from training.parsing import ARGS, with_lists
-from training.provenance import read_starts
+from training.provenance import data_name, read_starts
 from training.records import LOG, PREDICTIONS, SUMMARY, read_records
 from utils import write_json
 
@@ -75,6 +77,30 @@ def check_flags(run: PlannedRun, num_processes: int):
             f"error: {run.folder} was trained with other flags: {', '.join(map(str, changes))}; give the old values, "
             "or choose another OUT"
         )
+
+
+def recorded_runs(runs: Sequence[PlannedRun], file: Path) -> dict[str, Run]:
+    """{name of a run without a run folder: its record in a file}; none where there is no such file.
+
+    So a study that is continued on another machine, with nothing but its records, skips what is finished.
+
+    Raises:
+        SystemExit: the file has a line that is no record, or a record has other flags than those planned.
+    """
+    records = read_records_file(file) if file.exists() else []
+    recorded = {(run.study.name, run.configuration, run.flags["seed"]): run for run in records}
+    found = {}
+    for run in runs:
+        record = recorded.get((data_name(run.args.data_set, run.args.data_path), run.row, run.seed))
+        if record is None or (run.folder / ARGS).exists():
+            continue
+        if changes := changed_flags(record.flags, with_lists(vars(run.args))):
+            raise SystemExit(
+                f"error: {run.name} of {file} was trained with other flags: {', '.join(map(str, changes))}; give the "
+                "old values, or choose another file"
+            )
+        found[run.name] = record
+    return found
 
 
 def epochs_left(run: PlannedRun) -> float:

@@ -13,6 +13,9 @@ import yaml
 from helpers import REPOSITORY
 from studying import tiny_runs
 
+import study
+from reports.run_folders import find_runs
+from reports.run_records import write_records
 from studies.commands import Settings
 from studies.jobs import Jobs
 from studies.processes import Processes
@@ -215,6 +218,23 @@ def refusal(run, num_processes=1):
     line = caught.value.code
     assert line.startswith("error: ") and "\n" not in line and str(run.folder) in line
     return line
+
+
+def test_a_run_whose_record_is_in_the_file_is_finished(tmp_path, capsys):
+    plain, _ = tiny_runs(tmp_path)
+    finish(plain)
+    file = tmp_path / "records.jsonl"
+    (plain.folder / "log.txt").write_text("".join(f'{{"epoch": {i}, "train_loss": 1.0}}\n' for i in range(2)))
+    write_records(find_runs([tmp_path / "out"]), file)
+    words = [str(tmp_path / "study.yaml"), str(tmp_path / "new"), "--collect", str(file), "--rows", "plain"]
+    study.main([*words, "--dry-run"])
+    assert not capsys.readouterr().out and not (tmp_path / "new").exists()
+    study.main(words)
+    assert "plain/seed0: finished, skipped" in capsys.readouterr().err
+    assert not [*(tmp_path / "new").rglob("*.pth")] and len(file.read_text().splitlines()) == 1
+    with pytest.raises(SystemExit, match=r"plain/seed0 of .*: --lr 0.0005 -> 0.25; give the old values"):
+        study.main([*words[:1], str(tmp_path / "other"), *words[2:], "--lr", "0.25"])
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("leave", [finish, begin])

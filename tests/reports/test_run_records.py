@@ -8,7 +8,7 @@ from run_folders_on_disk import error_of, make_run, redundancy, report, squeezed
 
 from reports import figures
 from reports.run_folders import find_runs
-from reports.run_records import record_of, write_records
+from reports.run_records import read_records_file, record_of, restore_run, write_records
 
 ACC = 53.554140127388536
 BACKGROUND = {
@@ -169,3 +169,20 @@ def test_a_damaged_file_is_one_line(text, words, tmp_path):
 
 def test_a_missing_file_is_one_line(tmp_path):
     assert "cannot be read" in error_of(tmp_path / "missing.jsonl")
+
+
+def test_a_record_becomes_a_run_folder_without_weights_that_has_the_same_record(study, tmp_path):
+    file, again = tmp_path / "records.jsonl", tmp_path / "again"
+    write_records(find_runs([study]), file)
+    for run in read_records_file(file):
+        restore_run(run, again / run.configuration / f"seed{run.flags['seed']}")
+    write_records(find_runs([again]), tmp_path / "second.jsonl")
+    lines = [
+        {line for line in map(sorted_line, path.read_text().splitlines())} for path in (file, tmp_path / "second.jsonl")
+    ]
+    assert lines[0] == lines[1]
+    assert not [*again.rglob("*.pth")]
+
+
+def sorted_line(line):
+    return json.dumps(json.loads(line), sort_keys=True)
