@@ -115,6 +115,18 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def to_device_at_once(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """`to_device` of many small tensors, at least one, as one copy of their bytes; the results are contiguous."""
+    # The largest elements come first, so that each tensor begins at a multiple of the size of its elements.
+    order = sorted(range(len(tensors)), key=lambda place: -tensors[place].element_size())
+    # Copies, as a tensor of one element may have a stride with which it has no view as bytes.
+    copies = (tensors[place].clone(memory_format=torch.contiguous_format) for place in order)
+    packed = [copy.view(-1).view(torch.uint8) for copy in copies]
+    parts = to_device(torch.cat(packed), device).split([len(part) for part in packed])
+    moved = {place: part.view(tensors[place].dtype) for place, part in zip(order, parts, strict=True)}
+    return [moved[place].view(tensor.shape) for place, tensor in enumerate(tensors)]
+
+
 class BatchAugmentation(nn.Module):
     """Normalises, erases and mixes a batch where it is.
 

@@ -4,12 +4,13 @@ No global generator is used. What is drawn for an image depends on the seed, the
 copy alone: not on the batch, the order, the rank or the number of loader workers.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline.batch_augmentation import to_device
+from pipeline.batch_augmentation import to_device_at_once
 from utils import seed_of
 
 
@@ -119,15 +120,20 @@ class BatchDraws(NamedTuple):
     erasing: Erasing | None
 
     def to(self, device: torch.device) -> "BatchDraws":
-        """The same on a device; on a GPU the host does not wait."""
-        return _to(self, device)
+        """The same on a device; a GPU gets all of it by one copy, for which the host does not wait."""
+        if device.type == "cpu":
+            return self
+        tensors: list[torch.Tensor] = []
+        _replaced(self, tensors.append)
+        moved = iter(to_device_at_once(tensors, device))
+        return _replaced(self, lambda _: next(moved))
 
 
-def _to(value, device: torch.device):
-    """A tensor, or nested tuples with tensors in them, on a device."""
+def _replaced(value, function: Callable[[torch.Tensor], torch.Tensor | None]):
+    """Nested tuples with what a function makes of each tensor in them."""
     if isinstance(value, torch.Tensor):
-        return to_device(value, device)
+        return function(value)
     if isinstance(value, tuple):
-        parts = (_to(part, device) for part in value)
+        parts = [_replaced(part, function) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value

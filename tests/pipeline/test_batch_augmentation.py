@@ -5,10 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from device_watch import watched_fake_cuda
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.data.random_erasing import RandomErasing
 
+from benchmarks.fake_cuda import CUDA
 from diversity import PatchMixup
-from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
+from pipeline.batch_augmentation import BatchAugmentation, BatchErasing, to_device_at_once
 from utils import seed_of
 
 SIZE = (48, 40)
@@ -142,3 +146,42 @@ def test_compiled_it_is_the_same(mode):
     torch.testing.assert_close(batches[1][0], batches[0][0], rtol=0, atol=1e-6)
     for value, expected in zip(batches[1][1], batches[0][1], strict=True):
         assert torch.equal(value, expected)
+
+
+DTYPES = (torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.int32, torch.float32, torch.int64, torch.float64)
+
+
+@st.composite
+def tensors(draw):
+    """A tensor of 0 to 3 dimensions, of which some are 0; it may begin anywhere in its memory, with any strides."""
+    dtype, shape = draw(st.sampled_from(DTYPES)), draw(st.lists(st.integers(0, 3), max_size=3))
+    count, random = int(np.prod(shape)), np.random.RandomState(draw(st.integers(0, 99)))
+    values = torch.from_numpy(random.randint(0, 99, 1 + 2 * count) * random.randint(0, 2, 1 + 2 * count)).to(dtype)
+    values = values[1::2] if draw(st.booleans()) else values[1 : 1 + count]
+    return values.reshape(shape).permute(draw(st.permutations(range(len(shape)))))
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(st.lists(tensors(), min_size=1, max_size=6))
+def test_tensors_that_travel_together_arrive_as_they_were(originals):
+    before = [original.clone() for original in originals]
+    moved = to_device_at_once(originals, torch.device("cpu"))
+    for tensor, original, expected in zip(moved, originals, before, strict=True):
+        assert tensor.shape == original.shape and tensor.dtype == original.dtype and tensor.is_contiguous()
+        assert tensor.data_ptr() % tensor.element_size() == 0
+        assert torch.equal(tensor, expected)
+    for place, tensor in enumerate(moved):  # none shares memory with another one
+        tensor.zero_()
+        for later, expected in zip(moved[place + 1 :], before[place + 1 :], strict=True):
+            assert torch.equal(later, expected)
+
+
+def test_tensors_travel_together_by_one_copy_from_page_locked_memory():
+    shapes = {torch.int64: (3,), torch.bool: (5, 3), torch.float32: (0, 2), torch.bfloat16: (100, 999)}
+    with watched_fake_cuda() as watch:
+        moved = to_device_at_once([torch.empty(shape, dtype=dtype) for dtype, shape in shapes.items()], CUDA)
+    assert {tensor.dtype: tuple(tensor.shape) for tensor in moved} == shapes
+    assert {tensor.device for tensor in moved} == {CUDA}
+    [copy] = watch.findings
+    assert (copy.kind, copy.what) == ("upload", "copy from page-locked memory")
+    assert copy.num_bytes == 3 * 8 + 5 * 3 + 100 * 999 * 2

@@ -80,13 +80,15 @@ def test_draws_move_to_a_device(images):
 
 @pytest.mark.parametrize("size", [32, 48])
 def test_the_host_does_not_wait_for_a_gpu(size):
-    """All draws travel through page-locked memory, and nothing on the device is read."""
+    """All draws travel by one copy from page-locked memory, and nothing on the device is read."""
     transform = batch_transform(*EVERYTHING, "--input-size", size, cache_size=32)
     draws = transform.draw([Sample(index, 0, 0) for index in range(64)], np.full((64, 2), 32))
     with watched_fake_cuda() as watch:
         fakes = tree_map_only(torch.Tensor, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype), draws)
         images = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device=CUDA)
-        samples = transform(images, fakes.to(CUDA))
+        draws = fakes.to(CUDA)
+        assert [finding.what for finding in watch.findings] == ["copy from page-locked memory"]
+        samples = transform(images, draws)
     assert samples.shape == (64, 3, size, size) and samples.device == CUDA
     assert {finding.kind for finding in watch.findings} == {"upload"}
 
