@@ -100,7 +100,8 @@ def assert_complete(run):
     assert {f"train_{name}" for name in PAPER} <= record.keys()
     page = (REPOSITORY / "docs" / "run-folder.md").read_text()
     rows = re.compile(r"^\| (`.*?`) \|(?! with `--)", flags=re.MULTILINE)  # what no further flag asks for
-    files, keys = map(rows.findall, page.split("## log.txt"))
+    before, _, after = page.partition("## log.txt")
+    files, keys = rows.findall(before), rows.findall(after.partition("\n## ")[0])
     written = {path.name for path in run.iterdir()}
     absent = {"checkpoint.1.pth", "events.out.tfevents.*", "changes.jsonl"}  # one epoch, unchanged, --no-tensorboard
     absent |= {"skipped_steps.txt", "console.log", "analyzed.json"}  # no step was skipped; no study
