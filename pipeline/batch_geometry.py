@@ -96,15 +96,18 @@ def sample(
         frames: [B, L, 2, 3], maps from output pixels to those of L intermediate images of `size` pixels: an output
             pixel outside any of them has the fill colour. None = there are none.
         fill: a colour of three bytes.
-        padding_mode: of F.grid_sample, what is outside the input: "zeros", black; "border", the nearest pixel.
+        padding_mode: what is outside the input: "zeros", black, which is not blended with the image, as F.grid_sample
+            does; "border", the nearest pixel.
 
     Returns:
         uint8 [B, 3, size, size].
     """
     grid = torch.empty(len(images), size, size, 2, device=images.device)
     _positions(maps, size, images.shape[-1], out=grid.permute(0, 3, 1, 2))
-    sampled = F.grid_sample(images.float(), grid, mode=interpolation, padding_mode=padding_mode, align_corners=False)
+    sampled = F.grid_sample(images.float(), grid, mode=interpolation, padding_mode="border", align_corners=False)
     sampled.add_(0.5).clamp_(0, 255)
+    if padding_mode == "zeros":
+        sampled.masked_fill_((grid.abs_().amax(dim=3) > 1)[:, None], 0)
     if frames is not None:
         is_outside = _positions(frames, size, size).abs_().amax(dim=(1, 2)) > 1
         for plane, value in zip(sampled.unbind(1), fill, strict=True):

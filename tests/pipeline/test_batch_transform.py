@@ -119,6 +119,19 @@ def test_small_images_are_padded_cropped_and_flipped(corner, is_flipped):
     torch.testing.assert_close(apply(larger, enlarged), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("cache_size", [24, 40, 64])
+def test_the_padding_of_small_images_does_not_mix_with_them(cache_size, interpolation):
+    """Bicubic weights are negative: an edge beside black would be brighter than the image."""
+    transform = batch_transform(*PLAIN, "--train-interpolation", interpolation, cache_size=cache_size)
+    grey = torch.full((64, 3, cache_size, cache_size), 200, dtype=torch.uint8)
+    images = to_bytes(transform, apply(transform, grey))
+    corners = (transform.table.rows(0, np.arange(64), np.zeros(64, int))[:, :2] * 9).astype(int)
+    for image, (top, left) in zip(images, corners, strict=True):
+        expected = np.pad(np.full((32, 32), 200), PADDING)[top : top + 32, left : left + 32]
+        assert (image.numpy() == expected).all()
+
+
 def smooth(size, seed):
     """A picture without detail, (width, height)."""
     values = np.random.RandomState(seed).randint(0, 256, (4, 5, 3), dtype=np.uint8)
