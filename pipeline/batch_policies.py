@@ -146,8 +146,7 @@ class RandAugment:
         which = (which * len(self.operations)).astype(np.int64)
         fraction = self._magnitude(magnitude) / FRACTION_OF_FULL
         sign = np.where(sign > 0.5, -1.0, 1.0)
-        strengths = np.stack([level(fraction, sign) for level in self.levels])
-        strengths = np.take_along_axis(strengths, which[None], axis=0)[0]
+        strengths = np.choose(which, [level(fraction, sign) for level in self.levels])
         operations = np.where(applied <= self.settings.prob, self.operations[which], 0)
         return Choice(operations, strengths.astype(np.float32))
 

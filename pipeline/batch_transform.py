@@ -87,44 +87,31 @@ class BatchTransform:
         self, boxes: np.ndarray, is_flipped: np.ndarray, kernels: np.ndarray, choice: Choice
     ) -> tuple[Sampling, ...]:
         """Of boxes [B, 4] (top, left, height, width) in pixels of the cached images."""
-        is_moved = (choice.operations > 0) & (choice.operations <= len(GEOMETRY))
+        operations, strengths = (values.T for values in choice)
+        is_moved = (operations > 0) & (operations <= len(GEOMETRY))
+        layers, has_geometry = is_moved.any(axis=1), is_moved.any(axis=0)
+        if self.only_shifts:
+            maps = batch_geometry.identity(len(boxes))
+        else:
+            maps = batch_geometry.crop(*torch.from_numpy(boxes).unbind(1), self.size)
+            maps = batch_geometry.compose(maps, batch_geometry.flip(torch.from_numpy(is_flipped), self.size))
+        steps = [maps]  # from the result to the image, then to what each layer's geometry changes
+        for moves in self._moves(operations[layers], strengths[layers]).unbind():
+            steps = [*(batch_geometry.compose(step, moves) for step in steps), moves]
+        maps = torch.stack(steps, dim=1)
         groups = (True,) if self.only_shifts else (False, True)  # whether the policy moves an image
         samplings = []
-        for (kernel, interpolation), has_geometry in product(enumerate(self.kernels), groups):
-            rows = np.flatnonzero((is_moved.any(axis=1) == has_geometry) & (kernels == kernel))
-            if not len(rows):
-                continue
-            if self.only_shifts:
-                maps = batch_geometry.identity(len(rows))
-            else:
-                maps = batch_geometry.crop(*torch.from_numpy(boxes[rows]).unbind(1), self.size)
-                maps = batch_geometry.compose(maps, batch_geometry.flip(torch.from_numpy(is_flipped[rows]), self.size))
-            frames = []
-            for layer in np.flatnonzero(is_moved[rows].any(axis=0)):
-                moves = self._moves(choice.operations[rows, layer], choice.strengths[rows, layer])
-                maps = batch_geometry.compose(maps, moves)
-                frames = [*(batch_geometry.compose(frame, moves) for frame in frames), moves]
-            samplings.append(
-                Sampling(torch.from_numpy(rows), maps, torch.stack(frames, dim=1) if frames else None, interpolation)
-            )
+        for (kernel, interpolation), is_of_group in product(enumerate(self.kernels), groups):
+            rows = torch.from_numpy(np.flatnonzero((has_geometry == is_of_group) & (kernels == kernel)))
+            if len(rows):
+                frames = maps[rows, 1:] if is_of_group else None
+                samplings.append(Sampling(rows, maps[rows, 0], frames, interpolation))
         return tuple(samplings)
 
     def _moves(self, operations: np.ndarray, strengths: np.ndarray) -> torch.Tensor:
-        """The maps [n, 2, 3] of one layer's geometry."""
-        maps = batch_geometry.identity(len(operations))
-        for name in GEOMETRY:
-            rows = np.flatnonzero(operations == OPERATIONS.index(name))
-            strength = torch.from_numpy(strengths[rows])
-            if name == "translate_x":
-                moves = batch_geometry.translate(strength, torch.zeros_like(strength))
-            elif name == "translate_y":
-                moves = batch_geometry.translate(torch.zeros_like(strength), strength)
-            elif name == "rotate":
-                moves = batch_geometry.rotate(strength, self.size)
-            else:
-                moves = getattr(batch_geometry, name)(strength)
-            maps[torch.from_numpy(rows)] = moves
-        return maps
+        """The maps [L, B, 2, 3] of operations [L, B]; that of an operation on pixels changes nothing."""
+        levels = (torch.from_numpy(np.where(operations == OPERATIONS.index(name), strengths, 0)) for name in GEOMETRY)
+        return batch_geometry.move(*levels, self.size)
 
     def _draw_erasing(self, uniforms: np.ndarray) -> Erasing | None:
         if self.erasing is None:
@@ -179,16 +166,17 @@ class BatchTransform:
 
 def _pixel_layers(choice: Choice) -> tuple[Layer, ...]:
     """The operations on pixels, image by image in their order; an image's first one is in the first layer."""
-    order = np.argsort(choice.operations <= len(GEOMETRY), axis=1, kind="stable")
-    operations, strengths = (np.take_along_axis(values, order, axis=1) for values in choice)
+    on_pixels = choice.operations > len(GEOMETRY)
+    numbers = on_pixels.cumsum(axis=1)  # of an image's operations on pixels, from 1
     layers = []
-    for operation, strength in zip(operations.T, strengths.T, strict=True):
-        rows = np.argsort(operation, kind="stable")
-        rows = rows[operation[rows] > len(GEOMETRY)]
-        if len(rows):
-            kinds, counts = np.unique(operation[rows], return_counts=True)
-            groups = tuple((OPERATIONS[kind], count) for kind, count in zip(kinds, counts.tolist(), strict=True))
-            layers.append(Layer(torch.from_numpy(rows), torch.from_numpy(strength[rows]), groups))
+    for number in range(1, numbers.max(initial=0) + 1):
+        rows, places = np.nonzero(on_pixels & (numbers == number))
+        operations = choice.operations[rows, places].astype(np.uint8)
+        order = np.argsort(operations, kind="stable")
+        counts = np.bincount(operations).tolist()
+        groups = tuple((OPERATIONS[kind], count) for kind, count in enumerate(counts) if count)
+        strengths = choice.strengths[rows, places]
+        layers.append(Layer(torch.from_numpy(rows[order]), torch.from_numpy(strengths[order]), groups))
     return tuple(layers)
 
 

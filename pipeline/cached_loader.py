@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from pipeline.batch_transform import BatchTransform
@@ -68,7 +69,7 @@ class CachedLoader:
             return self._make(samples)
 
     def _make(self, samples: Sequence[Sample]) -> Batch:
-        indices = [sample.index for sample in samples]
+        indices = np.array([sample.index for sample in samples])
         images, labels = self.dataset.__getitems__(indices)
         draws = self.transform.draw(samples, self.dataset.sizes[indices])
         images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))

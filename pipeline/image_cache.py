@@ -91,7 +91,7 @@ class CachedImages(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The batch of these images [B, ...] and their labels [B]; for a loader that collates nothing."""
-        rows = torch.tensor(indices)
+        rows = torch.from_numpy(np.asarray(indices))
         return _rows_of(self.images, rows, self.pin), _rows_of(self.labels, rows, self.pin)
 
 

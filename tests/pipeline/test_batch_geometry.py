@@ -10,25 +10,33 @@ from timm.data import auto_augment
 from torchvision.transforms import functional as tv
 
 from pipeline import batch_geometry as geometry
+from pipeline.batch_policies import GEOMETRY
 
 SIZE, BATCH = 32, 16
 LEVELS = torch.linspace(-0.3, 0.3, BATCH)
 FILL = (124, 116, 104)
 RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-NOTHING = torch.zeros(BATCH)
+
+
+def move(**numbers):
+    """The maps of geometry.move; numbers that are not given are 0."""
+    nothing = torch.zeros_like(next(iter(numbers.values())))
+    return geometry.move(**dict.fromkeys(GEOMETRY, nothing) | numbers, size=SIZE)
+
+
 OPERATIONS = {  # the map, and timm's function for the same level
-    "shear_x": (geometry.shear_x(LEVELS), lambda image, level, **to: auto_augment.shear_x(image, level, **to)),
-    "shear_y": (geometry.shear_y(LEVELS), lambda image, level, **to: auto_augment.shear_y(image, level, **to)),
+    "shear_x": (move(shear_x=LEVELS), lambda image, level, **to: auto_augment.shear_x(image, level, **to)),
+    "shear_y": (move(shear_y=LEVELS), lambda image, level, **to: auto_augment.shear_y(image, level, **to)),
     "translate_x": (
-        geometry.translate(40 * LEVELS, NOTHING),
+        move(translate_x=40 * LEVELS),
         lambda image, level, **to: auto_augment.translate_x_abs(image, 40 * level, **to),
     ),
     "translate_y": (
-        geometry.translate(NOTHING, 40 * LEVELS),
+        move(translate_y=40 * LEVELS),
         lambda image, level, **to: auto_augment.translate_y_abs(image, 40 * level, **to),
     ),
     "rotate": (
-        geometry.rotate(600 * LEVELS, SIZE),
+        move(rotate=600 * LEVELS),
         lambda image, level, **to: auto_augment.rotate(image, 600 * level, **to),
     ),
 }
@@ -92,7 +100,7 @@ def keys_cubic(distance, a):
 def test_the_weights_of_bicubic(function, a):
     """The docstring states both parameters."""
     images, shift = noise(1), 0.3
-    maps = geometry.translate(torch.tensor([shift]), torch.zeros(1))
+    maps = move(translate_x=torch.tensor([shift]))
     if function == "ours":
         changed = geometry.sample(images, maps, SIZE, "bicubic", padding_mode="border").float() - 0.5
     else:
@@ -119,7 +127,7 @@ def test_flips_and_whole_pixels_are_exact(size, interpolation):
         return ImageOps.mirror(image) if is_flipped else image
 
     assert torch.equal(ours, one_by_one(padded_crop, images, is_flipped, top, left))
-    moved = geometry.sample(images, geometry.translate(top.float(), -left.float()), size, interpolation)
+    moved = geometry.sample(images, move(translate_x=top.float(), translate_y=-left.float()), size, interpolation)
     for before, after, x, y in zip(images, moved, top.tolist(), left.tolist(), strict=True):
         expected = torch.zeros_like(before)
         expected[:, y:, : size - x] = before[:, : size - y, x:]
@@ -141,7 +149,7 @@ def test_an_enlarged_crop_is_pillows_resize_of_the_box():
 
 def test_composition_is_one_map_after_another():
     """The point that the output shows is found by the last map first, and smooth images agree after two samplings."""
-    first, then = geometry.rotate(100 * LEVELS, SIZE), geometry.shear_x(LEVELS.flip(0))
+    first, then = move(rotate=100 * LEVELS), move(shear_x=LEVELS.flip(0))
     composed = geometry.compose(first, then).double().numpy()
     for one, other, both in zip(first.double().numpy(), then.double().numpy(), composed, strict=True):
         point = np.array([3.5, 20.5])
@@ -161,7 +169,7 @@ def test_padding_is_black_and_outside_the_crop_is_the_fill_colour_as_on_the_host
     length = torch.full((BATCH,), float(SIZE))
     maps = geometry.crop(corner - 4.0, corner - 4.0, length, length, SIZE)
     maps = geometry.compose(maps, geometry.flip(is_flipped, SIZE))
-    turned, sheared = geometry.rotate(100 * LEVELS, SIZE), geometry.shear_y(LEVELS.flip(0))
+    turned, sheared = move(rotate=100 * LEVELS), move(shear_y=LEVELS.flip(0))
     both = geometry.compose(turned, sheared)
     ours = geometry.sample(
         *(images, geometry.compose(maps, both), SIZE, "bilinear"),
@@ -202,11 +210,11 @@ def test_signs_of_torchvisions_operations():
 
     shifts = (40 * LEVELS).int()
     for maps, function, levels in (
-        (geometry.shear_x(LEVELS), shear_x, LEVELS),
-        (geometry.shear_y(LEVELS), shear_y, LEVELS),
-        (geometry.translate(-shifts, NOTHING), lambda image, x: affine(image, translate=(x, 0)), shifts),
-        (geometry.translate(NOTHING, -shifts), lambda image, y: affine(image, translate=(0, y)), shifts),
-        (geometry.rotate(100 * LEVELS, SIZE), lambda image, level: tv.rotate(image, level, **to), 100 * LEVELS),
+        (move(shear_x=LEVELS), shear_x, LEVELS),
+        (move(shear_y=LEVELS), shear_y, LEVELS),
+        (move(translate_x=-shifts), lambda image, x: affine(image, translate=(x, 0)), shifts),
+        (move(translate_y=-shifts), lambda image, y: affine(image, translate=(0, y)), shifts),
+        (move(rotate=100 * LEVELS), lambda image, level: tv.rotate(image, level, **to), 100 * LEVELS),
     ):
         ours = geometry.sample(images, maps, SIZE, frames=maps[:, None], padding_mode="border")
         assert differences(ours, one_by_one(function, images, levels)).abs().max() <= 1
@@ -216,7 +224,7 @@ def test_sampling_neither_waits_nor_has_shapes_that_depend_on_values():
     """A tensor without memory has no values that could be read."""
     images = torch.empty(4, 3, 40, 40, dtype=torch.uint8, device="meta")
     level = torch.empty(4, device="meta")
-    maps = geometry.compose(geometry.rotate(level, 40), geometry.shear_x(level))
+    maps = geometry.compose(move(rotate=level), move(shear_x=level))
     maps = geometry.compose(geometry.crop(level, level, level, level, 32), maps)
     maps = geometry.compose(maps, geometry.flip(level > 0, 32))
     sampled = geometry.sample(images, maps, 32, "bicubic", frames=maps[:, None], fill=FILL)
