@@ -64,9 +64,7 @@ def solarize(images: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         images: [B, 3, H, W] uint8.
         threshold: [B], the lowest inverted value; 256 changes nothing.
     """
-    threshold = _per_image(threshold)
-    mask = (threshold < 256).to(torch.uint8) * 255
-    return images ^ ((images >= threshold.ceil().clamp(max=255).to(torch.uint8)) * mask)
+    return images ^ ((images >= _per_image(threshold)).view(torch.uint8) * 255)
 
 
 def solarize_add(images: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
@@ -127,7 +125,8 @@ def _per_image(strength: torch.Tensor) -> torch.Tensor:
 def _luma(values: torch.Tensor) -> torch.Tensor:
     """Pillow's conversion to grey, [B, 3, H, W] -> [B, 1, H, W]; exact in float32, as 65536 times it is below 2^24."""
     red, green, blue = values.split(1, dim=1)
-    return ((19595 / 65536) * red + (38470 / 65536) * green + (7471 / 65536) * blue + 0.5).floor_()
+    luma = (19595 / 65536) * red
+    return luma.add_(green, alpha=38470 / 65536).add_(blue, alpha=7471 / 65536).add_(0.5).floor_()
 
 
 def _blend(degenerate: torch.Tensor, values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
