@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, few_digits, one_line, run_main, world
+from helpers import TINY, few_digits, one_line, parse, run_main, world
 from ranks import run_ranks
 from run_folders_on_disk import make_run
 
@@ -16,6 +16,7 @@ from reports.comparisons import comparable_groups
 from reports.function_level import function_options, labelled_data
 from reports.run_folders import find_runs
 from reports.subjects import find_subject, images
+from training.arguments import seen_in_training
 from training.provenance import read_starts
 
 FLAGS = (*TINY, "--val-fraction", 0.3, "--save-predictions")
@@ -61,6 +62,13 @@ def test_fine_tuning_warns_of_validation_images_that_the_weights_know(fraction, 
     run_main(*TINY, "--finetune", run / "checkpoint.pth", "--val-fraction", fraction, "--dry-run")
     line = f"warning: --val-fraction {fraction} has images that the weights were trained on, with --val-fraction 0.3"
     assert (line in capsys.readouterr().out) == (fraction != 0.3)
+
+
+@pytest.mark.parametrize("other, words", [("b/set", ""), ("b/pets", ", if --data-path a/set has the images of b/pets")])
+def test_images_of_another_folder_are_not_said_to_be_known(other, words):
+    line = seen_in_training(parse("--data-path", "a/set", "--val-fraction", 0.1), vars(parse("--data-path", other)))
+    known = "--val-fraction 0.1 has images that the weights were trained on, with --val-fraction 0.0"
+    assert line == known + words
 
 
 @pytest.mark.parametrize("other", [0, 0.2])

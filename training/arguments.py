@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 import textwrap
+from pathlib import Path
 
 import timm.optim
 import torch
@@ -101,7 +102,10 @@ def seen_in_training(args: argparse.Namespace, stored: dict) -> str:
     is_same_set = all(getattr(args, name) == stored.get(name) for name in ("data_set", "train_split"))
     if not is_same_set or ours in (0, theirs):
         return ""
-    return f"--val-fraction {ours} has images that the weights were trained on, with --val-fraction {theirs}"
+    line = f"--val-fraction {ours} has images that the weights were trained on, with --val-fraction {theirs}"
+    path, other = args.data_path, stored.get("data_path", args.data_path)
+    is_same_folder = Path(path).name == Path(other).name  # it may have moved
+    return line if is_same_folder else f"{line}, if --data-path {path} has the images of {other}"
 
 
 def coefficients(args: argparse.Namespace) -> dict[str, float]:
