@@ -39,7 +39,7 @@ class DrawTable:
                 shape = (self.num_images, self.num_draws)
                 self.tables[repeat] = self._generator("batch augment", epoch, repeat).random(shape, np.float32)
             is_repeat = repeats == repeat
-            rows[is_repeat] = self.tables[repeat][indices[is_repeat]]
+            rows[is_repeat] = self.tables[repeat].take(indices[is_repeat], axis=0)
         return rows
 
     def noise(self, epoch: int) -> torch.Tensor:
