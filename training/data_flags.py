@@ -59,7 +59,7 @@ def add_preprocessing(parser):
     add("--std", type=positive_fraction, nargs=3, default=None, metavar=("R", "G", "B"),
         help="divides the colours, from 0 to 1 [0.229 0.224 0.225]")  # fmt: skip
     add("--interpolation", choices=("bilinear", "bicubic"), default=None,
-        help="of validation images, and of all images up to 32 px [bicubic]")  # fmt: skip
+        help="of validation images, of all images up to 32 px, and of what --cache-images keeps [bicubic]")  # fmt: skip
     add("--eval-crop-ratio", "--crop-pct", type=positive_float, default=None,
         help="cropped over resized side of a validation image, above 32 px [0.875]")  # fmt: skip
     add("--crop-mode", choices=("center", "squash", "border"), default=None,
