@@ -87,7 +87,7 @@ class BatchTransform:
         self, boxes: np.ndarray, is_flipped: np.ndarray, kernels: np.ndarray, choice: Choice
     ) -> tuple[Sampling, ...]:
         """Of boxes [B, 4] (top, left, height, width) in pixels of the cached images."""
-        operations, strengths = (values.T for values in choice)
+        operations, strengths = (np.ascontiguousarray(values.T) for values in choice)
         is_moved = (operations > 0) & (operations <= len(GEOMETRY))
         layers, has_geometry = is_moved.any(axis=1), is_moved.any(axis=0)
         if self.only_shifts:
