@@ -1,12 +1,13 @@
 """Train the rows of a study with its seeds, one after the other or side by side, and report on them.
 
-    python study.py recipes/studies/cifar.yaml runs/cifar --data-path /path/to/cifar --seeds 0 1 2 --report
+    python study.py recipes/studies/paper_cifar.yaml runs/cifar --data-path /path/to/cifar --seeds 0 1 2 --report
 
 The run of a row with a seed has the folder OUT/ROW/seedK. The same command again skips finished runs, resumes
 interrupted ones, and refuses those that were trained with other flags. A run that fails does not stop the others; the
 last line names all that failed. After a signal, or the end of --budget, with runs left the exit code is 75.
 """
 
+import difflib
 import os
 import shlex
 import signal
@@ -30,6 +31,7 @@ from studies.processes import Processes
 from studies.run_state import check_flags, is_finished, recorded_runs
 from studies.study_file import Study, read_study
 from training import arguments
+from training.flags import build_parser as build_main_parser
 from training.parsing import Parser, nonneg_int, positive_float, positive_int, seed_int, with_hyphens
 from training.stopping import RESUMABLE, StopSignals
 from utils import run_command
@@ -84,6 +86,7 @@ def main(argv: list[str] | None = None):
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     args, user_flags = parser.parse_known_args([with_hyphens(word) for word in argv])
+    check_spelling(parser, user_flags)
     study = read_study(args.study).chosen(args.rows, args.seeds)
     budget = args.budget and 60 * args.budget
     settings = Settings(study.analyze, args.keep_weights, args.jobs, args.nproc_per_node, budget)
@@ -93,10 +96,13 @@ def main(argv: list[str] | None = None):
     recorded = recorded_runs(own, args.collect) if args.collect else {}
     if args.dry_run:
         own = [run for run in own if run.name not in recorded]
+    warnings = []
     for run in own:
         if run.name in recorded:
             restore_run(recorded[run.name], run.folder)
-        check_flags(run, settings.num_processes)
+        warnings.append(check_flags(run, settings.num_processes))
+    for warning in dict.fromkeys(filter(None, warnings)):
+        tell(warning)
     if args.dry_run:
         return print_commands(own, settings)
     outcome = train(own, settings)
@@ -109,6 +115,22 @@ def main(argv: list[str] | None = None):
     if outcome.left:
         tell(f"left; start the same command again to continue: {' '.join(outcome.left)}")
         raise SystemExit(RESUMABLE)
+
+
+def check_spelling(parser: Parser, words: Sequence[str]):
+    """Refuse a flag that neither program has, and that is most like one of `parser`, which main.py could not suggest.
+
+    Raises:
+        SystemExit: there is such a flag among the words for main.py.
+    """
+    main_flags = build_main_parser().flags
+    for word in words:
+        flag = word.partition("=")[0]
+        if not flag.startswith("--") or flag in main_flags:
+            continue
+        nearest = difflib.get_close_matches(flag, [*main_flags, *parser.flags], n=1)
+        if nearest and nearest[0] not in main_flags:
+            parser.error(f"unknown argument {word}; did you mean {nearest[0]}?")
 
 
 def check_analysis(study: Study):

@@ -49,7 +49,7 @@ def study_styles(places: Iterable[int | None]) -> list[dict]:
         places: of each configuration in its study; None for one that is not of a study, which gets a style that is
             left, as does one whose style is used already.
     """
-    first = [*itertools.islice(curve_styles(), 2 * len(COLOURS))]  # more rows than that are no study
+    first = [*itertools.islice(curve_styles(), len(STYLES) * len(COLOURS))]
     styles = []
     for place in places:
         is_free = place is not None and place < len(first) and first[place] not in styles

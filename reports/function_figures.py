@@ -33,6 +33,8 @@ BARS = {
     "pasted": "probe,\npasted",
     "image_pasted": "class of\nimage,\npasted",
 }
+HATCHES = {"-": "", "--": "////", ":": "....", "-.": "xxxx"}
+"""Of the bars of a row, by the style of its curves."""
 
 
 def function_level(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
@@ -85,7 +87,7 @@ def _draw(axis: Axes, style: dict, functions: list[dict], measure: str, key: str
 
 
 def _draw_patches(axis: Axes, styles: list[dict], functions: list[list[dict]]):
-    """Bars of the patch probe, and lines of the two baselines, which are the same for all models of equal data."""
+    """Bars of the patch probe in the order of the legend, and lines of the two baselines of the data."""
     axis.set_title("Patch probe ↑", fontsize=10)
     axis.set_ylabel("accuracy over patches, percent")
     axis.set_xticks(range(len(BARS)), BARS.values(), fontsize=8)
@@ -100,7 +102,7 @@ def _draw_patches(axis: Axes, styles: list[dict], functions: list[list[dict]]):
             of_key = [value[key] for value in values]
             if None not in of_key:
                 x, mean = place + (number - (len(functions) - 1) / 2) * width, np.mean(of_key)
-                axis.bar(x, mean, 0.9 * width, color=style["color"], hatch="" if style["linestyle"] == "-" else "//")
+                axis.bar(x, mean, 0.9 * width, color=style["color"], hatch=HATCHES[style["linestyle"]])
                 axis.plot([x, x], [min(of_key), max(of_key)], color="black", linewidth=0.8)
     for text, value in baselines.items():
         axis.axhline(value, color="#555555", linewidth=0.9, linestyle=":")

@@ -32,8 +32,9 @@ FIGURES = {
         function_figures.function_level,
         ("function",),
         "What the models still do without a part of themselves: accuracy without heads, a block or patch tokens; k-NN "
-        "and linear probes by layer; the patch probe. A row that keeps its accuracy where another loses it is robust, "
-        "or has parts to spare: compare the curve of the chosen parts with the random one.",
+        "and linear probes by layer; the patch probe, its bars in the order of the legend. A row that keeps its "
+        "accuracy where another loses it is robust, or has parts to spare: compare the curve of the chosen parts with "
+        "the random one.",
     ),
     "weights": Kind(redundancy_figures.weight_depth, ("weight",), "Redundancy of the weight matrices by block."),
     "spectra": Kind(

@@ -10,6 +10,8 @@ import numpy as np
 
 ALPHA = 0.05
 """A p-value from here on is not significant; intervals have the confidence 1 - ALPHA."""
+LEVELS = (0.01, ALPHA)
+"""Of significance, in tables and verdicts."""
 CONFIDENCE = f"{100 * (1 - ALPHA):.0f} %"
 NOT_SIGNIFICANT = f"n. s. = not significant: p ≥ {ALPHA}"
 FEW_RUNS = 3
@@ -135,8 +137,11 @@ def interval_text(difference: float, low: float, high: float, decimals: int) -> 
 
 
 def p_text(p: float) -> str:
-    """`p 0.12, n. s.` or `p 0.003`; empty where there is no test."""
+    """`p 0.12, n. s.` or `p 0.003`, with more digits where it would be rounded up to a level; empty without a test."""
     if math.isnan(p):
         return ""
-    text = "p < 0.001" if p < 0.001 else f"p {p:.{3 if p < 0.0995 else 2}f}"
+    digits = 3 if p < 0.0995 else 2
+    while p < round(p, digits) and round(p, digits) in LEVELS:
+        digits += 1
+    text = "p < 0.001" if p < 0.001 else f"p {p:.{digits}f}"
     return text if p < ALPHA else f"{text}, n. s."

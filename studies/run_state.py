@@ -50,16 +50,19 @@ def weights_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint*.pth"))
 
 
-def check_flags(run: PlannedRun, num_processes: int):
+def check_flags(run: PlannedRun, num_processes: int) -> str | None:
     """Refuse a finished or interrupted run that was trained with other flags than those planned.
 
     Flags may differ as between the seeds of one row.
+
+    Returns:
+        A warning if its data has another name now; the same images may have been moved.
 
     Raises:
         SystemExit: they differ otherwise, or the folder's args.yaml cannot be read.
     """
     if not (is_finished(run) or weights_of(run.folder)):
-        return
+        return None
     try:
         before = yaml.safe_load((run.folder / ARGS).read_text())
         starts = read_starts(run.folder)
@@ -77,6 +80,12 @@ def check_flags(run: PlannedRun, num_processes: int):
             f"error: {run.folder} was trained with other flags: {', '.join(map(str, changes))}; give the old values, "
             "or choose another OUT"
         )
+    old, new = (data_name(flags["data_set"], flags.get("data_path")) for flags in (before, vars(run.args)))
+    if old == new:
+        return None
+    return (
+        f"warning: runs of {run.folder.parents[1]} were trained on data {old}, not {new}; other images need another OUT"
+    )
 
 
 def recorded_runs(runs: Sequence[PlannedRun], file: Path) -> dict[str, Run]:

@@ -242,7 +242,9 @@ def test_a_run_of_other_flags_is_refused(leave, tmp_path):
     plain, mixing = tiny_runs(tmp_path)
     check_flags(plain, 1)  # there is nothing
     leave(plain, {"num_workers": 7, "output_dir": "elsewhere", "data_path": "moved"}, global_batch=16)
-    check_flags(plain, 1)
+    assert "were trained on data DIGITS (moved), not DIGITS" in check_flags(plain, 1)
+    leave(plain, {"num_workers": 7}, global_batch=16)
+    assert check_flags(plain, 1) is None
     assert "images per optimizer step 16 -> 32" in refusal(plain, num_processes=2)
     leave(plain, {"lr": 0.25, "model_kwargs": {"depth": 3}})
     assert "--lr 0.25 -> 0.0005" in refusal(plain) and "--model-kwargs depth=3 -> depth=2" in refusal(plain)

@@ -187,6 +187,8 @@ def test_a_mistake_in_a_study_file_is_one_line(text, found, tmp_path, capsys):
         ("--preset corrected", "differs between the rows of"),
         ("--emb-cos-within-coef=1", "--emb-cos-within-coef differs between the rows of"),
         ("--epohcs 3", "row plain: unknown argument --epohcs; did you mean --epochs"),
+        ("--job 2", "unknown argument --job; did you mean --jobs?"),
+        ("--row plain", "unknown argument --row; did you mean --rows?"),
         ("--rows plain plane", "--rows plane is not a row of"),
         ("--seeds -1", "argument --seeds: needs an integer from 0"),
         ("--nproc-per-node two", "argument --nproc-per-node: is auto or an integer >= 1; got 'two'"),

@@ -42,6 +42,11 @@ class Parser(argparse.ArgumentParser):
         self.first.add_argument("--preset")
         self.first.add_argument("--resume")
 
+    @property
+    def flags(self) -> list[str]:
+        """Each way to write a flag, such as --seed."""
+        return [*self._option_string_actions]
+
     def parse(self, argv: list[str], config: dict | None = None) -> argparse.Namespace:
         """Flags from `argv`, over those of `--config`, of `config`, of `--preset`, and the defaults.
 
@@ -71,7 +76,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{flag} was removed: {hint}")
         if hint := self.refused.get(flag.replace("--no-", "--", 1)):
             self.error(f"{flag} is not implemented: {hint}")
-        hint = self._used_up(words + argv, unknown[0]) or did_you_mean(flag, self._option_string_actions)
+        hint = self._used_up(words + argv, unknown[0]) or did_you_mean(flag, self.flags)
         self.error(f"unknown argument {unknown[0]}{hint}")
 
     def _used_up(self, words: list[str], value: str) -> str:

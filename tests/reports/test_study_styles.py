@@ -32,9 +32,14 @@ def test_what_is_not_of_the_study_has_a_free_style(study, tmp_path):
     assert colours([study["plain"], elsewhere, None]) == [first, second, third]
 
 
+def test_a_study_of_sixteen_rows_keeps_its_styles(tmp_path):
+    folders = [make_run(tmp_path / f"row{number:02}" / "seed0") for number in range(16)]
+    assert figures.study_styles([run_folders.place_in_study(folders[15])]) == figures.study_styles(range(16))[15:]
+
+
 def test_many_folders_beside_each_other_are_no_study(tmp_path):
-    folders = [make_run(tmp_path / f"run{number:02}") for number in range(20)]
-    assert colours(folders[18:]) == [*figures.COLOURS[:2]]
+    folders = [make_run(tmp_path / f"run{number:02}") for number in range(30)]
+    assert colours(folders[28:]) == [*figures.COLOURS[:2]]
 
 
 def test_the_curves_of_the_table_have_these_styles(study, tmp_path, capsys, monkeypatch):
