@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from diversity import ALIASES, REGULARIZERS, resolve_aliases
 from diversity.classification import MIXING
+from pipeline.image_cache import side_of
 from training.parsing import as_typed, flag_of, with_lists
 from training.resuming import Checkpoint
 
@@ -59,7 +60,7 @@ def find_changes(
     if not path:
         return []
     before = stored["args"] if isinstance(stored.get("args"), Mapping) else args  # DeiT's are a namespace
-    before, after = (_without_aliases(with_lists({**defaults, **flags})) for flags in (before, args))
+    before, after = (_comparable(with_lists({**defaults, **flags})) for flags in (before, args))
     unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
     if all(flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"] for flags in (before, after)):
         unrelated |= {"epochs", "cooldown_epochs"}
@@ -94,10 +95,12 @@ def find_changes(
     return changes
 
 
-def _without_aliases(flags: dict[str, object]) -> dict[str, object]:
-    """The flags, with what aliases of terms say under the names of the terms."""
+def _comparable(flags: dict[str, object]) -> dict[str, object]:
+    """The flags, with aliases of terms under the names of the terms, and with the size that cached images have."""
     coefs = {name: flags[f"{name}_coef"] for name in (MIXING, *REGULARIZERS, *ALIASES)}
-    return flags | {f"{name}_coef": coef for name, coef in resolve_aliases(coefs).items()}
+    is_cached = flags["cache_images"] != "none"
+    size = {"cache_size": side_of(flags["cache_size"], flags["input_size"]) if is_cached else None}
+    return flags | {f"{name}_coef": coef for name, coef in resolve_aliases(coefs).items()} | size
 
 
 def _listed(changes: list[Change]) -> str:
