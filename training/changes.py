@@ -64,8 +64,8 @@ def find_changes(
     unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
     if all(flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"] for flags in (before, after)):
         unrelated |= {"epochs", "cooldown_epochs"}
-    if "none" not in (before["cache_images"], after["cache_images"]):  # the same batches from either memory
-        unrelated |= {"cache_images"}
+    is_cached = "none" not in (before["cache_images"], after["cache_images"])
+    unrelated |= {"cache_images" if is_cached else "cache_size"}  # the same batches from either memory
     changes = [
         Change(flag_of(name), before[name], after[name])
         for name in after
@@ -98,8 +98,7 @@ def find_changes(
 def _comparable(flags: dict[str, object]) -> dict[str, object]:
     """The flags, with aliases of terms under the names of the terms, and with the size that cached images have."""
     coefs = {name: flags[f"{name}_coef"] for name in (MIXING, *REGULARIZERS, *ALIASES)}
-    is_cached = flags["cache_images"] != "none"
-    size = {"cache_size": side_of(flags["cache_size"], flags["input_size"]) if is_cached else None}
+    size = {"cache_size": side_of(flags["cache_size"], flags["input_size"])}
     return flags | {f"{name}_coef": coef for name, coef in resolve_aliases(coefs).items()} | size
 
 

@@ -46,7 +46,7 @@ def test_every_flag_is_of_one_kind():
         (("--model-kwargs", "channels=(8,8)"), ("--model-kwargs", "channels=[8,8]")),  # as args.yaml has it
         (("--sched", "constant"), ("--sched", "constant", "--epochs", "9")),
         (("--cache-images", "memory"), ("--cache-images", "device")),
-        (("--cache-images", "memory"), ("--cache-images", "memory", "--cache-size", "256")),  # as by default
+        (("--cache-images", "memory"), ("--cache-images", "memory", "--cache-size", "32")),  # as by default
         ((), ("--cache-size", "40")),
         (("--sched", "step"), ("--sched", "step", "--epochs", "9", "--cooldown-epochs", "2")),
     ],
@@ -71,7 +71,7 @@ def test_what_does_not_change_the_training(before, after):
         ((), ("--aa", "none"), "--aa rand-m9-mstd0.5-inc1 -> None"),
         ((), ("--no-model-ema",), "--model-ema True -> False"),
         (("--cache-images", "device"), (), "--cache-images device -> none"),
-        (("--cache-images", "device"), ("--cache-images", "device", "--cache-size", "40"), "--cache-size 256 -> 40"),
+        (("--cache-images", "device"), ("--cache-images", "device", "--cache-size", "40"), "--cache-size 32 -> 40"),
         ((), ("--train-split", "half"), "--train-split train -> half"),
         (("--sched", "constant"), (), "--sched constant -> cosine"),
         ((), ("--sched", "step"), "--sched cosine -> step"),
