@@ -18,7 +18,7 @@ _SIGNAL_AT_PARENTS_DEATH, _ADOPT_ORPHANS = 1, 36  # PR_SET_PDEATHSIG and PR_SET_
 class Processes:
     """Context manager in which processes are started that do not outlive it or this process.
 
-    Each is the leader of its own session, so that only `subprocess.Popen.terminate` stops it, and not a terminal's
+    Each leads a session, so that only `subprocess.Popen.terminate` stops it, and not a terminal's
     Ctrl-C: one that is stopped twice may end before it has saved. When this process is killed, they get SIGTERM (on
     Linux). Processes that they leave behind, as a killed torchrun leaves its ranks, are stopped by `end_orphans`.
     """

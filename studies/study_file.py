@@ -91,7 +91,7 @@ def read_study(path: Path) -> Study:
     content = _read(path)
     for key in content:
         if key not in KEYS:
-            hint = did_you_mean(str(key), KEYS, f"; there are {', '.join(KEYS)}")
+            hint = did_you_mean(str(key), KEYS, f"; there are {', '.join(KEYS)}, and `recipe` names a file of flags")
             raise SystemExit(f"error: {path} has an unknown key {key}{hint}")
     other = _read_other(path, str(content["rows_from"])) if "rows_from" in content else None
     rows = _check_rows(path, content.get("rows", {}), other.rows if other else {})
@@ -127,7 +127,7 @@ def _read_other(path: Path, rows_from: str) -> Study:
     other = path.parent / rows_from
     if (third := _read(other).get("rows_from")) is not None:
         raise SystemExit(
-            f"error: {path} has rows_from {other}, which has rows_from {third}; name one with rows of its own"
+            f"error: {path} has rows_from {other}, which has rows_from {third}; name one that has `rows`"
         )
     return read_study(other)
 

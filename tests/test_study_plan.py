@@ -131,6 +131,7 @@ def test_rows_of_another_file_come_first(tmp_path):
     [
         ("row: {plain: {}}", "unknown key row; did you mean rows?"),
         ("flags: {lr: 1}", "has no rows"),
+        ("patch_size: 8", "unknown key patch_size; there are recipe, rows_from, seeds"),
         ("rows: [plain]", "rows must have a `name: {flag: value}` pair"),
         ("rows: {plain: {}, plain: {lr: 1}}", "plain is there twice"),
         ("rows: {plain: {lr: 1, lr: 2}}", "lr is there twice"),

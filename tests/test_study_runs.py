@@ -46,7 +46,7 @@ def test_a_stopped_study_ends_like_one_that_was_not_stopped(tmp_path, few_digits
 
 
 def start_study(*words):
-    """study.py in a process group of its own, for a test that ends it."""
+    """study.py in another process group than the test, which ends it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     return subprocess.Popen(
         [sys.executable, "study.py", *map(str, words)], cwd=REPOSITORY, env=environment | {"OMP_NUM_THREADS": "1"},

@@ -77,7 +77,8 @@ class Parser(argparse.ArgumentParser):
         if hint := self.refused.get(flag.replace("--no-", "--", 1)):
             self.error(f"{flag} is not implemented: {hint}")
         hint = self._used_up(words + argv, unknown[0]) or did_you_mean(flag, self.flags)
-        self.error(f"unknown argument {unknown[0]}{hint}")
+        where = f"--config {first.config}: " if first.config and unknown[0] in words else ""
+        self.error(f"{where}unknown argument {unknown[0]}{hint}")
 
     def _used_up(self, words: list[str], value: str) -> str:
         """The flag before a value that is one too many, and what it takes; empty if there is none."""
@@ -98,9 +99,12 @@ class Parser(argparse.ArgumentParser):
 
     def _read(self, path: str) -> dict:
         try:
-            return read_flags(path)
+            flags = read_flags(path)
         except ValueError as error:
             self.error(f"--config {error}")
+        if isinstance(flags.get("rows"), dict):
+            self.error(f"--config {path} is a study, which has rows of flags; train it by `python study.py {path} OUT`")
+        return flags
 
     def _words_of(self, config: dict) -> list[str]:
         """Flags from a file as words of a command line, so that both are checked in the same way."""
