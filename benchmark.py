@@ -86,11 +86,11 @@ def main(argv: list[str] | None = None):
     world = init_world(args.device)
     if own.cpu_time and world.device.type == "cuda":
         raise SystemExit("error: --cpu-time does not include what a GPU computes; add --device cpu, or leave it out")
-    measure.use_clock(of_process=own.cpu_time)
     set_backends(args.fused_attn, args.tf32)
     own.environment = environment_lines(world, args.seed)
     print("\n".join(own.environment), file=sys.stderr)
-    results = WHATS[own.what](own, args, world)
+    with measure.use_clock(of_process=own.cpu_time):
+        results = WHATS[own.what](own, args, world)
     if results is not None:
         path = Path(own.json or f"runs/benchmark_{own.what}.json")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
 """How benchmark.py measures: times in turns, peak memory, waits of the host, and the largest rates of the device."""
 
+import contextlib
 import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
@@ -111,10 +112,15 @@ def clock() -> float:
     return _clock()
 
 
-def use_clock(of_process: bool):
-    """Choose the clock: the CPU time of this process and all its threads, or the time that passes."""
+@contextlib.contextmanager
+def use_clock(of_process: bool) -> Iterator[None]:
+    """Context manager in which times are of the CPU, for this process and all its threads, or those that pass."""
     global _clock
-    _clock = time.process_time if of_process else time.perf_counter
+    before, _clock = _clock, time.process_time if of_process else time.perf_counter
+    try:
+        yield
+    finally:
+        _clock = before
 
 
 def new_process() -> ProcessPoolExecutor:

@@ -126,9 +126,7 @@ def _read_other(path: Path, rows_from: str) -> Study:
     """The study file that another one takes rows from, which may not take rows from a third one."""
     other = path.parent / rows_from
     if (third := _read(other).get("rows_from")) is not None:
-        raise SystemExit(
-            f"error: {path} has rows_from {other}, which has rows_from {third}; name one that has `rows`"
-        )
+        raise SystemExit(f"error: {path} has rows_from {other}, which has rows_from {third}; name one that has `rows`")
     return read_study(other)
 
 

@@ -167,7 +167,7 @@ POLICIES = ("trivialaugment", "autoaugment-cifar10")
 
 
 @pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize(("name", "kind"), zip(POLICIES, ("TrivialAugmentWide", "AutoAugment"), strict=True))
+@pytest.mark.parametrize(("name", "kind"), [*zip(POLICIES, ("TrivialAugmentWide", "AutoAugment"), strict=True)])
 def test_torchvisions_policies_are_where_timm_has_its_own(name, kind, size):
     """After the crop and the flip, before the erasing; without timm's jitter of colours."""
     flags = ("--input-size", size, "--train-interpolation", "bilinear")
