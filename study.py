@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import torch
 
+from reports.run_folders import find_runs
 from reports.run_records import restore_run
 from studies.commands import Settings
 from studies.jobs import Jobs, Outcome, tell
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None):
     settings = Settings(study.analyze, args.keep_weights, args.jobs, args.nproc_per_node, budget)
     runs = plan_runs(study, args.out, user_flags)
     check_analysis(study)
+    for file in args.also:
+        find_runs([file])  # refuses, before the first run, a file that is not there
     own = _of_task(runs, args.task, args.tasks)
     recorded = recorded_runs(own, args.collect) if args.collect else {}
     if args.dry_run:

@@ -147,7 +147,7 @@ def test_rows_of_another_file_come_first(tmp_path):
         ("rows: {plain: {}, mixing: {}}\nbaseline: plane", "baseline plane is not a row; did you mean plain?"),
         ("rows: {plain: {}}\nrecipe: no.yaml", "no.yaml cannot be read"),
         ("rows_from: no.yaml", "no.yaml cannot be read"),
-        ("rows_from: study.yaml", "which has rows_from study.yaml; name one with rows"),
+        ("rows_from: study.yaml", "which has rows_from study.yaml; name one that has `rows`"),
         ("plain", "must have one `key: value` pair per line"),
         (
             "rows: {plain: {}, last: {mixing_coeff: 1}}",
@@ -190,6 +190,7 @@ def test_a_mistake_in_a_study_file_is_one_line(text, found, tmp_path, capsys):
         ("--epohcs 3", "row plain: unknown argument --epohcs; did you mean --epochs"),
         ("--job 2", "unknown argument --job; did you mean --jobs?"),
         ("--row plain", "unknown argument --row; did you mean --rows?"),
+        ("--also nowhere.jsonl", "nowhere.jsonl cannot be read"),
         ("--rows plain plane", "--rows plane is not a row of"),
         ("--seeds -1", "argument --seeds: needs an integer from 0"),
         ("--nproc-per-node two", "argument --nproc-per-node: is auto or an integer >= 1; got 'two'"),
