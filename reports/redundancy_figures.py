@@ -86,7 +86,8 @@ def weight_spectra(configurations: dict[str, list[dict]], styles: list[dict] | N
         axes[1, 0].set_ylabel(textwrap.fill(f"over those of {next(iter(configurations))}", 30) + f"\n({scale} scale)")
     _titles(axes, matrices, "singular value, number")
     blocks = "the blocks of the last stage" if len(first["stages"]) > 1 else "the blocks"
-    figure.suptitle(f"Singular values; curve: geometric mean over {blocks}; band: least to greatest", fontsize=10)
+    title = f"Singular values; curve: geometric mean over {blocks} and runs; band: from the least to the greatest"
+    figure.suptitle(title, fontsize=10)
     _legend_below(figure, axes[0, 0], configurations)
     return figure
 
