@@ -8,7 +8,7 @@ generators first, with `reseed` and its own counters:
     "mixing"        seed, epoch, batch                    pipeline.batch_augmentation, the same on all ranks
     "erasing"       seed, rank, epoch, batch              pipeline.batch_augmentation: boxes
     "step"          seed, rank, epoch, batch              engine.train_one_epoch: dropout, probes, erased pixels
-    "order"         seed, epoch                           datasets.Data.batches, of a data set that streams
+    "order"         seed, epoch                           pipeline.run_data.Data.batches, of a data set that streams
 
 Images that are augmented in batches read rows of tables, `pipeline.batch_draws.DrawTable`, and no global generator:
 

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader, Subset
 
 from datasets import DataOptions, loader_settings
 from diversity.function_level import FUNCTION_MEASURES, measure_function
+from pipeline.classes import find_classes, first_names, labels_by_name
 from pipeline.images import ReadableImages
 from pipeline.labelled import known_labels, spread_sample
-from pipeline.sources import build_source, find_classes, find_source, first_names, labels_by_name
+from pipeline.sources import build_source, find_source
 from pipeline.transforms import build_transform
 from pipeline.workers import StoppableLoader
 from reports.subjects import Subject

@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-from datasets import Data
+from pipeline.run_data import Data
 from training.changes import Change
 from training.checkpoint import TrainState
 from training.log import RunLog, accuracy_line, final_records, terms_table

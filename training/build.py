@@ -20,13 +20,13 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import Data
 from diversity import DiverseLoss, DiversityObjective, PatchMixup, TapError
 from diversity.distillation import DistillationLoss
 from models import build_model
 from models.execution import embed_patches_by_product, enable_grad_checkpointing, keep_residual_in_bfloat16
 from models.weights import load_weights, local_file, origin
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing, Normalize
+from pipeline.run_data import Data
 from pipeline.transforms import Preprocessing
 from training import arguments
 from training.parsing import flag_of

@@ -7,9 +7,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from datasets import Data
 from diversity import measurable, measure_redundancy
 from engine import evaluate
+from pipeline.run_data import Data
 from training.log import RunLog
 from training.predictions import Predictions
 from utils import World, errors_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets import Data
+from pipeline.run_data import Data
 from training.provenance import read_starts
 from training.records import PREDICTIONS
 from utils import World, atomic_write

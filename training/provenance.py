@@ -19,8 +19,8 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from datasets import Data
 from pipeline.holdout import Part, complete, numbers
+from pipeline.run_data import Data
 from training.records import ENVIRONMENT
 from training.run_folder import same_error_everywhere
 from utils import World, errors_of, write_json
