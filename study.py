@@ -23,13 +23,13 @@ if __name__ == "__main__":
 
 import torch
 
-from reports.run_folders import find_runs
-from reports.run_records import restore_run
+from reports.run_folders import find_runs, read_run
+from reports.run_records import restore_run, write_records
 from studies.commands import Settings
 from studies.jobs import Jobs, Outcome, tell
 from studies.plan import PlannedRun, errors_in, flags_as_words, plan_runs
 from studies.processes import Processes
-from studies.run_state import check_flags, is_finished, recorded_runs
+from studies.run_state import State, check_flags, is_finished, recorded_runs
 from studies.study_file import Study, read_study
 from training import arguments
 from training.flags import build_parser as build_main_parser
@@ -68,7 +68,7 @@ def build_parser() -> Parser:
     add("--also", nargs="+", type=Path, default=[], metavar="FILE.jsonl",
         help="records of other studies, shown in the report beside")  # fmt: skip
     add("--collect", type=Path, metavar="FILE.jsonl",
-        help="at the end write a record of each finished run there; a run whose record it has already is finished, and "
+        help="write a record of each run there when it is finished; a run whose record it has already is finished, and "
         "gets a run folder without weights")  # fmt: skip
     return parser
 
@@ -108,11 +108,11 @@ def main(argv: list[str] | None = None):
         tell(warning)
     if args.dry_run:
         return print_commands(own, settings)
-    outcome = train(own, settings)
+    outcome = train(own, settings, args.collect)
     if outcome.signal:
         tell(f"{args.out}: stopped; start the same command again to continue")
         raise SystemExit(RESUMABLE)
-    report(study, runs, args, argv)
+    report(study, runs, settings, args, argv)
     if outcome.failed:
         raise SystemExit(f"failed: {' '.join(outcome.failed)}")
     if outcome.left:
@@ -179,25 +179,35 @@ def print_commands(runs: Sequence[PlannedRun], settings: Settings):
             print(shlex.join(["env", *variables, *command]))
 
 
-def train(runs: Sequence[PlannedRun], settings: Settings) -> Outcome:
-    """Train and analyse runs in processes that do not outlive this one."""
+def train(runs: Sequence[PlannedRun], settings: Settings, records: Path | None) -> Outcome:
+    """Train and analyse runs in processes that do not outlive this one; each that ends gets its record at once."""
     with StopSignals() as signals, Processes() as processes:
 
         def start(run: PlannedRun, command: list[str], log: Path | None) -> subprocess.Popen:
             return processes.start(command, log, settings.environment(run))
 
-        return Jobs(settings, start, lambda: signals.received).run(runs)
+        def record(run: PlannedRun):
+            if records:
+                collect([run], settings, records)
+
+        return Jobs(settings, start, lambda: signals.received, record).run(runs)
 
 
-def report(study: Study, runs: Sequence[PlannedRun], args: Namespace, argv: Sequence[str]):
+def collect(runs: Sequence[PlannedRun], settings: Settings, records: Path) -> int:
+    """Write the records of the finished and analysed ones among `runs`; returns the number of records in the file."""
+    finished = [run for run in runs if is_finished(run) and settings.state(run) == State.FINISHED]
+    return write_records([read_run(run.folder, run.row) for run in finished], records)
+
+
+def report(study: Study, runs: Sequence[PlannedRun], settings: Settings, args: Namespace, argv: Sequence[str]):
     """Write what --report and --collect ask for."""
     if not (args.report or args.collect):
         return
     if not any(is_finished(run) for run in runs):
         return tell("no run has finished: neither report nor records are written")
-    from reports import study_report  # here, as matplotlib takes a second to import
-
     if args.report:
+        from reports import study_report  # here, as matplotlib takes a second to import
+
         rows = {row: shlex.join(flags_as_words(flags)) for row, flags in study.rows.items()}
         lines = [f"command: {shlex.join(['python', 'study.py', *argv])}"]
         lines += [f"recipe: {study.recipe}"] if study.recipe else []
@@ -207,8 +217,7 @@ def report(study: Study, runs: Sequence[PlannedRun], args: Namespace, argv: Sequ
         page = study_report.write_report(asked, [args.out], args.out / "report", args.also, measure)
         tell(f"report: {page}")
     if args.collect:  # after the report, which may have measured runs
-        count = study_report.collect([args.out], args.collect)
-        tell(f"{args.collect} has {count} records")
+        tell(f"{args.collect} has {collect(runs, settings, args.collect)} records")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from reports.comparisons import check_rows
 from reports.report_figures import FIGURES, draw_all
 from reports.report_page import Asked, Part, Section, page
 from reports.run_folders import find_runs
-from reports.run_records import write_records
 from reports.runs import REPORT, Run, by_study
 from reports.study_table import draw_curves, group_tables, problems, study_groups
 from reports.tables import markdown
@@ -59,14 +58,6 @@ def write_report(
     except OSError as error:
         raise SystemExit(f"error: {error.filename or target} cannot be written: {error.strerror}") from None
     return target / PAGE
-
-
-def collect(outs: Sequence[str | Path], target: Path) -> int:
-    """Write the records of the finished runs of `outs` into a .jsonl file; returns its number of records.
-
-    A record that the file has already of the same set, row and seed is replaced, others stay.
-    """
-    return write_records(find_runs(outs), target)
 
 
 def measure_runs(runs: Sequence[Run]) -> list[str]:

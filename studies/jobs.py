@@ -54,6 +54,7 @@ class Jobs:
     Args:
         start: starts a command of a run; its output goes to a file, or to this process's for None.
         received: the name of the signal that stops the study, or None.
+        on_finished: called with each run that is finished and analysed.
         clock: the time in seconds.
         sleep: waits for a number of seconds.
     """
@@ -63,10 +64,12 @@ class Jobs:
         settings: Settings,
         start: Callable[[PlannedRun, list[str], Path | None], Popen],
         received: Callable[[], str | None],
+        on_finished: Callable[[PlannedRun], None] = lambda run: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        self.settings, self.start, self.received, self.clock, self.sleep = settings, start, received, clock, sleep
+        self.settings, self.start, self.received, self.on_finished = settings, start, received, on_finished
+        self.clock, self.sleep = clock, sleep
         self.running: list[Job] = []
         self.failed: list[str] = []
         self.left: list[str] = []
@@ -129,6 +132,7 @@ class Jobs:
             self._remove_weights(run)
             self.longest = max(self.longest, seconds_taken(run.folder), seconds if job.epochs == 1 else 0.0)
             tell(f"{run.name}: finished in {_time(seconds)}")
+            self.on_finished(run)
         elif self.is_stopping or code == RESUMABLE:
             self.left.append(run.name)
             tell(f"{run.name}: stopped after {_time(seconds)}")

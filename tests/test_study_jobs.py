@@ -29,6 +29,7 @@ class Machine:
     def __init__(self, usual=60, takes=None, codes=None, training_seconds=None):
         self.now, self.usual, self.takes, self.codes = 1000.0, usual, takes or {}, codes or {}
         self.begun, self.most_at_once, self.processes, self.received = [], 0, [], None
+        self.finished = []
 
     def start(self, run, command, log):
         step = "analyze" if command[1].endswith("analyze.py") else "train"
@@ -57,7 +58,9 @@ class Machine:
         self.now += seconds
 
     def run(self, runs, **settings):
-        return Jobs(Settings(**settings), self.start, lambda: self.received, lambda: self.now, self.sleep).run(runs)
+        return Jobs(
+            Settings(**settings), self.start, lambda: self.received, self.finished.append, lambda: self.now, self.sleep
+        ).run(runs)
 
 
 def finish(run, flags=None, global_batch=None, seconds=0):
@@ -178,6 +181,7 @@ def test_finished_runs_are_analysed_and_then_lose_their_weights(tmp_path):
     assert machine.begun == [("analyze", "plain/seed0"), ("train", "mixing/seed0"), ("analyze", "mixing/seed0"),
                              ("train", "fails/seed0"), ("analyze", "fails/seed0")]  # fmt: skip
     assert [len([*run.folder.glob("checkpoint*.pth")]) for run in runs] == [0, 0, 2]
+    assert machine.finished == [plain, mixing]
     assert json.loads((mixing.folder / ANALYZED).read_text())["words"] == ["--num-images", "8"]
     again = Machine()
     assert again.run(runs, **settings).failed == []
@@ -232,6 +236,8 @@ def test_a_run_whose_record_is_in_the_file_is_finished(tmp_path, capsys):
     study.main(words)
     assert "plain/seed0: finished, skipped" in capsys.readouterr().err
     assert not [*(tmp_path / "new").rglob("*.pth")] and len(file.read_text().splitlines()) == 1
+    (tmp_path / "new" / "plain" / "seed0" / "checkpoint.pth").touch()
+    assert study.collect([plain], Settings(analyze=["--ema"]), tmp_path / "others.jsonl") == 0  # it is not analysed
     with pytest.raises(SystemExit, match=r"plain/seed0 of .*: --lr 0.0005 -> 0.25; give the old values"):
         study.main([*words[:1], str(tmp_path / "other"), *words[2:], "--lr", "0.25"])
     assert not (tmp_path / "other").exists()

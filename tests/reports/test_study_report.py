@@ -11,7 +11,9 @@ from run_folders_on_disk import make_run, start
 from reports import redundancy as analysis
 from reports import study_report
 from reports.report_figures import FIGURES, can_draw
-from reports.study_report import Asked, collect, write_report
+from reports.run_folders import find_runs
+from reports.run_records import write_records
+from reports.study_report import Asked, write_report
 
 ASKED = Asked("A study", {"plain": "", "all": "--preset released", "new": "--emb_so_coef 1"}, [0, 1], "plain",
               ["recipe: digits.yaml"], alpha=0.05, min_runs=2)  # fmt: skip
@@ -180,7 +182,7 @@ def test_rows_that_cannot_be_compared_are_groups(tmp_path, drawn):
 
 def test_records_alone_have_what_their_lines_have(tmp_path, drawn):
     out, file = make_study(tmp_path / "out"), tmp_path / "records.jsonl"
-    assert collect([out], file) == 3
+    assert write_records(find_runs([out]), file) == 3
     page = page_of(ASKED, [file], tmp_path / "report")
     results = section(page, "### digits")
     assert [name for name, _ in re.findall(r"!\[(.*)\]\((.*)\)", results)] == ["curves", "depth", "function"]
@@ -192,7 +194,7 @@ def test_records_alone_have_what_their_lines_have(tmp_path, drawn):
 
 def test_another_study_is_shown_beside(tmp_path, drawn):
     out, other = make_study(tmp_path / "out"), tmp_path / "early.jsonl"
-    collect([make_study(tmp_path / "other", "flowers", lr=1.0)], other)
+    write_records(find_runs([make_study(tmp_path / "other", "flowers", lr=1.0)]), other)
     page = page_of(ASKED, [out], tmp_path / "report", also=[other])
     assert "### flowers, early" not in section(page, "## Results")
     assert "### flowers, early" in section(page, "## Other studies, beside this one")
@@ -256,7 +258,7 @@ def test_heads_that_analyze_has_drawn_are_shown(tmp_path, drawn):
 @pytest.mark.slow
 def test_the_figures_of_records_are_drawn(tmp_path):
     file = tmp_path / "records.jsonl"
-    collect([make_study(tmp_path / "out")], file)
+    write_records(find_runs([make_study(tmp_path / "out")]), file)
     page = page_of(ASKED, [file], tmp_path / "report")
     assert all(f"![{name}]({name}_digits.png)" in page for name in ("curves", "depth", "function"))
     assert all((tmp_path / "report" / f"{name}_digits.png").stat().st_size > 10_000 for name in ("depth", "function"))
