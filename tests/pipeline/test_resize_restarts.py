@@ -81,7 +81,7 @@ def full_disk():
 FAILURES = {
     "Ctrl-C": (lambda: os.kill(os.getppid(), signal.SIGINT), "interrupted"),
     "SIGTERM": (lambda: os.kill(os.getppid(), signal.SIGTERM), "interrupted"),
-    "full disk": (full_disk, r"\S+/train/cat/\d+\.jpg cannot be copied to \S+/copy: .*No space left on device"),
+    "full disk": (full_disk, r"\S+/source/\S+ cannot be copied to \S+/copy: .*No space left on device"),
     "killed worker": (lambda: os.kill(os.getpid(), signal.SIGKILL), ".*worker was killed.* memory .*"),
 }
 
