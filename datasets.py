@@ -51,6 +51,11 @@ class DataOptions(SourceOptions, TransformOptions):
         """Whether images are kept in memory; an evaluation reads each of them once."""
         return self.cache_images != "none" and not self.eval
 
+    @property
+    def cache_side(self) -> int:
+        """The side in pixels of a cached training image."""
+        return side_of(self.cache_size, self.input_size)
+
 
 def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), needs_labels: bool = True) -> Data:
     """The data sets that `options` name, with DeiT's augmentation, and their loaders.
@@ -79,8 +84,8 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
             source.target_transform = partial(_known_label, num_classes=num_classes, labels=labels)
     notes = [source.note for source in (train, val) if getattr(source, "note", "")]
     if options.is_cached:
-        side = side_of(options.cache_size, options.input_size)
-        notes.append(require_memory(options.cache_images, world, (len(train), side), (len(val), options.input_size)))
+        sizes = (len(train), options.cache_side), (len(val), options.input_size)
+        notes.append(require_memory(options.cache_images, world, *sizes))
     train_loader = None if train is None else _train_loader(options, world, train, labels, prefetches)
     val_loader = _val_loader(options, world, val, labels, prefetches)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
@@ -96,7 +101,7 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
 def _train_loader(
     options: DataOptions, world: World, source: Dataset, labels: Sequence[int], prefetches: bool
 ) -> DataLoader | CachedLoader:
-    side = side_of(options.cache_size, options.input_size)
+    side = options.cache_side
     transform = build_transform(options, is_training=True, as_bytes=prefetches)
     if options.is_cached:
         transform = Squeeze(side, options.interpolation)

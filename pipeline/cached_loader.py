@@ -16,7 +16,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class CachedLoader:
-    """The batches of an epoch; on a GPU each is made in a thread and a stream of its own during the step before.
+    """The batches of an epoch; on a GPU each is made in another thread and stream during the step before.
 
     So the step waits for neither the random numbers, nor the copy, nor the launches of the augmentation. Nothing in the
     thread uses a global generator of random numbers.

@@ -24,7 +24,7 @@ from pathlib import Path
 import yaml
 
 from diversity.spelling import did_you_mean
-from training.flag_files import read_flags
+from training.flag_files import read_flags, read_pairs
 from training.parsing import with_hyphens
 
 KEYS = ("recipe", "rows_from", "seeds", "baseline", "flags", "analyze", "rows")
@@ -161,12 +161,9 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def _read(path: Path) -> dict:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SystemExit(f"error: {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise SystemExit(f"error: {path} must have one `key: value` pair per line")
-    return content
+        return read_pairs(path, "key", _UniqueKeys)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def _check_rows(path: Path, rows: object, others: dict) -> dict[str, dict]:
