@@ -76,6 +76,15 @@ def test_what_changes_nothing(words, folder):
     assert other["val"] == expected["val"] and not {*other["train"].values()} & {*expected["train"].values()}
 
 
+@pytest.mark.parametrize(("size", "words", "side"), [(32, (), 32), (40, (), 46), (32, ("--cache-size", 48), 48)])
+def test_images_are_cached_in_the_size_that_the_flags_say(size, words, side, folder):
+    data = build(*folder, *CACHED, *PLAIN, "--input-size", size, *words, "--batch-size", 10)
+    assert data.train.dataset.images.shape[1:] == (3, side, side)
+    samples, _ = next(iter(data.batches(0, 0)))
+    assert samples.shape[1:] == (3, size, size)
+    assert f"training images of {side} px" in " ".join(data.notes)
+
+
 def test_without_augmentation_the_images_of_the_folder_are_seen(folder):
     data = build(*folder, *CACHED, *PLAIN, "--input-size", 40, "--cache-size", 40, "--batch-size", 10)
     data.train.batch_sampler.start(0)
