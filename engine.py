@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from training.checkpoint import TrainState
 from training.predictions import Predictions
 from training.progress import Progress
+from training.schedule import learning_rates
 from training.update import GuardedUpdate
 from utils import World, reseed
 
@@ -56,8 +57,8 @@ def train_one_epoch(
         before_batch: called with the number, images, labels and draws of a batch before its forward pass; may measure.
 
     Returns:
-        Means over the epoch's steps and processes: loss, every term and its fraction of the loss, lr, grad_norm; and
-        images_per_s of all processes, data_wait (fraction of the time spent waiting for the loader), both without the
+        Means over the epoch's steps and processes: loss, every term and its fraction of the loss, grad_norm; and lr,
+        lr_min if layers have rates of their own, images_per_s of all processes, data_wait (fraction of the time spent waiting for the loader), both without the
         first step of this process if there are others, skipped_steps, and overflows (steps that fp16's loss scale
         skipped to adjust itself, which is no fault).
     """
@@ -93,7 +94,7 @@ def train_one_epoch(
     progress.end_epoch()
     update.guard.report_pending(wait=True)
     return {
-        "lr": update.optimizer.param_groups[0]["lr"],
+        **learning_rates(update.optimizer),
         **state.totals.epoch.averages(world),
         **progress.speed(),
         "skipped_steps": state.totals.skipped(state.step),

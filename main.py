@@ -112,6 +112,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         *arguments.config_lines(args),
         preprocessing_line(options),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss, data)) or 'off'}",
+        *filter(None, [build.layer_rates_line(args, optimizer, lr)]),
         *(f"warning: {line}" for line in build.warnings(args, amp_dtype, lr, data.num_steps)),
     ]
     log = begin_run(folder, world, state, data, start, changes, flags, numbers, lines, "\n".join(filter(None, tables)))

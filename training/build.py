@@ -31,7 +31,7 @@ from pipeline.transforms import Preprocessing
 from training import arguments
 from training.parsing import flag_of
 from training.preprocessing import normalisation_warnings
-from training.schedule import Schedule
+from training.schedule import Schedule, scale_of
 from utils import World, errors_of, is_bug
 
 T = TypeVar("T")
@@ -226,6 +226,21 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
         raise SystemExit(
             f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
         ) from None
+
+
+def layer_rates_line(args: Namespace, optimizer: torch.optim.Optimizer, lr: float) -> str:
+    """The range of layer-wise learning rates, for the log; empty where all layers have one rate.
+
+    Args:
+        lr: `--lr`, scaled to the global batch.
+    """
+    if args.layer_decay is None:
+        return ""
+    scales = sorted({scale_of(group) for group in optimizer.param_groups})
+    return (
+        f"layer-wise learning rates: --layer-decay {args.layer_decay:g}, {len(scales)} layers with {scales[0]:.3g} to "
+        f"{scales[-1]:.3g} times the rate of the schedule, which is {lr:g} at most"
+    )
 
 
 def input_and_output(model: nn.Module) -> list[str]:

@@ -13,6 +13,9 @@ MODEL = ("model", "patch_size", "model_kwargs")
 REMEDIES = ("remedy", "remedy_kwargs")
 """Flags of the model too, by which the rows of an ablation may differ."""
 
+PARAMETER_GROUPS = ("layer_decay",)
+"""Flags with and without which an optimizer has other groups of parameters; another value is no other group."""
+
 DATA = ("data_set", "inat_category", "num_classes", "val_fraction")
 UNRELATED = {
     *("config", "resume", "resume_with_changes", "finetune", "start_epoch", "eval", "preset", "data_path"),
@@ -53,8 +56,8 @@ def find_changes(
         allowed: whether changes of the training are wanted.
 
     Raises:
-        SystemExit: the model, the labels, --val-fraction, or the images of an epoch that has begun differ; or something
-            else, and changes are not `allowed`.
+        SystemExit: the model, the labels, --val-fraction, the groups of parameters, or the images of an epoch that has
+            begun differ; or something else, and changes are not `allowed`.
     """
     path, stored = checkpoint
     if not path:
@@ -81,6 +84,11 @@ def find_changes(
                 f"error: --resume {path} has another {what}: {_listed(other)}; give the old values, or start a new run "
                 "in another --output-dir"
             )
+    if regrouped := [change for change in changes if _has_other_groups(change)]:
+        raise SystemExit(
+            f"error: --resume {path} has an optimizer with other groups of parameters: {_listed(regrouped)}; give the "
+            "old values, or start a new run from the weights by --finetune, in another --output-dir"
+        )
     if stored.get("step") and any(change.name != "validation images" for change in counts):
         raise SystemExit(
             f"error: --resume {path} is within an epoch that has other images: {_listed(counts)}; keep the images and "
@@ -93,6 +101,10 @@ def find_changes(
             "with the new ones by --resume-with-changes, which writes them to changes.jsonl"
         )
     return changes
+
+
+def _has_other_groups(change: Change) -> bool:
+    return change.name in map(flag_of, PARAMETER_GROUPS) and None in (change.before, change.after)
 
 
 def _comparable(flags: dict[str, object]) -> dict[str, object]:

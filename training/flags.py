@@ -24,6 +24,7 @@ from training.parsing import (
     nonneg_float,
     nonneg_int,
     positive_float,
+    positive_fraction,
     positive_int,
     seed_int,
 )
@@ -35,7 +36,7 @@ REMOVED = {
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
-DEIT_3 = ("--bce-loss", "--ThreeAugment", "--src", "--attn-only", "--layer-decay", "--cosub")
+DEIT_3 = ("--bce-loss", "--ThreeAugment", "--src", "--attn-only", "--cosub")
 """Flags of later recipes in DeiT's repository, which are refused by name."""
 
 
@@ -230,6 +231,9 @@ def _optimizer(parser):
     add("--opt-betas", type=float, nargs="+", default=None, metavar="BETA", help="None = the optimizer's default")
     add("--momentum", type=fraction, default=0.9, help="momentum of SGD-like optimizers")
     add("--weight-decay", type=nonneg_float, default=0.05, help="not applied to biases, norms and tokens; 0 = off")
+    add("--layer-decay", type=positive_fraction, default=None, metavar="FACTOR",
+        help="of the learning rate from each layer to the one before it, for fine-tuning; the head has --lr; None = one "
+        "rate for all layers")  # fmt: skip
     add("--clip-grad", type=positive_float, default=None, metavar="NORM", help="largest gradient norm; None = off")
 
 

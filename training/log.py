@@ -124,7 +124,7 @@ def by_group(values: dict[str, object], group: str) -> dict[str, float]:
         title = name.removeprefix("train_")
         if not isinstance(value, int | float) or name in COUNTS:
             continue
-        if title in ("loss", "classification", "lr", "grad_norm", "diversity_factor"):
+        if title in ("loss", "classification", "lr", "lr_min", "grad_norm", "diversity_factor"):
             points[f"{group}/{title}"] = value
         elif title.endswith("_share"):
             points[f"fractions/{title.removesuffix('_share')}"] = value

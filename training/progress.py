@@ -11,6 +11,7 @@ from tqdm import tqdm
 from training.checkpoint import TrainState
 from training.log import RunLog, by_group
 from training.meters import Meters
+from training.schedule import learning_rates
 from utils import World
 
 
@@ -88,7 +89,8 @@ class Progress:
     def _report(self, step: int):
         """A console line of at most 100 columns; the terms too go to TensorBoard."""
         totals, epoch = self.state.totals, self.state.epoch
-        lr = self.state.optimizer.param_groups[0]["lr"]
+        rates = learning_rates(self.state.optimizer)
+        lr = " to ".join(f"{rate:.3g}" for rate in sorted(rates.values()))
         averages = totals.window.averages(self.world)
         images, seconds, waited = self.window
         seconds = max(seconds, 1e-9)  # 0 if this process has only resumed after the last step
@@ -98,10 +100,10 @@ class Progress:
             eta = datetime.timedelta(seconds=round(step_seconds * (self.num_steps - step - 1)))
         means = f"loss {averages['loss']:.4g}  grad {averages['grad_norm']:.3g}" if averages else "no step taken"
         self.log.print(
-            f"epoch {epoch} {step:>{len(str(self.num_steps))}}/{self.num_steps}  {means}  lr {lr:.3g}  "
+            f"epoch {epoch} {step:>{len(str(self.num_steps))}}/{self.num_steps}  {means}  lr {lr}  "
             f"{images / seconds:.0f} images/s  data wait {100 * waited / seconds:.0f} %  eta {eta}"
         )
-        values = {"lr": lr} | averages
+        values = rates | averages
         if self.world.device.type == "cuda":
             values["max_memory_mib"] = torch.cuda.max_memory_allocated(self.world.device) / 2**20
         self.log.scalars(by_group(values, "train"), epoch * self.num_steps + step)

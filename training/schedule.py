@@ -2,8 +2,21 @@
 
 from collections.abc import Sequence
 
+import torch
 from timm.scheduler import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
+
+
+def scale_of(group: dict) -> float:
+    """The factor of the learning rate of a group of parameters, such as timm's groups of layers have."""
+    return group.get("lr_scale", 1.0)
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """ "lr", the largest rate of the groups of parameters, and "lr_min", the smallest one, if the groups are scaled."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    is_scaled = any(scale_of(group) != 1 for group in optimizer.param_groups)
+    return {"lr": max(rates)} | ({"lr_min": min(rates)} if is_scaled else {})
 
 
 class Schedule:
@@ -11,7 +24,8 @@ class Schedule:
 
     Epoch 0 has the first rate of timm's schedule, the epoch after epoch t has its rate at t, and the cool-down has
     `min_lr`. A rate depends on the number of the epoch only; with plateau, on the accuracies of the epochs before it
-    too. They are the state of a schedule, from which a resumed run computes the rate again.
+    too. They are the state of a schedule, from which a resumed run computes the rate again. With layer-wise rates, all of
+    these are multiplied by the factor of each group of parameters, its `lr_scale`.
 
     Args:
         scheduler: timm's schedule of the optimizer, which has not been stepped.
@@ -23,8 +37,12 @@ class Schedule:
     def __init__(self, scheduler: Scheduler, epochs: int, cooldown_epochs: int = 0, min_lr: float = 0.0):
         self.scheduler, self.epochs, self.min_lr = scheduler, epochs, min_lr
         self.num_epochs = epochs + cooldown_epochs
-        if isinstance(scheduler, PlateauLRScheduler) and scheduler.warmup_t == 0:
-            scheduler.warmup_t = -1  # otherwise timm sets the first rate of the warm-up after epoch 0, and leaves it
+        if isinstance(scheduler, PlateauLRScheduler):
+            if scheduler.warmup_t == 0:
+                scheduler.warmup_t = -1  # otherwise timm sets the first rate of the warm-up after epoch 0, and keeps it
+            plateau, groups = scheduler.lr_scheduler, scheduler.optimizer.param_groups
+            plateau.min_lrs = [low * scale_of(group) for low, group in zip(plateau.min_lrs, groups, strict=True)]
+            plateau.eps = 0  # a smaller change too is a change, of the small rate of a first layer
         self.first = [group["lr"] for group in scheduler.optimizer.param_groups]
         self.accuracies: list[float | None] = []
 
