@@ -57,10 +57,10 @@ def train_one_epoch(
         before_batch: called with the number, images, labels and draws of a batch before its forward pass; may measure.
 
     Returns:
-        Means over the epoch's steps and processes: loss, every term and its fraction of the loss, grad_norm; and lr,
-        lr_min if layers have rates of their own, images_per_s of all processes, data_wait (fraction of the time spent waiting for the loader), both without the
-        first step of this process if there are others, skipped_steps, and overflows (steps that fp16's loss scale
-        skipped to adjust itself, which is no fault).
+        Means over the epoch's steps and processes: loss, every term and its fraction of the loss, grad_norm; and lr
+        (and lr_min, if it is not one rate), images_per_s of all processes, data_wait (fraction of the time spent
+        waiting for the loader), both without the first step of this process if there are others, skipped_steps, and
+        overflows (steps that fp16's loss scale skipped to adjust itself, which is no fault).
     """
     loss_fn.train()
     mixup = unwrap_model(loss_fn).mixup

@@ -12,15 +12,7 @@ from training.meters import EpochTotals
 from training.schedule import Schedule
 from utils import World, errors_of
 
-SETTINGS = {
-    "weight_decay",
-    "betas",
-    "eps",
-    "momentum",
-    "initial_lr",
-    "lr_scale",
-    "fused",
-}  # of a group, by flags and device
+SETTINGS = {"weight_decay", "betas", "eps", "momentum", "initial_lr", "lr_scale", "fused"}  # of a group, by the flags
 OPTIMIZER = "optimizer_name"  # the entry of a checkpoint that names the class
 LAST = "checkpoint.pth"
 BEST = {"acc1": "checkpoint_best.pth", "acc1_ema": "checkpoint_best_ema.pth"}
