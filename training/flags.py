@@ -232,8 +232,8 @@ def _optimizer(parser):
     add("--momentum", type=fraction, default=0.9, help="momentum of SGD-like optimizers")
     add("--weight-decay", type=nonneg_float, default=0.05, help="not applied to biases, norms and tokens; 0 = off")
     add("--layer-decay", type=positive_fraction, default=None, metavar="FACTOR",
-        help="of the learning rate from each layer to the one before it, for fine-tuning; the head has --lr; None = one "
-        "rate for all layers")  # fmt: skip
+        help="of the learning rate from each layer to the one before it, for fine-tuning; the head has --lr; "
+        "None = one rate for all layers")  # fmt: skip
     add("--clip-grad", type=positive_float, default=None, metavar="NORM", help="largest gradient norm; None = off")
 
 

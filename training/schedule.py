@@ -24,8 +24,8 @@ class Schedule:
 
     Epoch 0 has the first rate of timm's schedule, the epoch after epoch t has its rate at t, and the cool-down has
     `min_lr`. A rate depends on the number of the epoch only; with plateau, on the accuracies of the epochs before it
-    too. They are the state of a schedule, from which a resumed run computes the rate again. With layer-wise rates, all of
-    these are multiplied by the factor of each group of parameters, its `lr_scale`.
+    too. They are the state of a schedule, from which a resumed run computes the rate again. Each rate is multiplied by
+    the factor of a group of parameters, its `lr_scale`, if it has one.
 
     Args:
         scheduler: timm's schedule of the optimizer, which has not been stepped.
