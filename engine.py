@@ -3,12 +3,14 @@
 import contextlib
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from timm.utils import accuracy, unwrap_model
 from torch import nn
 from torch.nn import functional as F
 
 from training.checkpoint import TrainState
+from training.classification_metrics import NUM_BINS, ImageResults, calibration_error, calibration_sums
 from training.predictions import Predictions
 from training.progress import Progress
 from training.schedule import learning_rates
@@ -113,18 +115,18 @@ def evaluate(
     model_ema: nn.Module | None = None,
     predictions: Predictions | None = None,
 ) -> dict[str, float]:
-    """Cross-entropy and top-1, top-5 accuracy over the images of all processes' loaders, each counted once.
+    """Cross-entropy, top-1 and top-5 accuracy and calibration over the images of all processes' loaders, each once.
 
     Args:
         model: a plain timm model (not DistributedDataParallel: ranks may have unequal numbers of batches).
         loader: this process's part of the images.
         after_batch: called after each of the first `common_batches`, which every process has; may raise to stop.
         model_ema: its average, evaluated on the same batches.
-        predictions: collects the predicted classes; None = they are not kept.
+        predictions: collects the results of each image; None = they are not kept.
 
     Returns:
-        loss in nats, acc1 and acc5 in percent (acc5 is of all classes where there are fewer than five), images; and
-        with `_ema` appended to their names those of the average.
+        loss in nats, acc1 and acc5 in percent (acc5 is of all classes where there are fewer than five), images, and
+        ece in percent, see `expected_calibration_error`; and with `_ema` appended to their names those of the average.
 
     Raises:
         SystemExit: there is no image.
@@ -132,12 +134,12 @@ def evaluate(
     models = {"": model} | ({} if model_ema is None else {"_ema": model_ema})
     totals, images = dict.fromkeys(models, 0), 0
     for index, batch in enumerate(loader):
-        predicted = {}
+        results = {}
         for suffix, each in models.items():
-            sums, predicted[suffix] = _losses_and_hits(each, *batch, amp_dtype)
+            sums, results[suffix] = _sums_and_results(each, *batch, amp_dtype)
             totals[suffix] = totals[suffix] + sums.to(world.device)
         if predictions is not None:
-            predictions.add(batch[1], predicted)
+            predictions.add(batch[1], results)
         images += len(batch[1])
         if index < common_batches:
             after_batch()
@@ -146,15 +148,17 @@ def evaluate(
         raise SystemExit("error: the validation set is empty")
     stats = {}
     for suffix, total in totals.items():  # a process without a batch still takes part
-        total = world.sum(total if torch.is_tensor(total) else torch.zeros(3, dtype=torch.float64, device=world.device))
-        loss, hits1, hits5 = (total / images).tolist()
-        values = {"loss": loss, "acc1": 100 * hits1, "acc5": 100 * hits5, "images": int(images)}
+        empty = torch.zeros(3 + 3 * NUM_BINS, dtype=torch.float64, device=world.device)
+        loss, hits1, hits5, *bins = world.sum(total if torch.is_tensor(total) else empty).tolist()
+        values = {"loss": loss / images, "acc1": 100 * (hits1 / images), "acc5": 100 * (hits5 / images)}
+        values |= {"images": int(images), "ece": calibration_error(np.reshape(bins, (NUM_BINS, 3)))}
         stats |= {f"{name}{suffix}": value for name, value in values.items()}
     return stats
 
 
-def _losses_and_hits(model: nn.Module, samples: torch.Tensor, labels: torch.Tensor, amp_dtype: torch.dtype | None):
-    """Sums over a batch of cross-entropy, top-1 hits and top-5 hits, [3] in float64, and the predicted classes [B].
+def _sums_and_results(model: nn.Module, samples: torch.Tensor, labels: torch.Tensor, amp_dtype: torch.dtype | None):
+    """Sums over a batch of cross-entropy, top-1 hits, top-5 hits, and `calibration_sums` row by row, in float64; and
+    its `ImageResults`.
 
     The host waits for no GPU.
     """
@@ -166,6 +170,12 @@ def _losses_and_hits(model: nn.Module, samples: torch.Tensor, labels: torch.Tens
         logits = model(samples)
     logits = logits.float()
     percents = torch.stack(accuracy(logits, labels, topk=(1, 5)))
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    predicted = logits.topk(min(5, logits.shape[1])).indices[:, 0]  # of equal logits the one that `accuracy` counts
-    return torch.cat([loss[None], percents * len(labels) / 100]).double(), predicted
+    top5 = logits.topk(min(5, logits.shape[1])).indices
+    predicted = top5[:, 0]  # of equal logits the one that `accuracy` counts
+    log_probs = logits.log_softmax(dim=1)
+    confidence = log_probs.gather(1, predicted[:, None]).squeeze(1).exp()
+    losses = F.nll_loss(log_probs, labels, reduction="none")
+    results = ImageResults(predicted, confidence, (top5 == labels[:, None]).any(dim=1), losses)
+    loss = F.nll_loss(log_probs, labels, reduction="sum")
+    bins = calibration_sums(confidence, predicted == labels)
+    return torch.cat([loss[None].double(), (percents * len(labels) / 100).double(), bins.flatten()]), results

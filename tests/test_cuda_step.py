@@ -218,11 +218,11 @@ def test_a_blocking_upload_is_found():
 
 
 def test_a_wait_in_every_batch_of_an_evaluation_is_found():
-    count = engine._losses_and_hits
+    count = engine._sums_and_results
 
     def wait(model, samples, labels, amp_dtype):
-        sums, predicted = count(model, samples, labels, amp_dtype)
-        return sums + labels.new_tensor([1.0, 1.0, 1.0]), predicted
+        sums, results = count(model, samples, labels, amp_dtype)
+        return sums + labels.new_tensor([1.0]), results
 
-    with mock.patch.object(engine, "_losses_and_hits", wait), pytest.raises(AssertionError, match="new_tensor"):
+    with mock.patch.object(engine, "_sums_and_results", wait), pytest.raises(AssertionError, match="new_tensor"):
         assert_no_wait(run_on_fake_cuda())

@@ -13,7 +13,8 @@ from ranks import run_ranks
 
 from datasets import build_data
 from models import build_model
-from training.predictions import Predictions, read_predictions
+from training.classification_metrics import ImageResults
+from training.predictions import Predictions, read_predictions, results_of
 from utils import World
 
 FLAGS = (
@@ -48,44 +49,80 @@ def test_predictions_are_those_of_the_last_weights_in_the_order_of_the_images(tr
     for name, weights, accuracy in (("raw", "model", "test_acc1"), ("ema", "model_ema", "test_acc1_ema")):
         model.load_state_dict(stored[weights])
         with torch.no_grad():
-            assert np.array_equal(saved[name], model(images).argmax(1))
+            logits = model(images).double()
+        assert np.array_equal(saved[name], logits.argmax(1))
+        (ours, probs) = results_of(saved)[name], logits.softmax(dim=1)
+        assert ours.confidence == pytest.approx(probs.amax(1).numpy(), rel=1e-5)
+        assert ours.loss == pytest.approx(-probs[range(33), labels].log().numpy(), rel=1e-5)
+        assert [*ours.in_top5] == [label in row[:5] for label, row in zip(labels, logits.argsort(1, True), strict=True)]
+        assert 5 < sum(ours.in_top5) < 33
         assert 100 * (saved[name] == saved["label"]).mean() == pytest.approx(log_of(trained)[-1][accuracy])
         assert len({*saved[name]}) > 2  # a test of the order needs several
     assert not np.array_equal(saved["raw"], saved["ema"])
 
 
 def test_two_ranks_save_the_file_of_one_and_a_finished_run_gets_it(trained):
-    content = (trained / "predictions.npz").read_bytes()
+    before = read_predictions(trained)
     (trained / "predictions.npz").unlink()
     flags = (*FLAGS, "--finetune", trained.parent / "weights.pth", "--output-dir", trained)
     result = run_ranks(2, "main.py", *flags, "--batch-size", 8)
     assert result.returncode == 0, result.stderr
-    assert (trained / "predictions.npz").read_bytes() == content
+    after = read_predictions(trained)
+    assert [*after] == [*before]
+    for name, values in before.items():  # a smaller batch may round otherwise
+        assert after[name].dtype == values.dtype
+        is_float = values.dtype == np.float32
+        assert np.allclose(after[name], values, rtol=1e-5) if is_float else np.array_equal(after[name], values), name
     assert len(log_of(trained)) == 1 and (trained / "summary.json").exists()
 
 
+def results(*classes):
+    """Results of images with these predicted classes; the other fields say which image it is."""
+    values = torch.tensor(classes, dtype=torch.float32)
+    return ImageResults(torch.tensor(classes), values / 10, values > 4, values / 4)
+
+
+def of_process(monkeypatch, names, count=None):
+    """The values that `Predictions.gather` gets from the main process, where no group exists: sums are its own."""
+    types = {name: {"confidence": torch.float32, "loss": torch.float32}.get(name.partition("_")[2], torch.int64)
+             for name in names}  # fmt: skip
+    monkeypatch.setattr(World, "from_main", lambda world, value: count if isinstance(value, int) else types)
+    monkeypatch.setattr(World, "sum", lambda world, values: values)
+
+
+NAMES = ("label", "raw", "raw_confidence", "raw_in_top5", "raw_loss")
+
+
 def test_where_every_rank_evaluates_all_images_the_main_one_is_saved(monkeypatch):
-    data = SimpleNamespace(val_numbers=range(3), val_is_shared=False)
+    data = SimpleNamespace(val_numbers=range(3), val_is_shared=False, is_stream=False)
     ranks = [Predictions(data, world(rank, 2)) for rank in range(2)]
     for rank, predictions in enumerate(ranks):
-        predictions.add(torch.tensor([1, 2]), {"": torch.tensor([4, 5 + rank])})
-        predictions.add(torch.tensor([3]), {"": torch.tensor([6])})
-    monkeypatch.setattr(World, "from_main", lambda world, value: ["label", "raw"])
-    monkeypatch.setattr(World, "sum", lambda world, values: values)
+        predictions.add(torch.tensor([1, 2]), {"": results(4, 5 + rank)})
+        predictions.add(torch.tensor([3]), {"": results(6)})
+    of_process(monkeypatch, NAMES)
     (main, other) = [predictions.gather() for predictions in ranks]
     assert [[*main[name]] for name in ("image", "label", "raw")] == [[0, 1, 2], [1, 2, 3], [4, 5, 6]]
-    assert not other["raw"].any() and not other["label"].any()
+    assert [*main["raw_confidence"]] == [*np.float32([0.4, 0.5, 0.6])] and [*main["raw_loss"]] == [1, 1.25, 1.5]
+    assert [*main["raw_in_top5"]] == [False, True, True] and main["raw_in_top5"].dtype == bool
+    assert not any(other[name].any() for name in NAMES)
+
+
+def test_images_of_a_stream_are_numbered_as_they_come(monkeypatch):
+    data = SimpleNamespace(val_is_shared=False, is_stream=True)
+    ranks = [Predictions(data, world(rank, 2)) for rank in range(2)]
+    for predictions, count in zip(ranks, (3, 2), strict=True):  # ranks may read unequal numbers
+        predictions.add(torch.arange(count), {"": results(*range(4, 4 + count))})
+    of_process(monkeypatch, NAMES, count=3)
+    (main, other) = [predictions.gather() for predictions in ranks]
+    assert [*main["image"]] == [*other["image"]] == [0, 1, 2] and [*main["raw"]] == [4, 5, 6]
+    assert not other["raw"].any()
 
 
 def test_a_rank_without_an_image_takes_part(monkeypatch):
-    predictions = Predictions(SimpleNamespace(val_numbers=range(1), val_is_shared=True), world(1, 2))
-    monkeypatch.setattr(World, "from_main", lambda world, value: ["label", "raw"])
-    monkeypatch.setattr(World, "sum", lambda world, values: values)
-    assert {name: [*values] for name, values in predictions.gather().items()} == {
-        "image": [0],
-        "label": [0],
-        "raw": [0],
-    }
+    data = SimpleNamespace(val_numbers=range(1), val_is_shared=True, is_stream=False)
+    of_process(monkeypatch, NAMES)
+    gathered = Predictions(data, world(1, 2)).gather()
+    assert {name: [*values] for name, values in gathered.items()} == {name: [0] for name in ("image", *NAMES)}
 
 
 def test_a_full_disk_is_one_line_and_the_next_start_writes_the_file(tmp_path, monkeypatch):
@@ -107,7 +144,7 @@ def test_a_full_disk_is_one_line_and_the_next_start_writes_the_file(tmp_path, mo
         )
         assert not {"predictions.npz", "predictions.npz.tmp", "summary.json"} & {*os.listdir(tmp_path)}
         run_main(*flags)
-    assert {*read_predictions(tmp_path)} == {"val_digest", "epoch", "image", "label", "raw"}
+    assert {*read_predictions(tmp_path)} == {"val_digest", "epoch", "image", *NAMES}
     assert (tmp_path / "summary.json").exists()
 
 

@@ -22,7 +22,7 @@ def test_scalars_have_groups_and_short_titles(interval, tmp_path, few_digits):
     (record,) = log_of(tmp_path)
     shares = {name.removeprefix("train_").removesuffix("_share") for name in record if name.endswith("_share")}
     assert {"emb_cos_within"} < shares and groups["terms"] == groups["fractions"] == shares
-    assert groups["test"] == {"acc1", "acc5", "loss", "acc1_ema", "acc5_ema", "loss_ema"}
+    assert groups["test"] == {"acc1", "acc5", "loss", "ece", "acc1_ema", "acc5_ema", "loss_ema", "ece_ema"}
     assert groups["epoch"] == {"loss", "classification", "lr", "grad_norm"} == groups.get("train", groups["epoch"])
     assert groups["redundancy"] == {n.removeprefix("redundancy_") for n in record if n.startswith("redundancy_")} - {
         "images"
