@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from pipeline.batch_augmentation import Normalize
 from pipeline.batch_transform import BatchTransform
 from pipeline.cached_loader import CachedLoader
-from pipeline.classes import find_classes, labels_by_name
+from pipeline.classes import find_classes, match_outputs
 from pipeline.image_cache import CachedImages, FloatPath, Squeeze, cache_images, require_memory, side_of
 from pipeline.images import ReadableImages
 from pipeline.prefetch import Prefetcher
@@ -71,18 +71,17 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
     """
     train, val = build_sources(options, is_training=not options.eval)
     num_classes, names = find_classes(options, train, val, needs_labels)
-    labels = []
-    if classes and names and [*classes] != names:
-        labels = labels_by_name(names, [*classes], is_training=train is not None)
-    if classes:
-        num_classes, names = options.num_classes or len(classes), [*classes]
+    num_val_classes = len(names) or num_classes
+    is_guessed = options.eval and needs_labels  # the images are labelled by the order of their classes otherwise
+    labels, names, notes = match_outputs(names, classes, train is not None, options.num_classes if is_guessed else None)
+    num_classes = options.num_classes or len(names) or num_classes
     prefetches = options.prefetcher
     if prefetches is None or options.is_cached:
         prefetches = world.device.type == "cuda"
     for source in (train, val):
         if isinstance(source, IterableDataset):
             source.target_transform = partial(_known_label, num_classes=num_classes, labels=labels)
-    notes = [source.note for source in (train, val) if getattr(source, "note", "")]
+    notes += [source.note for source in (train, val) if getattr(source, "note", "")]
     if options.is_cached:
         sizes = (len(train), options.cache_side), (len(val), options.input_size)
         notes.append(require_memory(options.cache_images, world, *sizes))
@@ -90,7 +89,8 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
     val_loader = _val_loader(options, world, val, labels, prefetches)
     num_val = val.reader.num_samples if isinstance(val, IterableDataset) else len(val)
     data = Data(train_loader, val_loader, num_classes, num_val, names, accum_steps=options.accum_steps)
-    data.seed, data.has_labels, data.notes = options.seed, find_source(options.data_set).has_labels, notes
+    data.num_val_classes, data.seed, data.notes = num_val_classes, options.seed, notes
+    data.has_labels = find_source(options.data_set).has_labels
     if train is not None:
         data.num_train = train.reader.num_samples if isinstance(train, IterableDataset) else len(train)
         data.num_steps = len(train_loader) // options.accum_steps

@@ -64,7 +64,7 @@ def evaluate_only(args: Namespace, world: World):
     if world.is_main:
         warnings = (f"warning: {line}" for line in normalisation_warnings(args))
         lines = [*environment_lines(world, args.seed), preprocessing_line(options), *data.lines(), *warnings]
-        print("\n".join([*lines, *start.notes, evaluation_lines(file, origin, data.num_classes, stats)]))
+        print("\n".join([*lines, *start.notes, evaluation_lines(file, origin, data, stats)]))
 
 
 def train(args: Namespace, world: World, folder: Path | None):
@@ -177,7 +177,7 @@ def command_line(argv: list[str] | None = None):
     args = arguments.parse_args(argv)
     if args.eval:
         _, origin = find_evaluated(args.resume, args.output_dir, args.finetune)
-        args = arguments.parse_evaluation(argv, origin.flags)
+        args = arguments.parse_evaluation(argv, origin.flags, origin.classes)
     with one_line_errors(), joined_world(args.device, args.dist_url) as world:
         main(args, world)
 

@@ -1,7 +1,10 @@
 """The classes of a data set: their number, their names, and the outputs of a model that have these names."""
 
+from collections.abc import Sequence
+
 from torch.utils.data import Dataset
 
+from pipeline.evaluation_sets import imagenet_classes
 from pipeline.holdout import complete
 from pipeline.sources import SourceOptions, find_source
 
@@ -52,6 +55,42 @@ def labels_by_name(names: list[str], outputs: list[str], is_training: bool) -> l
             f"only in the checkpoint: {first_names({*outputs} - {*names})}"
         )
     return [outputs.index(name) for name in names]
+
+
+def match_outputs(
+    names: list[str], outputs: Sequence[str], is_training: bool, num_outputs: int | None = None
+) -> tuple[list[int], list[str], list[str]]:
+    """Match the classes of the data by name with the outputs of a model.
+
+    Args:
+        names: of the data's classes, in the order of its labels; empty = it does not know them.
+        outputs: names of the model's classes, in the order of its outputs; empty = its file does not have them.
+        is_training: whether the data must have all of them; an evaluation may use some.
+        num_outputs: of a model without names, if the images must not be labelled by the order of some other classes.
+
+    Returns:
+        For each label of the data its output, empty if they are the same; names of the outputs; lines about them.
+
+    Raises:
+        SystemExit: the data has a class that the model does not have, or lacks one in training; or nothing says which
+            outputs are the data's classes.
+    """
+    notes = []
+    if not outputs and names and num_outputs not in (None, len(names)):
+        outputs, notes = imagenet_classes(), ["the weights do not name their classes: the synsets of ImageNet-1k"]
+        if num_outputs != len(outputs) or not {*names} <= {*outputs}:
+            raise SystemExit(
+                f"error: --num-classes {num_outputs}, but the data has {len(names)} classes, and the weights do not "
+                "name theirs: nothing says which outputs are the data's classes; evaluate a checkpoint of this "
+                "program, which names them"
+            )
+    if not outputs or not names:
+        return [], [*outputs] or names, notes
+    labels = [] if [*outputs] == names else labels_by_name(names, [*outputs], is_training)
+    if missing := {*outputs} - {*names}:
+        what = f"images of {len(names)} of the model's {len(outputs)} classes, matched by name"
+        notes.append(f"{what}: {first_names({*names})}; none of {first_names(missing)}")
+    return labels, [*outputs], notes
 
 
 def first_names(names: set[str]) -> str:

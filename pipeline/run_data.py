@@ -28,6 +28,7 @@ class Data:
         classes: their names in the order of the model's outputs; empty where the data does not know them.
         num_train: training images, each counted once.
         num_val: validation images of all processes together.
+        num_val_classes: classes of the validation images, which in an evaluation may be some of the model's.
         has_labels: whether the labels of batches say anything.
         num_steps: optimizer steps of an epoch.
         accum_steps: batches of a step.
@@ -43,6 +44,7 @@ class Data:
     num_val: int
     classes: list[str] = field(default_factory=list)
     num_train: int = 0
+    num_val_classes: int = 0
     has_labels: bool = True
     num_steps: int = 0
     accum_steps: int = 1
@@ -55,6 +57,11 @@ class Data:
         """What a checkpoint contains about its data."""
         sizes = {"train_images": self.num_train, "val_images": self.num_val, "steps": self.num_steps}
         return {"classes": self.classes, "num_classes": self.num_classes} | sizes
+
+    @property
+    def are_some_classes(self) -> bool:
+        """Whether the validation images are of some of the model's classes, which then were matched by name."""
+        return 0 < self.num_val_classes < self.num_classes
 
     def lines(self) -> list[str]:
         """What a run prints about its data: the classes, and notes."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import TINY, make_image_folder, model_of, run_main
+from helpers import TINY, make_image_folder, model_of, one_line, run_main
 from PIL import Image
 
 from models.weights import load_weights, origin
@@ -92,8 +92,35 @@ def test_a_subset_of_the_classes_is_evaluated_by_name(trained, tmp_path, capsys,
     folder, _ = trained
     data = colours(tmp_path / "data", names, splits=("val",))
     for flag in ("--resume", "--finetune"):
-        stats, _ = accuracies(capsys, flag, folder / "checkpoint.pth", "--data-path", data)
+        stats, printed = accuracies(capsys, flag, folder / "checkpoint.pth", "--data-path", data, "--num-classes", 4)
         assert stats["raw"][1] == 100
+        assert f"images of {len(names)} of the model's 4 classes, matched by name: {', '.join(names)}; none of ant" in (
+            printed
+        )
+        assert f": {6 * len(names)} images, {len(names)} of 4 classes\n" in printed
+    with pytest.raises(SystemExit) as caught:
+        run_main("--eval", "--resume", folder / "checkpoint.pth", "--data-path", data, "--num-classes", len(names))
+    one_line(caught, f"--num-classes is {len(names)}, but the checkpoint's model has 4 classes")
+
+
+def test_weights_without_names_are_evaluated_on_some_classes_only_by_those_of_imagenet(trained, tmp_path, capsys):
+    folder, _ = trained
+    data = colours(tmp_path / "data", ("bee", "dog"), splits=("val",))
+    torch.save(torch.load(folder / "checkpoint.pth")["model"], tmp_path / "plain.pth")
+    words = (*MODEL, "--input-size", 32, "--data-set", "IMNET", "--data-path", data)
+    with pytest.raises(SystemExit) as caught:
+        run_main("--eval", *words, "--finetune", tmp_path / "plain.pth", "--num-classes", 4)
+    one_line(caught, "--num-classes 4, but the data has 2 classes", "nothing says which outputs are the data's classes")
+    synsets = {"bee": "n01443537", "dog": "n15075141"}  # outputs 1 and 999 of published models
+    for name, synset in synsets.items():
+        (data / "val" / name).rename(data / "val" / synset)
+    model = model_of(num_classes=1000)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data[:] = torch.eye(1000)[999]
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    stats, printed = accuracies(capsys, *words, "--finetune", tmp_path / "plain.pth", "--num-classes", 1000)
+    assert stats["raw"][1] == 50 and "12 images, 2 of 1000 classes\n" in printed
+    assert "the weights do not name their classes: the synsets of ImageNet-1k" in printed
 
 
 def test_classes_that_the_model_does_not_have_are_refused(trained, tmp_path):
@@ -128,7 +155,7 @@ def test_weights_that_are_not_all_from_the_file_are_not_evaluated(trained, tmp_p
         run_main(*words, "--finetune", tmp_path / "headless.pth")
     torch.save(weights, tmp_path / "plain.pth")
     _, printed = accuracies(capsys, *MODEL, "--input-size", 32, *words[-4:], "--finetune", tmp_path / "plain.pth")
-    assert "24 images, 4 classes, whose order is taken from the data" in printed
+    assert "24 images, 4 classes, whose order is taken from the data: ant, bee, cat, ...\n" in printed
 
 
 # Fine-tuning

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm.optim
@@ -66,15 +67,25 @@ def defaults() -> dict[str, object]:
     return vars(parse_args([]))
 
 
-def parse_evaluation(argv: list[str] | None, stored: dict) -> argparse.Namespace:
+def parse_evaluation(argv: list[str] | None, stored: dict, classes: Sequence[str] = ()) -> argparse.Namespace:
     """The flags of an evaluation: those that the checkpoint was trained with, under those of `--config` and `argv`.
 
+    Args:
+        stored: flags that the checkpoint was trained with.
+        classes: their names in the checkpoint; empty if it does not know them.
+
     Raises:
-        SystemExit: the command line asks for another model than the checkpoint's.
+        SystemExit: the command line asks for another model than the checkpoint's, or for another number of classes.
     """
     config = {name: value for name, value in stored.items() if name not in (*NOT_REPEATED, *NOT_OF_AN_EVALUATION)}
     args = parse_args(argv, config)
     check_model(args, stored, (*MODEL, *REMEDIES), "the checkpoint's model")
+    num_outputs = stored.get("num_classes") or len(classes)
+    if classes and args.num_classes not in (None, num_outputs):
+        raise SystemExit(
+            f"error: --num-classes is {args.num_classes}, but the checkpoint's model has {num_outputs} classes; "
+            "leave the flag out: images of some of them are matched by name"
+        )
     check_val_fraction(args, stored)
     return args
 

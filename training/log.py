@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from models.weights import Origin
+from pipeline.run_data import Data
 from training.records import LOG, GrowingFile, parse_records
 from utils import World, atomic_write
 
@@ -165,7 +166,7 @@ def epoch_line(record: dict[str, float], num_epochs: int) -> str:
     return f"epoch {record['epoch']} of {num_epochs}: {loss}, accuracy {accuracies}, {speed}"
 
 
-def evaluation_lines(file: str, origin: Origin, num_classes: int, stats: dict[str, float]) -> str:
+def evaluation_lines(file: str, origin: Origin, data: Data, stats: dict[str, float]) -> str:
     """What was evaluated; loss in nats and accuracies in percent, one line for each kind of weights.
 
     Args:
@@ -173,8 +174,10 @@ def evaluation_lines(file: str, origin: Origin, num_classes: int, stats: dict[st
         stats: of `evaluate_both`.
     """
     epoch = "" if origin.epoch is None else f", trained until epoch {origin.epoch}"
-    names = "" if origin.classes else ", whose order is taken from the data"
-    what = f"{file}{epoch}: {stats['images']} images, {num_classes} classes{names}"
+    names = "" if origin.classes or data.are_some_classes else ", whose order is taken from the data"
+    names += f": {', '.join(data.classes[:3])}, ..." if names and data.classes else ""
+    some = f"{data.num_val_classes} of " if data.are_some_classes else ""
+    what = f"{file}{epoch}: {stats['images']} images, {some}{data.num_classes} classes{names}"
     first = "EMA" if origin.is_average else "raw"
     kinds = {"raw": "", "EMA": "_ema"} if "acc1_ema" in stats else {first: ""}
     rows = [

@@ -1,0 +1,124 @@
+"""The classes of an evaluation set are matched by name with the outputs of a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.evaluation_set_images import SetImages, listed
+from pipeline.evaluation_sets import EVALUATION_SETS, EvaluationSet, imagenet_classes
+
+
+@dataclass
+class OpenSet:
+    """A set that is ready to be evaluated.
+
+    Attributes:
+        entry: of the registry.
+        label: what tables and files call it.
+        path: its folder.
+        images: their labels are numbers in `classes`.
+        classes: names of the outputs that are compared.
+        outputs: their numbers among the outputs of the model; None = all, in this order.
+        num_classes: classes that have images.
+        right: numbers in `classes` that are right for each image; None = its label alone.
+        lines: what a user should know about it.
+    """
+
+    entry: EvaluationSet
+    label: str
+    path: str
+    images: SetImages
+    classes: list[str]
+    outputs: list[int] | None
+    num_classes: int
+    right: list[list[int]] | None
+    lines: list[str]
+
+
+def name_outputs(classes: Sequence[str], num_outputs: int, file: str) -> tuple[list[str], list[str]]:
+    """Names of a model's outputs, and a line if they are those of ImageNet-1k because the file has none.
+
+    Args:
+        classes: names that the file of the weights contains.
+        num_outputs: of the model.
+        file: of the weights.
+
+    Raises:
+        SystemExit: there are no names, and the outputs are not as many as those of ImageNet-1k.
+    """
+    if classes:
+        return [*classes], []
+    if num_outputs != len(imagenet_classes()):
+        raise SystemExit(
+            f"error: --eval-sets matches classes by name, but {file} does not name its {num_outputs} classes; it needs "
+            "a checkpoint of this program, or a model of the 1000 classes of ImageNet-1k"
+        )
+    line = "does not name its classes: its 1000 outputs are taken for the synsets of ImageNet-1k, in their order"
+    return [*imagenet_classes()], [f"{file} {line}"]
+
+
+def open_sets(words: Sequence[str], outputs: Sequence[str]) -> list[OpenSet]:
+    """Find the images of each set, and match their classes.
+
+    Args:
+        words: NAME=PATH of each set; the second set of a name is called NAME-2.
+        outputs: names of the model's outputs.
+
+    Raises:
+        SystemExit: a folder is not that of its set, or has no class of the model.
+    """
+    sets = []
+    for word in words:
+        name, _, path = word.partition("=")
+        number = 1 + sum(each.entry.name == name for each in sets)
+        try:
+            sets.append(_open(EVALUATION_SETS[name], name if number == 1 else f"{name}-{number}", path, [*outputs]))
+        except ValueError as error:
+            raise SystemExit(f"error: --eval-sets {word}: {error}") from None
+        except OSError as error:
+            raise SystemExit(f"error: --eval-sets {word}: {error.filename} cannot be read: {error.strerror}") from None
+    return sets
+
+
+def _open(entry: EvaluationSet, label: str, path: str, outputs: list[str]) -> OpenSet:
+    images = entry.read(Path(path))
+    published = [*entry.classes()]
+    compared = [name for name in outputs if name in {*published}] if entry.only_its_classes else outputs
+    of_output = {name: number for number, name in enumerate(compared)}
+    unknown = [name for name in images.classes if name not in of_output]
+    if len(unknown) == len(images.classes):
+        raise ValueError(f"none of its classes, {listed(unknown)}, is one of the model's: {listed(outputs)}")
+    if unknown and not published:
+        raise ValueError(
+            f"it has classes that the model does not have: {listed(unknown)}; the model's: {listed(outputs)}"
+        )
+    if lacks := {*published} - {*outputs} if entry.labels else ():
+        raise ValueError(
+            f"the model lacks {len(lacks)} of the {len(published)} classes that {entry.name} has labels of"
+        )
+    found, images = len(images), _of_classes(images, of_output)
+    right = entry.labels and [[of_output[name] for name in names] for names in entry.labels(images.names())]
+    num_classes = len({label for _, label in images.samples})
+    lines = [f"{label}: {len(images):,} images of {path}, {num_classes} of {len(compared)} compared classes"]
+    if right:
+        lines[0] += f", {sum(map(bool, right)):,} of them with ReaL labels"
+    if entry.num_images and found != entry.num_images:
+        lines.append(f"warning: {label}: the folder has {found:,} images, and {entry.num_images:,} are published")
+    if unknown:
+        left_out = f"{found - len(images):,} images of {len(unknown)} classes that the model does not have are left out"
+        lines.append(f"warning: {label}: {left_out}: {listed(unknown)}")
+    lines += [f"{label}: {note}" for note in [images.note] if note]
+    numbers = [outputs.index(name) for name in compared] if entry.only_its_classes else None
+    return OpenSet(entry, label, path, images, compared, numbers, num_classes, right, lines)
+
+
+def _of_classes(images: SetImages, of_output: dict[str, int]) -> SetImages:
+    """The images of known classes, with the numbers of these as labels."""
+    numbers = [of_output.get(name) for name in images.classes]
+    is_kept = [numbers[label] is not None for _, label in images.samples]
+    samples = [(path, numbers[label]) for path, label in images.samples if numbers[label] is not None]
+    parts, end = {}, 0
+    for name, part in images.parts.items():
+        start, end = end, end + sum(is_kept[part])
+        parts[name] = slice(start, end)
+    return replace(images, samples=samples, classes=[*of_output], parts=parts)
