@@ -153,10 +153,13 @@ def test_two_processes_train_accumulate_and_evaluate_each_image_once(tmp_path):
     args = parse()
     model = build_model(args.model, 10, args.input_size, args.patch_size, **args.model_kwargs)
     stored = torch.load(tmp_path / "two" / "checkpoint.pth", weights_only=True)
-    for name, loss in (("model", "test_loss"), ("model_ema", "test_loss_ema")):
+    for name, end in (("model", ""), ("model_ema", "_ema")):
         model.load_state_dict(stored[name])
         alone = evaluate(model, build_data(data_options(), world()).val, world())
-        assert alone["loss"] == pytest.approx(record[loss], rel=1e-5), "the ranks evaluated different weights"
+        assert alone["loss"] == pytest.approx(record[f"test_loss{end}"], rel=1e-5), (
+            "the ranks evaluated different weights"
+        )
+        assert alone["ece"] == pytest.approx(record[f"test_ece{end}"], rel=1e-4)
 
 
 @pytest.fixture

@@ -204,6 +204,23 @@ def test_evaluate_counts_each_image_once_also_in_a_short_last_batch():
     assert stats["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
+def test_the_calibration_of_an_evaluation_is_that_of_its_images():
+    """Batch by batch against bin by bin, of an over-confident model."""
+    samples, labels = images(50)
+    model = small_vit()
+    model.head.weight.data.mul_(20)
+    stats = evaluate(model, DataLoader(TensorDataset(samples, labels), batch_size=8), CPU)
+    with torch.no_grad():
+        confidence, predicted = model(samples).softmax(dim=1).max(dim=1)
+    total = 0.0
+    for low in range(15):
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            is_right = (predicted == labels)[inside].double()
+            total += inside.double().mean() * (is_right.mean() - confidence[inside].double().mean()).abs()
+    assert stats["ece"] == pytest.approx(100 * total.item(), rel=1e-5) and stats["ece"] > 10
+
+
 def test_model_and_average_are_evaluated_in_one_pass():
     batches = [images(4, seed) for seed in range(3)]
     model, average = small_vit(), small_vit(depth=1)

@@ -93,7 +93,8 @@ def expected_calibration_error(confidence, is_right, num_bins: int = NUM_BINS) -
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3; M = 15 as there.
     """
-    return calibration_error(calibration_sums(torch.as_tensor(confidence), torch.as_tensor(is_right), num_bins))
+    confidence, is_right = (torch.as_tensor(np.asarray(values)) for values in (confidence, is_right))
+    return calibration_error(calibration_sums(confidence, is_right, num_bins))
 
 
 def calibration_sums(confidence: torch.Tensor, is_right: torch.Tensor, num_bins: int = NUM_BINS) -> torch.Tensor:

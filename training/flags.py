@@ -109,7 +109,8 @@ def _run(parser):
         help="epochs between measurements of each term's gradient norm, on the first batch of the epoch; each takes a "
         "forward pass and a backward pass per term, with the paper's five terms about four steps; 0 = off")  # fmt: skip
     add("--save-predictions", action=Switch, default=False,
-        help="save the predicted class of each validation image after the last epoch: predictions.npz")  # fmt: skip
+        help="save the predicted class of each validation image, its confidence and loss after the last epoch: "
+        "predictions.npz")  # fmt: skip
     add("--tensorboard", action=Switch, default=True, help="write events into the run folder")
 
 
