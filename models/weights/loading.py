@@ -1,7 +1,5 @@
 """Loading the weights of a file into a timm model."""
 
-import contextlib
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -9,15 +7,23 @@ from torch import nn
 
 from models.remedies import compare_with_file
 from models.weights.files import class_names, local_file, read
-from models.weights.layouts import Tensors, unknown_names, weights_in
+from models.weights.fitting import fit
+from models.weights.layouts import unknown_names
+from models.weights.names import Tensors
+from models.weights.unwrapping import unwrap
 
 HALF = (torch.float16, torch.bfloat16)
 
 
 def load_weights(
-    model: nn.Module, path: str, new_head: bool = True, use_ema: bool = False, classes: Sequence[str] = ()
+    model: nn.Module,
+    path: str,
+    new_head: bool = True,
+    use_ema: bool = False,
+    classes: Sequence[str] = (),
+    checkpoint_key: str = "",
 ) -> list[str]:
-    """Load weights in any layout of `LAYOUTS` into a model.
+    """Load weights in any layout of `LAYOUTS`, under any key and behind any prefix, into a model.
 
     Position embeddings and patch embeddings of another size are resampled by timm, in float32.
 
@@ -29,27 +35,33 @@ def load_weights(
         use_ema: load the averaged weights.
         classes: names of the model's classes. If the file knows those of its classifier, it is loaded by their names,
             and dropped if they are others and `new_head` is true.
+        checkpoint_key: which weights of a file that has several, such as teacher or student.
 
     Returns:
-        One line for each tensor that was dropped, resampled or not found.
+        One line for each key or prefix that was removed, and for each tensor or group of tensors that was left out,
+        dropped, resampled or not found.
 
     Raises:
         ValueError: the file is missing or damaged, its layout is unknown, or its weights do not fit the model.
     """
     path = local_file(path)
     stored = read(path)
-    weights, notes = weights_in(stored, use_ema, path)
+    layout, weights, notes = unwrap(stored, model, path, use_ema, checkpoint_key)
     weights = {name: tensor.float() if tensor.dtype in HALF else tensor for name, tensor in weights.items()}
+    if layout:
+        weights, of_layout = layout.to_timm(weights, model)
+        notes += of_layout
     try:
         of_remedies, initial = compare_with_file(model, stored, weights)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    notes += [*of_remedies, *_fit_classifier(model, weights, new_head, class_names(stored), classes)]
-    weights, resampled = _resample(model, weights)
-    notes += resampled
+    unconverted = weights
+    weights, fitted = fit(model, weights)
     if not model.state_dict().keys() & weights.keys():
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {unknown_names(weights)}")
-    may_miss = [*(note.split()[0] for note in notes), *(initial if new_head else ())]
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {unknown_names(unconverted)}")
+    of_classifier = _fit_classifier(model, weights, new_head, class_names(stored), classes)
+    notes += [*of_remedies, *of_classifier, *fitted]
+    may_miss = [*(note.split()[0] for note in of_classifier), *(initial if new_head else ())]
     load_state_dict(model, weights, path, may_miss)
     return notes
 
@@ -82,18 +94,6 @@ def _fit_classifier(
             if weights.pop(name, None) is not None:
                 notes.append(f"{name} dropped: the model has no classifier")
     return notes
-
-
-def _resample(model: nn.Module, weights: Tensors) -> tuple[Tensors, list[str]]:
-    """Weights as timm's function for the model converts them, and one line for each tensor that it resampled."""
-    own = model.state_dict()
-    resized = [name for name in ("pos_embed", "patch_embed.proj.weight") if _differs(name, weights, own)]
-    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if adapt is not None:
-        with contextlib.suppress(RuntimeError):  # load_state_dict reports what cannot be resampled
-            weights = adapt(weights, model)
-    resized = [name for name in resized if not _differs(name, weights, own)]
-    return weights, [f"{name} resampled to {[*own[name].shape]}" for name in resized]
 
 
 def load_state_dict(model: nn.Module, weights: Tensors, path: str, may_miss: list[str] = ()):

@@ -9,7 +9,7 @@ from helpers import REPOSITORY, model_of
 from transformers_names import dinov2_by_hand, made_dinov2
 
 from models import build_model, weights
-from models.weights import layouts
+from models.weights import layouts, unwrapping
 
 TRAINED = REPOSITORY.parent / "shared" / "data" / "dinov2_vits14_hf_f16.safetensors"
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -98,7 +98,7 @@ def test_half_precision_is_resampled_in_float32(tmp_path):
 
 
 BROKEN = {
-    "encoder.layer.1.attention.attention.key.weight": "blocks.1.attn.qkv.weight is not in the file",
+    "encoder.layer.1.attention.attention.key.weight": "blocks.1.attn.qkv.weight is not in the file, and 2 more",
     "encoder.layer.1.layer_scale2.lambda1": "blocks.1.ls2.gamma is not in the file",
     "layernorm.bias": "norm.bias is not in the file",
 }
@@ -115,17 +115,13 @@ def test_a_tensor_is_missing(tmp_path, missing):
 
 UNKNOWN = {
     "prefix": (
-        lambda tensors: {f"student.backbone.{name}": tensor for name, tensor in tensors.items()},
-        "student.backbone.blocks.0.attn.proj.bias, student.backbone.blocks.0.attn.proj.weight, "
-        "student.backbone.blocks.0.attn.qkv.bias and 29 more, which all begin with student.backbone, ",
+        lambda tensors: {f"net.of.{name.upper()}": tensor for name, tensor in tensors.items()},
+        "net.of.BLOCKS.0.ATTN.PROJ.BIAS, net.of.BLOCKS.0.ATTN.PROJ.WEIGHT, net.of.BLOCKS.0.ATTN.QKV.BIAS and 29 more, "
+        "which all begin with net.of, ",
     ),
     "words": (
         lambda tensors: {name.upper(): tensor for name, tensor in tensors.items()},
         "BLOCKS.0.ATTN.PROJ.BIAS, BLOCKS.0.ATTN.PROJ.WEIGHT, BLOCKS.0.ATTN.QKV.BIAS and 29 more ",
-    ),
-    "registers": (
-        lambda tensors: made_dinov2() | {"embeddings.register_tokens": torch.zeros(1, 4, 24)},
-        "embeddings.cls_token, embeddings.mask_token, embeddings.patch_embeddings.projection.bias and 41 more ",
     ),
     "one": (lambda tensors: {"a.b": torch.zeros(1)}, "a.b "),
 }
@@ -137,12 +133,12 @@ def test_unknown_names_are_one_line(tmp_path, kind):
     path = saved(tmp_path / "weights.pth", change(model_of(1).state_dict()))
     with pytest.raises(ValueError) as caught:
         weights.load_weights(model_of(2), path)
-    known = "are in no layout that is known (Dinov2Model of transformers, timm)"
+    known = f"are in no layout that is known ({', '.join([*weights.LAYOUTS, 'timm'])})"
     assert str(caught.value) == f"{path} does not fit VisionTransformer: {names}{known}"
 
 
 def test_unknown_keys_are_named(tmp_path):
-    stored = {"student": model_of().state_dict(), "teacher": {}, "step": 3, "loss": 0.1}
+    stored = {"student": {"head": 3}, "teacher": {}, "step": 3, "loss": 0.1}
     with pytest.raises(ValueError) as caught:
         weights.load_weights(model_of(), path := saved(tmp_path / "weights.pth", stored))
     assert str(caught.value) == f"{path} contains no model weights; its keys are loss, step, student and 1 more"
@@ -150,15 +146,14 @@ def test_unknown_keys_are_named(tmp_path):
 
 def test_an_entry_is_all_that_a_layout_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(layouts, "LAYOUTS", {})
+    monkeypatch.setattr(unwrapping, "LAYOUTS", layouts.LAYOUTS)
 
-    @layouts.layout("backwards", lambda names: "sserp" in names)
-    def backwards(tensors):
-        """Names
-        are written backwards."""
+    def backwards(tensors, model):
         return {name[::-1]: tensor for name, tensor in tensors.items() if name != "sserp"}, ["sserp left out"]
+
+    layouts.enter(layouts.Layout("backwards", "Written backwards.", "sserp", lambda names: "sserp" in names, backwards))
 
     source, model = model_of(1), model_of(2)
     tensors = {name[::-1]: tensor for name, tensor in source.state_dict().items()} | {"sserp": torch.zeros(1)}
     assert weights.load_weights(model, saved(tmp_path / "weights.pth", tensors)) == ["sserp left out"]
     assert torch.equal(model.pos_embed, source.pos_embed)
-    assert layouts.LAYOUTS["backwards"].doc == "Names are written backwards."

@@ -1,0 +1,94 @@
+"""Fitting weights with timm's names to a model: timm's own conversions, sizes, pooling, what is left out."""
+
+import contextlib
+import inspect
+import io
+import re
+import sys
+
+import torch
+from torch import nn
+
+from models.weights.layouts import groups
+from models.weights.names import Tensors
+
+RESAMPLED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_table")
+"""Ends of the names of tensors that timm resamples."""
+
+PRETRAINING = {
+    r"decoder_\w+|decoder\..*|mask_token": "of masked pre-training",
+    r"head\.(mlp|last_layer|\d+)\..*|head\d?\.(mlp|last_layer|prototypes).*": "a projection head of pre-training",
+    r"(dino_head|ibot_head|projector|projection_head|prediction_head|predictor|prototypes)\..*":
+        "a projection head of pre-training",
+}  # fmt: skip
+"""{names: what they are}: parts of pre-training that no classifier has."""
+
+COMPUTED = re.compile(r".*(relative_position_index|relative_coords_table|attn_mask|\.periods|\.bias_mask)|rope\..*")
+"""Names of buffers that timm computes."""
+
+
+def fit(model: nn.Module, weights: Tensors) -> tuple[Tensors, list[str]]:
+    """Weights as timm's function for the model converts them, without what only pre-training needs.
+
+    Returns:
+        The weights, and one line for each tensor that was resampled or renamed, and each group that was left out.
+    """
+    own, before = model.state_dict(), weights
+    weights = _converted(model, weights)
+    storages = {_storage(tensor) for tensor in before.values()}
+    notes = [
+        f"{name} resampled to {[*tensor.shape]}"
+        for name, tensor in weights.items()
+        if name.endswith(RESAMPLED) and name in own and _storage(tensor) not in storages
+    ]
+    weights, renamed = _average_pooling(own, weights)
+    notes += renamed
+    for pattern, what in PRETRAINING.items():
+        names = [name for name in weights if name not in own and re.fullmatch(pattern, name)]
+        if names:
+            notes.append(f"left out, {what}: {groups(names)}")
+            weights = {name: tensor for name, tensor in weights.items() if name not in names}
+    kept = {_storage(tensor) for tensor in weights.values()}
+    return weights, notes + _vanished(before, weights, kept)
+
+
+def _converted(model: nn.Module, weights: Tensors) -> Tensors:
+    """`weights` after timm's checkpoint_filter_fn of the model's module; unchanged if it does not serve them."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return weights
+    options = {}
+    if "adapt_layer_scale" in inspect.signature(convert).parameters:  # timm sets it for DeiT-III, whose file needs it
+        options["adapt_layer_scale"] = any(re.fullmatch(r"blocks\.\d+\.gamma_[12]", name) for name in weights)
+    with (
+        contextlib.suppress(RuntimeError, AttributeError, ValueError, AssertionError),  # `load_state_dict` reports it
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        return convert(dict(weights), model, **options)
+    return weights
+
+
+def _average_pooling(own: Tensors, weights: Tensors) -> tuple[Tensors, list[str]]:
+    """The last norm as timm's `fc_norm` if the model has only that one, as MAE's models for average pooling do."""
+    names = {f"norm.{last}": f"fc_norm.{last}" for last in ("weight", "bias")}
+    needs = "fc_norm.weight" in own and "norm.weight" not in own
+    if not needs or "norm.weight" not in weights or "fc_norm.weight" in weights:
+        return weights, []
+    note = "norm loaded as fc_norm: the model averages the patch tokens, and normalises the average"
+    return {names.get(name, name): tensor for name, tensor in weights.items()}, [note]
+
+
+def _vanished(before: Tensors, weights: Tensors, kept: set[int]) -> list[str]:
+    """A line about tensors that timm's conversion left out."""
+    names = [
+        name
+        for name, tensor in before.items()
+        if name not in weights and _storage(tensor) not in kept and not COMPUTED.fullmatch(name)
+    ]
+    names = [name for name in names if not re.search(r"\.[qkv]_proj\.", name)]  # joined
+    names = [name for name in names if not any(re.fullmatch(pattern, name) for pattern in PRETRAINING)]
+    return [f"left out by timm's conversion: {groups(names)}"] if names else []
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
