@@ -1,6 +1,6 @@
-"""Where the taps find tokens, maps and weights in timm's vision transformers, and errors for models that lack them.
+"""Where the taps find tokens, maps and weights in vision transformers, and errors for models that lack them.
 
-A new family is one more case in `Backbone.of`.
+A new family of timm is one more case in `Backbone.of`, one of transformers an entry in transformers_models.py.
 """
 
 import itertools
@@ -10,21 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Attention, AttentionRope
 from timm.models import VisionTransformer, beit, eva, swin_transformer, swin_transformer_v2
 from torch import nn
 
-WEIGHT_GROUPS = ("qkv", "proj", "fc1", "fc2")
+from .block_parts import attention_of, block_matrices, has_padding, shows_maps
+from .transformers_models import NAMES, backbone_fields, is_from_transformers, reason_against
 
-ATTENTIONS = (
-    Attention,
-    AttentionRope,
-    eva.EvaAttention,
-    beit.Attention,
-    swin_transformer.WindowAttention,
-    swin_transformer_v2.WindowAttention,
-)
-"""The attention modules whose forward pass is known: weights head by head, and one softmax map for each head."""
+WEIGHT_GROUPS = ("qkv", "proj", "fc1", "fc2")
 
 
 class TapError(ValueError):
@@ -44,7 +36,7 @@ class TapError(ValueError):
 
 @dataclass(frozen=True)
 class Backbone:
-    """The modules of a timm model that the taps read.
+    """The modules of a model of timm or transformers that the taps read.
 
     Attributes:
         model: the model.
@@ -52,9 +44,13 @@ class Backbone:
         all_blocks: every block of the model; their weights are tapped.
         stages: indices in `all_blocks` of the first block of each stage.
         blocks_are: words for `blocks`, for messages.
-        grid: (rows, columns) of patch tokens in `blocks`.
+        grid: (rows, columns) of patch tokens in `blocks`, for images of the size that the model was built for.
         num_prefix_tokens: class, distillation and register tokens in front of the patch tokens.
         head: names of the modules that classify a normed token, in order; the last one is linear.
+        norm: name of the final norm.
+        num_features: width of a normed token.
+        num_classes: number of the model's classes, 0 without a classifier.
+        patch_size: (height, width) of a patch of a model that takes images of any size; None for models of one size.
     """
 
     model: nn.Module
@@ -65,31 +61,51 @@ class Backbone:
     grid: tuple[int, int]
     num_prefix_tokens: int
     head: tuple[str, ...]
+    norm: str
+    num_features: int
+    num_classes: int
+    patch_size: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "Backbone | None":
-        """The `Backbone` of a ViT, DeiT, BEiT, EVA or Swin of timm; None for any other model.
+        """The `Backbone` of timm's ViT, DeiT, BEiT, EVA and Swin or transformers' ViT, DeiT, DINOv2 and BEiT; or None.
 
         Families that use the same attribute names for something else (CaiT, XCiT, TNT) are not among them.
         """
+        if fields := backbone_fields(model):
+            return cls(model, stages=[0], blocks_are="blocks", **fields)
         if isinstance(model, (VisionTransformer, beit.Beit, eva.Eva)):
-            grid, head = tuple(model.patch_embed.grid_size), ("fc_norm", "head_drop", "head")
-            return cls(model, model.blocks, model.blocks, [0], "blocks", grid, model.num_prefix_tokens, head)
-        if isinstance(model, (swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)):
-            last_stage = model.layers[-1].blocks
+            blocks, stages, blocks_are, all_blocks = model.blocks, [0], "blocks", model.blocks
+            grid, prefix, head = model.patch_embed.grid_size, model.num_prefix_tokens, ("fc_norm", "head_drop", "head")
+        elif isinstance(model, (swin_transformer.SwinTransformer, swin_transformer_v2.SwinTransformerV2)):
+            blocks, blocks_are = model.layers[-1].blocks, "blocks in its last stage"
             all_blocks = [block for stage in model.layers for block in stage.blocks]
             stages = [*itertools.accumulate((len(stage.blocks) for stage in model.layers[:-1]), initial=0)]
-            grid, head = tuple(last_stage[0].input_resolution), ("head.drop", "head.fc")
-            return cls(model, last_stage, all_blocks, stages, "blocks in its last stage", grid, 0, head)
-        return None
+            grid, prefix, head = blocks[0].input_resolution, 0, ("head.drop", "head.fc")
+        else:
+            return None
+        sizes = {"num_features": model.num_features, "num_classes": model.num_classes}
+        return cls(model, blocks, all_blocks, stages, blocks_are, tuple(grid), prefix, head, "norm", **sizes)
 
     @classmethod
     def require(cls, model: nn.Module, tap: str) -> "Backbone":
         """`of`, or `TapError` for a model of another family."""
         backbone = cls.of(model)
         if backbone is None:
-            raise TapError(tap, model, "it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models", "model")
+            missing = f"it is not one of timm's ViT, DeiT, BEiT, EVA and Swin models, or transformers' {NAMES} models"
+            raise TapError(tap, model, reason_against(model) if is_from_transformers(model) else missing, "model")
         return backbone
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the model is one of timm."""
+        return not is_from_transformers(self.model)
+
+    def grid_of(self, images: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of the patches of images [B, 3, H, W]."""
+        if self.patch_size is None:
+            return self.grid
+        return tuple(side // patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True))
 
     def patch_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B, N, D] or [B, rows, columns, D] -> [B, P, D], without prefix tokens."""
@@ -148,14 +164,14 @@ class Backbone:
 
     def require_maps(self, tap: str, i: int, block: nn.Module):
         """Raise `TapError` if a block shows no attention maps."""
-        if not isinstance(getattr(getattr(block, "attn", None), "attn_drop", None), nn.Module):
+        if not shows_maps(attention_of(block)):
             raise TapError(tap, self.model, f"block {i} has no attention with an `attn_drop` to hook")
 
     def require_attention(self, tap: str, indices: Sequence[int]):
         """Raise `TapError` if a block shows no maps, those of a single head, or those of padding."""
         for i in indices:
             self.require_maps(tap, i, self.blocks[i])
-            attn = self.blocks[i].attn
+            attn = attention_of(self.blocks[i])
             if hasattr(attn, "lambda_init"):
                 raise TapError(tap, self.model, "its differential attention has two maps for each head")
             if attn.num_heads < 2:
@@ -186,19 +202,16 @@ class Backbone:
 
     def require_patch_head(self):
         """Raise `TapError` if the head cannot classify every patch."""
-        classifier = self.model.get_submodule(self.head[-1])
-        if not isinstance(classifier, nn.Linear) or classifier.in_features != self.model.num_features:
+        classifier = self.model.get_submodule(self.head[-1]) if self.head else None
+        if not isinstance(classifier, nn.Linear):
             raise TapError("patch_logits", self.model, "it has no linear `head` to classify patch tokens with")
+        if classifier.in_features != self.num_features:
+            features = f"reads {classifier.in_features} features, and a patch token has {self.num_features}"
+            raise TapError("patch_logits", self.model, f"its linear `{self.head[-1]}` {features}")
         self.require_head_on_tokens("patch_logits")
         if not isinstance(getattr(self.model, "patch_drop", None), nn.Identity | None):
             missing = "patches are dropped (patch_drop_rate), so their labels would not fit"
             raise TapError("patch_logits", self.model, missing)
-
-
-def has_padding(block: nn.Module) -> bool:
-    """Whether a Swin block's windows reach beyond its grid, so that their maps contain padding."""
-    sizes = getattr(block, "input_resolution", ()), getattr(block, "window_size", ())
-    return any(side % window for side, window in zip(*sizes, strict=True))
 
 
 def parse_layers(layers: str | Sequence[int]) -> str | tuple[int, ...]:
@@ -226,16 +239,3 @@ def parse_weight_groups(groups: str | Sequence[str]) -> tuple[str, ...]:
     if unknown or not names:
         raise ValueError(f"unknown weight group {''.join(unknown[:1])!r}; there are {', '.join(WEIGHT_GROUPS)}")
     return tuple(group for group in WEIGHT_GROUPS if group in names)
-
-
-def block_matrices(block: nn.Module, group: str) -> list[torch.Tensor] | None:
-    """One group's matrices in a block as stacks [k, Dout, Din]; None where the block has no such linear layer."""
-    part = getattr(block, "attn" if group in ("qkv", "proj") else "mlp", None)
-    joint = getattr(part, group, None)
-    if group == "qkv" and joint is None:
-        layers, rows = [getattr(part, name, None) for name in ("q_proj", "k_proj", "v_proj")], 1
-    else:
-        layers, rows = [joint], 3 if group == "qkv" else 1
-    if any(getattr(layer, "weight", None) is None or layer.weight.dim() != 2 for layer in layers):
-        return None
-    return [layer.weight.unflatten(0, (rows, -1)) for layer in layers]

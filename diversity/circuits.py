@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from . import fusible
-from .backbones import ATTENTIONS, Backbone, TapError, block_matrices
+from .backbones import Backbone, TapError
+from .block_parts import ATTENTIONS, attention_of, block_matrices
 
 
 def circuit_factors(block: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
@@ -27,7 +28,7 @@ def circuit_factors(block: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Ten
         has no such attention: differential attention has two scores for each head, and with grouped queries several
         heads share their keys.
     """
-    attn = getattr(block, "attn", None)
+    attn = attention_of(block)
     if not isinstance(attn, ATTENTIONS):
         return None
     inner, output = block_matrices(block, "qkv"), block_matrices(block, "proj")

@@ -2,17 +2,20 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from timm.layers import Attention
 from torch import nn
+
+from .block_parts import TransformersAttention
 
 See = Callable[[torch.Tensor], None]
 """A function that is called with a tensor of every forward pass."""
 
 
 class ModelHooks:
-    """Hooks on the modules of a timm model, which are removed together.
+    """Hooks on the modules of a model of timm or transformers, which are removed together.
 
     Usable as a context manager that calls `remove()`.
     """
@@ -37,15 +40,38 @@ class ModelHooks:
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def on_maps(self, attn: nn.Module, see: See):
+    def on_maps(self, attn: nn.Module | TransformersAttention, see: See):
         """Call `see` with the attention maps [B, H, N, N], after the softmax and before dropout.
 
-        The attention is un-fused, since fused attention never forms its maps.
+        timm's attention is un-fused, since fused attention never forms its maps; see `on_scores` for that of
+        transformers.
         """
+        if isinstance(attn, TransformersAttention):
+            self.on_scores(attn, lambda maps: see(maps()))
+            return
         if hasattr(attn, "fused_attn"):  # Swin V2 has no fused form
             self._unfused.append((attn, attn.fused_attn))
             attn.fused_attn = False
         self.on_input(attn.attn_drop, see)
+
+    def on_scores(self, attn: TransformersAttention, see: Callable[[Callable[[], torch.Tensor]], None]):
+        """Call `see` with a function that returns the maps, computed from the module's queries, keys and bias.
+
+        The hooks only keep these. Where a block is checkpointed, its backward pass computes it again and must find the
+        operations of its forward pass, so the maps have to be computed after it.
+        """
+        kept = {}
+
+        def begin(module, inputs, kwargs):
+            kept["bias"] = kwargs.get("attention_mask", inputs[1] if len(inputs) > 1 else None)
+
+        def end(module, inputs, output):
+            see(partial(attn.maps, kept.pop("queries"), kept.pop("keys"), kept.pop("bias")))
+
+        self._handles.append(attn.module.register_forward_pre_hook(begin, with_kwargs=True))
+        self.on_output(attn.q_proj, partial(kept.__setitem__, "queries"))
+        self.on_output(attn.k_proj, partial(kept.__setitem__, "keys"))
+        self._handles.append(attn.module.register_forward_hook(end))
 
     def on_compiled_maps(self, attn: Attention, see: See):
         """Call `see` with the maps under torch.compile, computed beside fused attention from its queries and keys.

@@ -17,7 +17,7 @@ COMPILE_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.Fail
 
 
 class DiverseLoss(nn.Module):
-    """A timm model that returns its training loss in train mode and plain class logits in eval mode.
+    """A model of timm or transformers that returns its loss in train mode and class logits in eval mode.
 
     In your own loop, with the images and labels of any loader:
 
@@ -29,11 +29,11 @@ class DiverseLoss(nn.Module):
 
     Wrap this module, not the model, in DistributedDataParallel or torch.compile. Copy the model, not this module: a
     copy would share its hooks. Give the optimizer, the average of the weights and the checkpoint `loss_fn.model`,
-    which is the stock timm model. A model with a distillation head trains it where there is a teacher, and otherwise
+    which is the stock model. A model with a distillation head trains it where there is a teacher, and otherwise
     trains the mean of its two heads.
 
     Args:
-        model: a timm model, on its device; see `TappedViT`.
+        model: a model of timm, or of transformers for image classification, on its device; see `TappedViT`.
         coefs: {name of a term, or "mixing": coefficient}, see `DiversityObjective`.
         mixup: a `PatchMixup`, or another object with the same `draw`, `__call__` and `with_grid`. Without a grid, it
             gets the model's patch grid where mixing is on. None = images and labels stay as they are.
@@ -85,6 +85,7 @@ class DiverseLoss(nn.Module):
             raise
         if hasattr(model, "set_distilled_training"):
             model.set_distilled_training(distillation is not None)
+        self.tapped.distilled_training = distillation is not None
         mixup = PatchMixup(mixup_alpha=0, cutmix_alpha=0) if mixup is None else mixup
         self.mixup = mixup.with_grid(self.tapped.grid) if patch_logits else mixup
         self.compiled: Callable | None = None
@@ -93,7 +94,7 @@ class DiverseLoss(nn.Module):
 
     @property
     def model(self) -> nn.Module:
-        """The stock timm model."""
+        """The stock model."""
         return self.tapped.model
 
     @property
@@ -101,7 +102,9 @@ class DiverseLoss(nn.Module):
         """The keys of the terms that `forward` returns, in their order: "loss", then `DiversityObjective.names`."""
         return ("loss", *self.objective.names)
 
-    def forward(self, images: torch.Tensor, labels: torch.Tensor | None = None, draws=None):
+    def forward(
+        self, images: torch.Tensor, labels: torch.Tensor | None = None, draws=None, call: Callable | None = None
+    ):
         """The loss of a batch in train mode, class logits in eval mode.
 
         Args:
@@ -109,6 +112,8 @@ class DiverseLoss(nn.Module):
             labels: [B], integer classes; not read in eval mode.
             draws: what `mixup.draw` returned for this batch, on the device of the images; None = draw now, from numpy's
                 global generator.
+            call: what calls the model, where something else than this module is wrapped around it; see
+                `TappedViT.forward`.
 
         Returns:
             In train mode the 0-dim loss and {name: detached 0-dim tensor} for every name in `names`. In eval mode the
@@ -118,13 +123,13 @@ class DiverseLoss(nn.Module):
             ValueError: in train mode, labels that are not B integers, or a batch that `mixup` cannot mix.
         """
         if not self.training:
-            return self.tapped(images)
+            return self.tapped(images, call)
         if labels is None or labels.shape != images.shape[:1] or labels.is_floating_point():
             found = "none" if labels is None else f"{labels.dtype} of shape {[*labels.shape]}"
             raise ValueError(f"a batch of {len(images)} images needs as many integer labels in train mode; got {found}")
         if draws is None:
             draws = self.draw(images)
-        loss, values = self._compiled_or_eager(images, labels, draws)
+        loss, values = self._compiled_or_eager(images, labels, draws, call)
         return loss, dict(zip(self.names, values.unbind(), strict=True))
 
     def set_epoch(self, epoch: int):
@@ -157,21 +162,23 @@ class DiverseLoss(nn.Module):
         draws = self.mixup.draw(len(images), images.shape[-2:])
         return draws.to(images.device) if torch.is_tensor(draws) else draws
 
-    def _compiled_or_eager(self, images, labels, draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compiled_or_eager(self, images, labels, draws, call) -> tuple[torch.Tensor, torch.Tensor]:
         if self.compiled is None:
-            return self._loss(images, labels, draws)
+            return self._loss(images, labels, draws, call)
         try:
             if not self.has_cuda_graphs:
-                return self.compiled(images, labels, draws)
+                return self.compiled(images, labels, draws, call)
             self._begin_step()
-            loss, values = self.compiled(images, labels, draws)
+            loss, values = self.compiled(images, labels, draws, call)
             return loss.clone(), values.clone()
         except COMPILE_ERRORS as error:
             if self.on_compile_error is None:
                 raise
             cause = getattr(error, "inner_exception", error)
             reason = " ".join([f"{type(cause).__name__}:", *str(cause).split("\n\n")[0].split()])[:500]
-        result = self._loss(images, labels, draws)  # where the model or a term itself fails, its own error is raised
+        result = self._loss(
+            images, labels, draws, call
+        )  # where the model or a term itself fails, its own error is raised
         self.on_compile_error(reason)
         self.compiled = None
         return result
@@ -183,8 +190,8 @@ class DiverseLoss(nn.Module):
                 parameter.grad = parameter.grad.clone()
         torch.compiler.cudagraph_mark_step_begin()
 
-    def _loss(self, images, labels, draws) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, images, labels, draws, call) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the values of `names` as one tensor [n]; see `DiversityObjective.loss_and_values`."""
         samples, target = self.mixup(images, labels, draws)
-        loss, values = self.objective.loss_and_values(self.tapped(samples), target, samples)
+        loss, values = self.objective.loss_and_values(self.tapped(samples, call), target, samples)
         return loss, torch.cat([loss.detach()[None], values])

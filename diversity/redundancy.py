@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Iterator
 import torch
 from torch import nn
 
-from .backbones import WEIGHT_GROUPS, Backbone, block_matrices
+from .backbones import WEIGHT_GROUPS, Backbone
+from .block_parts import block_matrices
 from .circuits import circuit_factors
 from .hooks import ModelHooks, eval_mode
 from .measures import MEASURES, chosen, inputs, summary_measures
@@ -36,7 +37,7 @@ def measure_redundancy(
     the same windows, and what is measured of attention is left out where windows hold padding.
 
     Args:
-        model: a timm ViT, DeiT, BEiT, EVA or Swin.
+        model: a timm ViT, DeiT, BEiT, EVA or Swin, or a ViT, DeiT, DINOv2 or BEiT of transformers.
         batches: images [B, 3, S, S] on the model's device, B of any size, or tuples of images and labels [B], which
             only the measures of variance within and between classes need.
         num_classes: labels are below it; default: the number of the model's classes.
@@ -68,7 +69,7 @@ def measure_redundancy(
     backbone = measurable(model)
     if unknown := [name for name in extra if name not in MEASURES]:
         raise ValueError(f"unknown measure {unknown[0]!r}; there are {', '.join(MEASURES)}")
-    meter = Meter(backbone, getattr(model, "num_classes", 0) if num_classes is None else num_classes, extra)
+    meter = Meter(backbone, backbone.num_classes if num_classes is None else num_classes, extra)
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""TappedViT: hooks on a stock timm vision transformer that return what the diversity terms read."""
+"""TappedViT: hooks on a stock vision transformer that return what the diversity terms read."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -9,22 +9,25 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .backbones import Backbone, parse_weight_groups
+from .block_parts import TransformersAttention, attention_of, trains_maps
 from .hooks import ModelHooks
 from .taps import TAPS, Source, TapOutput, TapSettings
+from .transformers_models import class_logits
 
 FINAL_NORM = ("output", "final norm")
 
 
 class TappedViT(nn.Module):
-    """A timm model that returns a `TapOutput` in train mode and plain class logits in eval mode.
+    """A model of timm or transformers that returns a `TapOutput` in train mode and class logits in eval mode.
 
     Everything the terms read comes out of this one forward call, so wrap it (not `.model`) in DistributedDataParallel,
-    and save `.model.state_dict()`, which has timm's own keys. Attention is un-fused in the tapped blocks only, since
-    fused attention never forms its maps. Under torch.compile, plain ViT blocks stay fused, and their maps are computed
-    beside it. Usable as a context manager that calls `close()`.
+    and save `.model.state_dict()`, which has the model's own keys. timm's attention is un-fused in the tapped blocks
+    only, since fused attention never forms its maps. Under torch.compile, plain ViT blocks stay fused, and their maps
+    are computed beside it, as are those of transformers always. Usable as a context manager that calls `close()`.
 
     Args:
-        model: a timm model; one with taps or patch logits must be a ViT, DeiT, BEiT, EVA or Swin. Copy the stock model,
+        model: a timm model, or one of transformers for image classification; one with taps or patch logits must be a
+            ViT, DeiT, BEiT, EVA or Swin of timm or a ViT, DeiT, DINOv2 or BEiT of transformers. Copy the stock model,
             not the wrapper: a copy of the wrapper would share its hooks.
         reads: names of the taps to return, see `TAPS`. Nothing is hooked for the others.
         patch_logits: also apply the head to every patch token.
@@ -40,6 +43,7 @@ class TappedViT(nn.Module):
     Attributes:
         model: the stock model, unchanged.
         grid: (rows, columns) of the patches that have tokens and logits; None where nothing can be tapped.
+        distilled_training: whether the logits of both heads of a distilled model of transformers are returned.
 
     Source: the released code's own ViT, which returned these tensors.
     Differs: hooks on timm's model, whose keys and eval output stay as they are; other backbones, layers and matrices.
@@ -71,6 +75,7 @@ class TappedViT(nn.Module):
         asked = [*self.reads, *(["patch_logits"] if patch_logits else [])]
         self.backbone = Backbone.require(model, asked[0]) if asked else Backbone.of(model)
         self.grid = self.backbone.grid if self.backbone else None
+        self.distilled_training = False
         self._sources = {tap: TAPS[tap].sources(self.backbone, self.settings) for tap in self.reads}
         if patch_logits:
             self.backbone.require_patch_head()
@@ -78,16 +83,21 @@ class TappedViT(nn.Module):
         self._hooks = ModelHooks()
         self._hook()
 
-    def forward(self, samples: torch.Tensor):
-        """samples [B, 3, S, S] -> `TapOutput` in train mode, [B, C] in eval mode."""
+    def forward(self, samples: torch.Tensor, call: Callable | None = None):
+        """samples [B, 3, S, S] -> `TapOutput` in train mode, [B, C] in eval mode.
+
+        `call` calls the model: the DistributedDataParallel that a framework built around it, or a function that gives
+        it more arguments; None = the model itself.
+        """
+        call = self.model if call is None else call
         if not self.training:
-            return self.model(samples)
+            return class_logits(self.model, call(samples))
         self._captured = {}
         compiling = torch.compiler.is_compiling()
         if compiling:
             self._hooks.fuse_plain_attention(True)
         try:
-            logits = self.model(samples)
+            logits = class_logits(self.model, call(samples), self.distilled_training)
             taken = {tap: self._tap(tap) for tap in self.reads}
             if compiling and self.backbone:
                 taken["with_prefix"] = {tap: self._with_prefix(tap) for tap in self.reads if TAPS[tap].patches_only}
@@ -119,6 +129,12 @@ class TappedViT(nn.Module):
         raise TypeError(
             "a TappedViT cannot be copied or pickled, since its hooks belong to this object; save the state_dict of "
             "its stock model (.model), load it into another model, and build a new TappedViT around that"
+        )
+
+    def _replicate_for_data_parallel(self):
+        raise TypeError(
+            "a TappedViT cannot run in DataParallel, whose replicas would share its hooks; start one process for each "
+            "GPU with torchrun, or make one GPU visible with CUDA_VISIBLE_DEVICES=0"
         )
 
     def __enter__(self):
@@ -162,26 +178,41 @@ class TappedViT(nn.Module):
     def _take(self, source: Source) -> torch.Tensor:
         """The tensor that a hook kept."""
         tensor = self._captured.get(source)
+        if callable(tensor):  # the maps of transformers' attention
+            tensor = tensor()
         if tensor is None:
             what = f"{source[0]} of {source[1] if source == FINAL_NORM else f'block {source[1]}'}"
             raise RuntimeError(f"the hook for the {what} did not fire: {type(self.model).__name__} bypassed its module")
+        if source[0] == "maps" and torch.is_grad_enabled() and not tensor.requires_grad:
+            self._require_fixed_maps(source[1])
         return tensor
+
+    def _require_fixed_maps(self, i: int):
+        """Raise for maps without a gradient if their weights are trained."""
+        if trains_maps(attention_of(self.backbone.blocks[i])):
+            raise RuntimeError(
+                f"the maps of block {i} have no gradient, since reentrant checkpointing computes a block without one; "
+                "checkpoint with use_reentrant=False (of transformers: activation_checkpointing_kwargs)"
+            )
 
     def _hook(self):
         """Hook what the taps need, and nothing else."""
         for source in sorted({source for sources in self._sources.values() for source in sources}):
             kind, i = source
             block, keep = self.backbone.blocks[i], self._keep(source)
+            attn = attention_of(block)
             if kind == "input":
                 self._hooks.on_input(block, keep)
             elif kind == "output":
                 self._hooks.on_output(block, keep)
+            elif isinstance(attn, TransformersAttention):
+                self._hooks.on_scores(attn, keep)
             else:
-                self._hooks.on_maps(block.attn, keep)
-                if type(block.attn) is Attention:
-                    self._hooks.on_compiled_maps(block.attn, keep)
+                self._hooks.on_maps(attn, keep)
+                if type(attn) is Attention:
+                    self._hooks.on_compiled_maps(attn, keep)
         if self.patch_logits:
-            self._hooks.on_output(self.model.norm, self._keep(FINAL_NORM))
+            self._hooks.on_output(self.model.get_submodule(self.backbone.norm), self._keep(FINAL_NORM))
 
     def _keep(self, source: Source) -> Callable[[torch.Tensor], None]:
         """A function that keeps a tensor until the end of the forward pass."""

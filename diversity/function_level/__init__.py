@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..backbones import Backbone
+from ..backbones import Backbone, TapError
 from ..hooks import eval_mode
 from .ablation import accuracy, blocks, heads  # in the order of FUNCTION_MEASURES
 
@@ -69,6 +69,8 @@ def measure_function(
         TypeError, ValueError: images or labels that cannot be used, or an unknown measure; see `LabelledImages`.
     """
     backbone = Backbone.require(model, "tokens")
+    if not backbone.is_timm:
+        raise TapError("function-level measures", model, "they need a model of timm; load its weights into that")
     entries = [_find(name) for name in (FUNCTION_MEASURES if measures is None else measures)]
     outputs = getattr(model.get_submodule(backbone.head[-1]), "out_features", None)
     num_classes = num_classes or outputs

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 from torch import nn
 
-from ..backbones import Backbone, has_padding
+from ..backbones import Backbone
+from ..block_parts import activation_of, attention_of, has_padding
 from ..hooks import ModelHooks
 from ..similarity import precise
 from . import inputs
@@ -43,6 +44,7 @@ class Meter:
         """Count a chunk of images that the model is about to see, and forget what the last one left to compare with."""
         self.images += len(samples)
         self.chunk = len(samples)
+        self.grid = self.backbone.grid_of(samples)
         self.first, self.before, self.previous = None, None, (None, None)
         self.labels = None
         if labels is not None:
@@ -56,10 +58,11 @@ class Meter:
             hooks.on_input(block, self._see(self.add_input, i))
             hooks.on_output(block, self._see(self.add_output, i))
             if not has_padding(block):
-                hooks.on_maps(block.attn, self._see(self.add_maps, i))
-                if isinstance(getattr(block.attn, "proj", None), nn.Linear):
-                    hooks.on_input(block.attn.proj, self._see(self.add_heads, i))
-            if isinstance(activation := getattr(getattr(block, "mlp", None), "act", None), nn.Module):
+                attn = attention_of(block)
+                hooks.on_maps(attn, self._see(self.add_maps, i))
+                if isinstance(getattr(attn, "proj", None), nn.Linear):
+                    hooks.on_input(attn.proj, self._see(self.add_heads, i))
+            if (activation := activation_of(block)) is not None:
                 hooks.on_output(activation, self._see(self.add_units, i))
 
     @staticmethod
@@ -101,7 +104,7 @@ class Meter:
 
     def add_heads(self, i: int, outputs: torch.Tensor):
         """The input [B, N, D] of the output projection of block i."""
-        attn = self.blocks[i].attn
+        attn = attention_of(self.blocks[i])
         if i not in self._projections:
             weight = attn.proj.weight.double()
             self._projections[i] = (weight.mT @ weight).to(outputs.dtype)
@@ -115,7 +118,7 @@ class Meter:
     def _grid(self, i: int, maps: torch.Tensor) -> torch.Tensor | None:
         """Distances [P, P] between the patches of block i's maps; None where they do not lie on the grid."""
         block = self.blocks[i]
-        grid = tuple(getattr(block, "window_size", self.backbone.grid))
+        grid = tuple(getattr(block, "window_size", self.grid))
         if not 1 < math.prod(grid) == maps.shape[-1] - self.backbone.num_prefix_tokens:
             return None
         if grid not in self._distances:

@@ -13,7 +13,8 @@ from timm.models import beit, eva, swin_transformer, swin_transformer_v2
 from timm.models import vision_transformer as vit
 from torch import nn
 
-from ..backbones import ATTENTIONS, Backbone, has_padding
+from ..backbones import Backbone
+from ..block_parts import ATTENTIONS, has_padding
 
 PRE_NORM_BLOCKS = (vit.Block, eva.EvaBlock, beit.Block, swin_transformer.SwinTransformerBlock)
 """The blocks that add drop_path1(attn(norm1(x))) to x, and then drop_path2(mlp(norm2(x)))."""
@@ -61,7 +62,7 @@ def output_projection(attn: nn.Module) -> nn.Module:
 def blocks_of(model: nn.Module) -> Sequence[nn.Module] | None:
     """Every block of a ViT, DeiT, BEiT, EVA or Swin of timm in order; None for any other model."""
     backbone = Backbone.of(model)
-    return None if backbone is None else backbone.all_blocks
+    return None if backbone is None or not backbone.is_timm else backbone.all_blocks
 
 
 # Each check returns what a model lacks at one of its blocks, or None.
