@@ -22,6 +22,7 @@ from training.changes import find_changes
 from training.check_data import check_data
 from training.checkpoint import TrainState
 from training.evaluation import RedundancyMonitor, evaluate_both
+from training.first_step import FirstStep, first_step_record
 from training.gradient_norms import GradientNorms
 from training.guard import FiniteGuard
 from training.log import epoch_line, evaluation_lines
@@ -131,7 +132,8 @@ def train(args: Namespace, world: World, folder: Path | None):
     guard = FiniteGuard(args.max_nonfinite_steps, world, model, skipped, data.step_images, report, skipped_in)
     steps = state.epoch * data.num_steps + state.step
     update = GuardedUpdate(model, model_ema, optimizer, loss_scaler, guard, args.accum_steps, args.clip_grad, steps)
-    progress = Progress(state, data.num_steps, log, world, args.log_interval)
+    first_step = FirstStep(objective, is_pending=not checkpoint.path)
+    progress = Progress(state, data.num_steps, log, world, args.log_interval, first_step)
     with StopSignals(has_folder=bool(args.output_dir)) as signals:
         saver = Saver(
             state, lambda: {
@@ -156,7 +158,8 @@ def train(args: Namespace, world: World, folder: Path | None):
             record = {f"train_{name}": value for name, value in train_stats.items()}
             record |= {f"test_{name}": value for name, value in test_stats.items()}
             record |= {"epoch": epoch, "n_parameters": state.num_parameters, "bad_images": len(data.bad_images(world))}
-            record |= gradient_norms.record() | redundancy.measure(epoch, epoch + 1 == num_epochs, log, last_step)
+            record |= first_step_record(state.totals) | gradient_norms.record()
+            record |= redundancy.measure(epoch, epoch + 1 == num_epochs, log, last_step)
             log.epoch(record, last_step)  # before the save: a run that resumes from it does not repeat the epoch
             saver.end_epoch(state.next_epoch(test_stats))
             log.print(epoch_line(record, num_epochs))

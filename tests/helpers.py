@@ -108,7 +108,8 @@ def train_epoch(
     update = GuardedUpdate(state.model, state.model_ema, state.optimizer, state.loss_scaler, guard, **update_options)
     num_steps = num_steps or state.step + len(batches) // update.accum_steps
     log = log or RunLog(None, world, tensorboard=False)
-    progress = Progress(state, num_steps, log, world, options.pop("log_interval", 50))
+    first_step = options.pop("first_step", None)
+    progress = Progress(state, num_steps, log, world, options.pop("log_interval", 50), first_step)
     return train_one_epoch(loss_fn, batches, state, update, progress, world, **options)
 
 

@@ -54,7 +54,7 @@ def test_a_run_prints_what_a_reader_needs_and_no_warnings(digits_run):
     assert result.stderr == ""
     lines = result.stdout.splitlines()
     first = next(number for number, line in enumerate(lines) if line.startswith("epoch "))
-    header, (table, *_) = "\n".join(lines[:first]), [n for n, line in enumerate(lines) if line.startswith("term ")][1:]
+    header, (table, *_) = "\n".join(lines[:first]), [n for n, line in enumerate(lines) if line.startswith("term ")][2:]
     for word in (torch.__version__, timm.__version__, "commit", "cpu", "seed 0", "learning rate", *REGULARIZERS):
         assert word in header
     num = r"[-\d.e+]+"
@@ -148,10 +148,15 @@ def test_two_processes_train_accumulate_and_evaluate_each_image_once(tmp_path):
     (record,) = log_of(tmp_path / "two")
     assert record["test_images"] == record["test_images_ema"] == 360
     assert "192 images per optimizer step" in result.stdout
+    assert result.stdout.count("at step 0, before any update") == 1
     assert result.stdout.count("run folder") == 1
 
     args = parse()
+    torch.manual_seed(args.seed)
     model = build_model(args.model, 10, args.input_size, args.patch_size, **args.model_kwargs)
+    matrices = [m.double() for block in model.blocks for m in block.attn.qkv.weight.detach().chunk(3)]
+    gaps = [((matrix @ matrix.T - torch.eye(len(matrix))) ** 2).sum().item() for matrix in matrices]
+    assert record["step0"]["weight_mha_so"] == pytest.approx(sum(gaps), rel=1e-5)  # the mean of the two ranks
     stored = torch.load(tmp_path / "two" / "checkpoint.pth", weights_only=True)
     for name, end in (("model", ""), ("model_ema", "_ema")):
         model.load_state_dict(stored[name])

@@ -69,6 +69,8 @@ class EpochTotals:
         waited: the part of these seconds spent waiting for the loader.
         overflows: steps that fp16's loss scale skipped, counted on the device.
         gradient_norms: of the epoch's first batch, on the main process; empty where they are not measured.
+        first_step: the values of the run's first step; empty in other epochs than its.
+        latest: names and values of the last step, of this process; not saved.
     """
 
     epoch: Meters = field(default_factory=Meters)
@@ -78,12 +80,15 @@ class EpochTotals:
     waited: float = 0.0
     overflows: int | torch.Tensor = 0
     gradient_norms: dict[str, float] = field(default_factory=dict)
+    first_step: dict[str, float] = field(default_factory=dict)
+    latest: tuple[Sequence[str], torch.Tensor] | None = None
 
     def add(self, names: Sequence[str], values: torch.Tensor, taken: torch.Tensor, overflowed: torch.Tensor | int):
         """Count a step; its values [n] enter the means where it was taken, a 0-dim boolean."""
         self.epoch.add(names, values, taken)
         self.window.add(names, values, taken)
         self.overflows = self.overflows + overflowed
+        self.latest = names, values
 
     def skipped(self, steps: int) -> int:
         """How many of the epoch's steps so far were not finite; waits for the device."""
@@ -93,6 +98,7 @@ class EpochTotals:
         """Lists and numbers only, each process must call it; the same on all but the gradient norms, the main one's."""
         numbers = {"images": self.images, "seconds": self.seconds, "waited": self.waited}
         numbers |= {"overflows": int(self.overflows), "gradient_norms": dict(self.gradient_norms)}
+        numbers["first_step"] = dict(self.first_step)
         return numbers | {"epoch": self.epoch.state_dict(world), "window": self.window.state_dict(world)}
 
     def load_state_dict(self, state: dict, world: World):

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from training.checkpoint import TrainState
+from training.first_step import FirstStep
 from training.log import RunLog, by_group
 from training.meters import Meters
 from training.schedule import learning_rates
@@ -24,11 +25,15 @@ class Progress:
         log: where lines and values go.
         world: this process.
         log_interval: optimizer steps between console lines; 0 = none.
+        first_step: reports the values of the run's first step; None = they are not reported.
     """
 
-    def __init__(self, state: TrainState, num_steps: int, log: RunLog, world: World, log_interval: int = 50):
+    def __init__(
+        self, state: TrainState, num_steps: int, log: RunLog, world: World, log_interval: int = 50,
+        first_step: FirstStep | None = None,
+    ):  # fmt: skip
         self.state, self.num_steps, self.log, self.world = state, num_steps, log, world
-        self.log_interval = log_interval
+        self.log_interval, self.first_step = log_interval, first_step
         self.is_warm = False  # whether this process has taken a step
 
     def batches(self, loader: Iterable) -> Iterator:
@@ -68,6 +73,10 @@ class Progress:
         self.window = [sum(pair) for pair in zip(self.window, measured, strict=True)]
         self.step_images, self.images, self.waited, self.clock = self.images, 0, 0.0, now
         self.bar.update()
+        if self.first_step is not None and self.first_step.is_pending:
+            table = self.first_step.report(totals, self.world)
+            if table:
+                self.log.print(table)
         step = self.state.step - 1
         if self.log_interval > 0 and step % self.log_interval == 0 and step < self.num_steps - 1:
             self._report(step)

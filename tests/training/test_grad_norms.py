@@ -60,7 +60,7 @@ def test_the_last_table_compares_norms_with_that_of_the_classification(tmp_path,
     run_main(*TINY, "--attn_cos_within_coef", "1e-4", "--grad-norms-every", "5", "--output-dir", tmp_path)
     (record,) = log_of(tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    (row,) = [line.split() for line in lines if line.startswith("attn_cos_within") and line.endswith(" %")]
+    *_, row = [line.split() for line in lines if line.startswith("attn_cos_within") and line.endswith(" %")]
     assert row[2:4] == ["0.00", "%"]
     ratio = record["gradnorm_attn_cos_within"] / record["gradnorm_classification"]
     assert float(row[-2]) == pytest.approx(100 * ratio, rel=1e-2) and ratio > 0
