@@ -15,6 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of an import; see `run_command`
 
 from reports.chosen_measures import DEFAULT_MEASURES
+from reports.runs import RESULTS
 from reports.study_table import write_table
 from training.parsing import Parser
 from utils import run_command
@@ -31,7 +32,9 @@ def main(argv: list[str] | None = None):
         help="run folder, folder that is searched for run folders, or .jsonl file of records",
     )
     add("--format", choices=("markdown", "latex", "csv"), default="markdown", help="default: markdown")
-    add("--measures", nargs="*", metavar="NAME", help=f"of redundancy; default: {' '.join(DEFAULT_MEASURES)}")
+    results = ", ".join(RESULTS)
+    add("--measures", nargs="*", metavar="NAME",
+        help=f"of redundancy, or {results} of the last epoch; default: {' '.join(DEFAULT_MEASURES)}")  # fmt: skip
     add("--baseline", default="plain", metavar="CONFIGURATION", help="to compare with; default: plain")
     add("--pairwise", action="store_true",
         help="also compare each configuration with each other one; as csv, these pairs are the table")  # fmt: skip

@@ -1,7 +1,7 @@
 """Which measures of redundancy a table of runs shows, and which measurement of them: only equal ones are compared."""
 
 from diversity.spelling import did_you_mean
-from reports.runs import MAY_LACK, PROVENANCE, REPORT, Run
+from reports.runs import MAY_LACK, PROVENANCE, REPORT, RESULTS, Run
 from reports.tables import known_measures
 from training.records import LOG
 
@@ -22,16 +22,21 @@ FORMER = {"embedding_participation_ratio_last": "embedding_effective_rank_last"}
 def choose_measures(names: list[str] | None, runs: list[Run]) -> tuple[str | None, list[str], list[str]]:
     """The file that redundancy is read from, those of the measures that the finished runs have, and notes on them.
 
-    No names are the runs' own measures and `DEFAULT_MEASURES`, without a note if there is no redundancy at all.
+    Among the names may be `RESULTS`, which come first. No names are the runs' own measures and `DEFAULT_MEASURES`,
+    without a note if there is no redundancy at all.
     """
     files = {name: str(run.study.parent) for run in runs if not run.problem for name in run.own_measures}
     own = [name for name in (files if names is None else names) if name in files]
-    others = [name for name in (DEFAULT_MEASURES if names is None else names) if name not in files]
+    results = [name for name in dict.fromkeys(names or ()) if name in RESULTS]
+    others = [name for name in (DEFAULT_MEASURES if names is None else names) if name not in {*files, *results}]
     source, measured, notes = _choose_measures([*dict.fromkeys(others)], names is None, runs)
     if own:
         program = " and ".join(dict.fromkeys(files[name] for name in own))
         notes.append(f"{', '.join(dict.fromkeys(own))}: as the program of {program} defines them, not analyze.py")
-    return source, [*dict.fromkeys(own), *measured], notes
+    logged = {name for run in runs if not run.problem for name in results if run.records[-1].get(name) is not None}
+    if missing := [name for name in results if name not in logged]:
+        notes.append(f"no finished run has {', '.join(missing)} in its {LOG}")
+    return source, [*(name for name in results if name in logged), *dict.fromkeys(own), *measured], notes
 
 
 def _choose_measures(chosen: list[str], are_default: bool, runs: list[Run]) -> tuple[str | None, list[str], list[str]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diversity.measures.registry import ARROWS
 from pipeline.holdout import val_name
 from training import arguments
 from training.changes import Change
@@ -13,7 +14,32 @@ from training.parsing import flag_of
 from training.provenance import data_name
 from training.records import LOG
 
+
+@dataclass(frozen=True)
+class Result:
+    """A result of the last evaluation that a table has on request, like a measure of redundancy.
+
+    Attributes:
+        heading: of its column.
+        better: "lower" or "higher".
+    """
+
+    heading: str
+    better: str
+
+    def label(self, _place: str = "") -> str:
+        """Its heading with an arrow that points to better values."""
+        return self.heading + ARROWS[self.better]
+
+
 ACCURACIES = {"test_acc1": "raw", "test_acc1_ema": "EMA"}
+RESULTS = {
+    **{"test_acc5": Result("top-5 raw, %", "higher"), "test_acc5_ema": Result("top-5 EMA, %", "higher")},
+    **{"test_loss": Result("test loss raw", "lower"), "test_loss_ema": Result("test loss EMA", "lower")},
+    **{"test_ece": Result("calibration error raw, %", "lower")},
+    **{"test_ece_ema": Result("calibration error EMA, %", "lower")},
+}
+"""{column of log.txt that a table has on request: its entry}"""
 FINITE = ("train_loss", "test_loss", "test_loss_ema", *ACCURACIES)  # in the last epoch, unless the run failed
 MAY_DIFFER = (
     *("seed", "output_dir", "resume", "start_epoch", "config", "data_path", "num_workers", "pin_mem", "device"),
@@ -97,12 +123,12 @@ class Run:
         return data_name(self.flags["data_set"], self.flags.get("data_path")) if "data_set" in self.flags else None
 
     def values(self, source: str | None) -> dict[str, float]:
-        """Accuracies of the last epoch in percent, the measures of `source`, the median throughput in images/s."""
+        """Accuracies and `RESULTS` of the last epoch, the measures of `source`, the median throughput in images/s."""
         speeds = [r["train_images_per_s"] for r in self.records if _is_finite(r.get("train_images_per_s"))]
         speed = {"images_per_s": statistics.median(speeds)} if speeds else {}
         measures = self.redundancy[source].measures if source in self.redundancy else {}
         measures = self.own_measures | measures
-        return measures | speed | {name: self.records[-1].get(name) for name in ACCURACIES}
+        return measures | speed | {name: self.records[-1].get(name) for name in (*ACCURACIES, *RESULTS)}
 
     def hours(self) -> float | None:
         """Hours of training: images over images/s, without evaluation; None where one of them is not known."""

@@ -7,6 +7,7 @@ from itertools import chain
 
 from diversity.function_level import FunctionMeasure, function_summaries
 from diversity.measures import Measure, measures_of, summary_measures
+from reports.runs import RESULTS, Result
 
 LATEX_SYMBOLS = {
     "±": r"$\pm$",
@@ -101,9 +102,9 @@ def _latex_number(text: str) -> str:
     return re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", number)
 
 
-def known_measures() -> dict[str, tuple[Measure | FunctionMeasure, str]]:
-    """{name in a report's summary: its measure, and the layers, matrices or parts it is of}."""
-    return summary_measures() | function_summaries()
+def known_measures() -> dict[str, tuple[Measure | FunctionMeasure | Result, str]]:
+    """{name in a report's summary or in log.txt: its measure, and the layers, matrices or parts it is of}."""
+    return summary_measures() | function_summaries() | {name: (result, "") for name, result in RESULTS.items()}
 
 
 def comparison(configurations: dict[str, list[dict]], notes: list[str]) -> str:

@@ -28,6 +28,7 @@ from training.build import (
 )
 from training.checkpoint import TrainState
 from training.guard import FiniteGuard
+from training.predictions import Predictions
 from training.update import GuardedUpdate
 from utils import World
 
@@ -71,7 +72,9 @@ def run_on_fake_cuda(*words, batch=8, teacher=None):
         with torch.no_grad(), mock.patch.object(engine.World, "sum", lambda world, values: values):
             stop = mock.Mock(side_effect=lambda: setattr(watch, "phase", "evaluation"))
             evaluate = engine.evaluate.__wrapped__  # inference mode knows no fake tensors
-            evaluate(model, val, WORLD, dtype, stop, len(batches), model_ema and model_ema.module)
+            predictions = Predictions(mock.Mock(is_stream=True, val_is_shared=False), WORLD)
+            evaluate(model, val, WORLD, dtype, stop, len(batches), model_ema and model_ema.module, predictions)
+            assert len(predictions.batches) == len(batches)
         watch.phase = "save"
         copy_to_cpu({"model": model.state_dict(), "optimizer": state.optimizer.state_dict()})
     return watch.findings
@@ -225,4 +228,14 @@ def test_a_wait_in_every_batch_of_an_evaluation_is_found():
         return sums + labels.new_tensor([1.0]), results
 
     with mock.patch.object(engine, "_sums_and_results", wait), pytest.raises(AssertionError, match="new_tensor"):
+        assert_no_wait(run_on_fake_cuda())
+
+
+def test_results_that_are_copied_to_the_host_in_every_batch_are_found():
+    add = Predictions.add
+
+    def copy(predictions, labels, results):
+        add(predictions, labels.cpu(), results)
+
+    with mock.patch.object(Predictions, "add", copy), pytest.raises(AssertionError, match="cpu"):
         assert_no_wait(run_on_fake_cuda())

@@ -124,3 +124,14 @@ def test_runs_of_an_earlier_version_show_the_effective_rank(tmp_path, capsys):
     make_run(tmp_path / "new", last=redundancy(0.5, 0.5, 7.0))
     out = tabulated(capsys, tmp_path).out
     assert "| participation ratio, last layer ↑ |" in out and "effective rank, last layer" not in out
+
+
+def test_results_of_the_last_evaluation_are_columns_on_request(tmp_path, capsys):
+    for name, values in {"plain": (4.0, 6.0), "b": (3.0, 4.5)}.items():
+        for seed, value in enumerate(values):
+            make_run(tmp_path / name / f"seed{seed}", seed, last={"test_ece": value} | redundancy(0.5))
+    assert "calibration" not in tabulated(capsys, tmp_path).out
+    out = tabulated(capsys, tmp_path, "--measures", "test_ece", "test_ece_ema", "embedding_token_cosine_last").out
+    assert "calibration error raw, % ↓" in out and "token cosine" in out
+    assert "| 5.00 ± 1.41 " in out and "| **3.75 ± 1.06** (-1.25 [" in out
+    assert "- no finished run has test_ece_ema in its log.txt\n" in out
