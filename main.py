@@ -13,6 +13,7 @@ import torch
 from datasets import DataOptions, build_data
 from engine import autocast_dtype, train_one_epoch
 from models.execution import set_backends
+from models.freezing import trained_line
 from models.remedies import remedy_lines
 from pipeline.transforms import preprocessing_line
 from pipeline.workers import loader_errors
@@ -94,7 +95,10 @@ def train(args: Namespace, world: World, folder: Path | None):
     state = TrainState(model, model_ema, optimizer, schedule, loss_scaler, epoch=args.start_epoch)
     if not checkpoint.path:
         schedule.start(args.start_epoch)
-    start = resume(state, checkpoint, world, finetune=args.finetune, classes=data.classes, global_batch=global_batch)
+    start = resume(
+        state, checkpoint, world,
+        finetune=args.finetune, new_head=args.head_init is not None, classes=data.classes, global_batch=global_batch,
+    )  # fmt: skip
     data.earlier_bad_images = start.bad_images
     if is_finished(checkpoint, state, args.resume, args.output_dir, args.save_predictions):
         if folder:
@@ -113,7 +117,7 @@ def train(args: Namespace, world: World, folder: Path | None):
         *arguments.config_lines(args),
         preprocessing_line(options),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss, data)) or 'off'}",
-        *filter(None, [build.layer_rates_line(args, optimizer, lr)]),
+        *filter(None, [trained_line(model, args.freeze), build.layer_rates_line(args, optimizer, lr)]),
         *(f"warning: {line}" for line in build.warnings(args, amp_dtype, lr, data.num_steps)),
     ]
     log = begin_run(folder, world, state, data, start, changes, flags, numbers, lines, "\n".join(filter(None, tables)))

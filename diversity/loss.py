@@ -40,6 +40,7 @@ class DiverseLoss(nn.Module):
         smoothing, distillation, mixing_balance, mixing_where, options: see `DiversityObjective`.
         diversity_warmup, diversity_until: see `DiversityObjective`; with one of them, call `set_epoch` in each epoch.
         emb_layers, attn_layers, weight_groups: see `TappedViT`.
+        frozen: modules of the model that stay in eval mode, such as a backbone that is not trained.
 
     Raises:
         ValueError: arguments that `DiversityObjective` or `TappedViT` cannot take.
@@ -69,9 +70,11 @@ class DiverseLoss(nn.Module):
         emb_layers: str | Sequence[int] = "last",
         attn_layers: str | Sequence[int] = "first",
         weight_groups: str | Sequence[str] = "qkv",
+        frozen: Sequence[nn.Module] = (),
         **options,
     ):
         super().__init__()
+        self.frozen = (*frozen,)  # a tuple, in which torch does not look for modules
         schedule = {"diversity_warmup": diversity_warmup, "diversity_until": diversity_until}
         self.objective = DiversityObjective(
             coefs, smoothing, distillation, mixing_balance, mixing_where, **schedule, **options
@@ -131,6 +134,13 @@ class DiverseLoss(nn.Module):
             draws = self.draw(images)
         loss, values = self._compiled_or_eager(images, labels, draws, call)
         return loss, dict(zip(self.names, values.unbind(), strict=True))
+
+    def train(self, mode: bool = True):
+        """Set train mode or eval mode, except of the frozen modules, which stay in eval mode."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def set_epoch(self, epoch: int):
         """Set the coefficients to those of an epoch, counted from 0, where they follow a schedule."""

@@ -205,6 +205,8 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
         (args.sched in ("step", "constant") and not args.cooldown_epochs, "min_lr", f"--sched is {args.sched}"),
         (args.sched != "step", "decay_epochs", f"--sched is {args.sched}"),
         (args.sched != "plateau", "patience_epochs", f"--sched is {args.sched}"),
+        (args.freeze == "backbone", "layer_decay drop_path grad_checkpointing",
+         "--freeze backbone trains the head alone"),
         (args.warmup_epochs == 0, "warmup_lr", "--warmup-epochs is 0"),
         (not optimizer.has_momentum, "momentum", f"--opt is {args.opt}"),
         (not optimizer.has_eps, "opt_eps", f"--opt is {args.opt}"),
@@ -236,6 +238,12 @@ def _check(parser, args, on_command_line: set[str]):
         coefficients(args)
     except ValueError as error:
         parser.error(f"coefficients: {error}")
+    without_gradient = [flag_of(f"{name}_coef") for name, coef in coefficients(args).items() if coef and name != MIXING]
+    if args.freeze == "backbone" and without_gradient and not args.eval:
+        parser.error(
+            f"--freeze backbone leaves no gradient to {', '.join(without_gradient)}, which read the backbone alone; "
+            "leave them out (--preset none), or train the backbone"
+        )
     if not args.eval and args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
         parser.error(
             f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "

@@ -24,6 +24,7 @@ from diversity import DiverseLoss, DiversityObjective, PatchMixup, TapError
 from diversity.distillation import DistillationLoss
 from models import build_model
 from models.execution import embed_patches_by_product, enable_grad_checkpointing, keep_residual_in_bfloat16
+from models.freezing import freeze, frozen_modules, init_head
 from models.weights import load_weights, local_file, origin
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing, Normalize
 from pipeline.run_data import Data
@@ -64,6 +65,11 @@ def build_initial(args: Namespace, num_classes: int) -> nn.Module:
         with errors_of(f"--model {args.model} cannot be used with {flag}:"):
             if is_on:
                 change(model)
+    with errors_of(f"--model {args.model} cannot be used with --head-init:"):
+        if args.head_init is not None:
+            init_head(model, args.head_init)
+    with errors_of(f"--model {args.model} cannot be used with --freeze {args.freeze}:"):
+        freeze(model, args.freeze)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
@@ -93,7 +99,7 @@ def build_diverse_loss(
         with errors_of("--teacher-path"):
             load_weights(teacher, args.teacher_path, new_head=False)
         distillation = DistillationLoss(teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    settings = objective_settings(args) | tap_settings(args)
+    settings = objective_settings(args) | tap_settings(args) | {"frozen": frozen_modules(model, args.freeze)}
     try:
         return DiverseLoss(model, mixup=mixup, distillation=distillation, **settings).to(world.device)
     except TapError as error:
@@ -234,7 +240,7 @@ def layer_rates_line(args: Namespace, optimizer: torch.optim.Optimizer, lr: floa
     Args:
         lr: `--lr`, scaled to the global batch.
     """
-    if args.layer_decay is None:
+    if args.layer_decay is None or args.freeze == "backbone":
         return ""
     scales = sorted({scale_of(group) for group in optimizer.param_groups})
     return (

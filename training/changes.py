@@ -13,8 +13,8 @@ MODEL = ("model", "patch_size", "model_kwargs")
 REMEDIES = ("remedy", "remedy_kwargs")
 """Flags of the model too, by which the rows of an ablation may differ."""
 
-PARAMETER_GROUPS = ("layer_decay",)
-"""Flags with and without which an optimizer has other groups of parameters; another value is no other group."""
+PARAMETER_GROUPS = ("layer_decay", "freeze")
+"""Flags by which an optimizer has other groups of parameters."""
 
 DATA = ("data_set", "inat_category", "num_classes", "val_fraction")
 UNRELATED = {
@@ -104,7 +104,8 @@ def find_changes(
 
 
 def _has_other_groups(change: Change) -> bool:
-    return change.name in map(flag_of, PARAMETER_GROUPS) and None in (change.before, change.after)
+    is_another_factor = change.name == "--layer-decay" and None not in (change.before, change.after)
+    return change.name in map(flag_of, PARAMETER_GROUPS) and not is_another_factor
 
 
 def _comparable(flags: dict[str, object]) -> dict[str, object]:

@@ -8,6 +8,7 @@ from argparse import BooleanOptionalAction as Switch
 
 from diversity import ALIASES, MIXING_BALANCES, MIXING_WHERE, PRESETS, REGULARIZERS, REMEDIES, WEIGHT_GROUPS
 from diversity.classification import MIXING
+from models.freezing import FREEZE
 from training.data_flags import add_augmentation, add_data, add_preprocessing
 from training.parsing import (
     KeyValues,
@@ -55,8 +56,8 @@ def build_parser() -> Parser:
         refused=dict.fromkeys(DEIT_3, "it belongs to DeiT III; this program has the recipe of DeiT of 2021"),
     )
     for add_group in (
-        _run, _speed, _model, _diversity, _optimizer, _schedule, add_augmentation, add_preprocessing, _distillation,
-        add_data, _launcher,
+        _run, _speed, _model, _diversity, _optimizer, _finetuning, _schedule, add_augmentation, add_preprocessing,
+        _distillation, add_data, _launcher,
     ):  # fmt: skip
         add_group(parser)
     return parser
@@ -232,10 +233,19 @@ def _optimizer(parser):
     add("--opt-betas", type=float, nargs="+", default=None, metavar="BETA", help="None = the optimizer's default")
     add("--momentum", type=fraction, default=0.9, help="momentum of SGD-like optimizers")
     add("--weight-decay", type=nonneg_float, default=0.05, help="not applied to biases, norms and tokens; 0 = off")
-    add("--layer-decay", type=positive_fraction, default=None, metavar="FACTOR",
-        help="of the learning rate from each layer to the one before it, for fine-tuning; the head has --lr; "
-        "None = one rate for all layers")  # fmt: skip
     add("--clip-grad", type=positive_float, default=None, metavar="NORM", help="largest gradient norm; None = off")
+
+
+def _finetuning(parser):
+    add = parser.add_argument_group("fine-tuning", "what is trained of the weights of --finetune, and how").add_argument
+    add("--freeze", choices=[*FREEZE], default="none",
+        help="; ".join(f"{name} = {doc}" for name, doc in FREEZE.items()))  # fmt: skip
+    add("--head-init", type=nonneg_float, default=None, metavar="STD",
+        help="a new head, also where --finetune has one: standard deviation of its weights, its biases are 0; 0 = all "
+        "weights are 0; None = the model's own initial values, or the head of --finetune")  # fmt: skip
+    add("--layer-decay", type=positive_fraction, default=None, metavar="FACTOR",
+        help="of the learning rate from each layer to the one before it; the head has --lr; None = one rate for all "
+        "layers")  # fmt: skip
 
 
 def _schedule(parser):

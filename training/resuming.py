@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from models.weights import Origin, is_weights, load_weights, local_file, origin, read
+from models.weights import Origin, classifier_names, is_weights, load_weights, local_file, origin, read
 from training import checkpoint_files
 from training.checkpoint import LAST, TrainState, load_model_and_ema
 from training.records import LOG, SUMMARY, read_records
@@ -105,6 +105,7 @@ def resume(
     world: World,
     *,
     finetune: str = "",
+    new_head: bool = False,
     classes: Sequence[str] = (),
     global_batch: int = 0,
 ) -> Start:
@@ -115,6 +116,7 @@ def resume(
 
     Args:
         finetune: weights in any of timm's and DeiT's layouts; empty = keep the initial weights.
+        new_head: whether the model keeps its initial head where those weights have one.
         classes: names of the data's classes; a head for the same ones is loaded by name, one for others is dropped.
         global_batch: images per optimizer step.
 
@@ -134,8 +136,13 @@ def resume(
         if any(isinstance(name, int) for name in bad):
             bad, notes = [], ["unreadable images of an earlier version's checkpoint are not counted: it has no names"]
         return Start(notes, bad, checkpoint.content.get("unwritten_log", ""))
+    head = {name: state.model.state_dict()[name].clone() for name in classifier_names(state.model)}
     with errors_of("--finetune"):
         notes = load_weights(state.model, finetune, new_head=is_training, classes=classes) if finetune else []
+        if finetune and new_head:
+            state.model.load_state_dict(head, strict=False)
+            notes = [note for note in notes if note.split()[0] not in head]
+            notes += [f"{name} is drawn anew, not from the file: --head-init" for name in head]
     if not is_training:
         state.model_ema = None
     elif finetune and state.model_ema is not None:

@@ -40,9 +40,12 @@ class GuardedUpdate:
         self.saved_buffers = [torch.empty_like(buffer) for buffer in self.buffers]
         self.model_ema = model_ema
         if model_ema is not None:
-            pairs = zip(model_ema.module.state_dict().values(), model.state_dict().values(), strict=True)
+            frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+            pairs = zip(model_ema.module.state_dict().values(), model.state_dict().items(), strict=True)
             self.pairs = {True: ([], []), False: ([], [])}
-            for average, current in pairs:
+            for average, (name, current) in pairs:
+                if name in frozen:
+                    continue  # the average is the weight
                 averages, currents = self.pairs[average.is_floating_point()]
                 averages.append(average)
                 currents.append(current)
