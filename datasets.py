@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from pipeline.batch_augmentation import Normalize
 from pipeline.batch_transform import BatchTransform
 from pipeline.cached_loader import CachedLoader
 from pipeline.classes import find_classes, match_outputs
+from pipeline.evaluation_set_images import SetImages
 from pipeline.image_cache import CachedImages, FloatPath, Squeeze, cache_images, require_memory, side_of
 from pipeline.images import ReadableImages
 from pipeline.prefetch import Prefetcher
@@ -96,6 +97,19 @@ def build_data(options: DataOptions, world: World, classes: Sequence[str] = (), 
         data.num_steps = len(train_loader) // options.accum_steps
         data.prefetcher = Prefetcher(train_loader, world.device) if prefetches and not options.is_cached else None
     return data
+
+
+def build_set(options: DataOptions, world: World, images: SetImages, whole_image: bool = False) -> Data:
+    """The images of an evaluation set, in batches as `build_data` returns validation images.
+
+    Args:
+        whole_image: whether images are not cropped, whatever the options say.
+    """
+    crop = {"eval_crop_ratio": 1.0} if whole_image else {}
+    options = replace(options, data_set="IMNET", eval=True, **crop)
+    prefetches = world.device.type == "cuda" if options.prefetcher is None else options.prefetcher
+    loader = _val_loader(options, world, images, [], prefetches)
+    return Data(None, loader, len(images.classes), len(images), images.classes, seed=options.seed)
 
 
 def _train_loader(

@@ -10,11 +10,12 @@ if __name__ == "__main__":
 
 import torch
 
-from datasets import DataOptions, build_data
+from datasets import DataOptions, build_data, build_set
 from engine import autocast_dtype, train_one_epoch
 from models.execution import set_backends
 from models.freezing import trained_line
 from models.remedies import remedy_lines
+from pipeline.evaluation_set_classes import name_outputs, open_sets
 from pipeline.transforms import preprocessing_line
 from pipeline.workers import loader_errors
 from training import arguments, build
@@ -35,6 +36,7 @@ from training.provenance import check_files, environment_lines
 from training.resuming import Checkpoint, find_checkpoint, find_evaluated, is_finished, load, resume
 from training.run_folder import lock_run_folder
 from training.saving import Saver
+from training.set_evaluation import end_evaluation, evaluate_sets
 from training.stopping import StopSignals
 from training.update import GuardedUpdate
 from utils import World, joined_world, one_line_errors, quiet_warnings, run_command
@@ -54,19 +56,30 @@ def main(args: Namespace, world: World):
 
 
 def evaluate_only(args: Namespace, world: World):
-    """Print the accuracies of `--resume` or `--finetune`."""
+    """Print the accuracies of `--resume` or `--finetune`; those on `--eval-sets` are written to `--output-dir`, too."""
     file, origin = find_evaluated(args.resume, args.output_dir, args.finetune)
     checkpoint = Checkpoint(file, load(file)) if args.resume else Checkpoint()
     options = build.options_of(DataOptions, args)
-    data = build_data(options, world, classes=origin.classes)
+    sets = open_sets(args.eval_sets, name_outputs(origin.classes, args.num_classes, file)) if args.eval_sets else None
+    data = sets or build_data(options, world, classes=origin.classes)
     model = build.build_initial(args, data.num_classes).to(world.device)
     state = TrainState(model, build.build_ema(args, model))
     start = resume(state, checkpoint, world, finetune=args.finetune)
-    stats = evaluate_both(state.model, state.model_ema, data, world, autocast_dtype(args.amp, world.device))
+    warnings = (f"warning: {line}" for line in normalisation_warnings(args))
+    lines = [*environment_lines(world, args.seed), preprocessing_line(options), *data.lines(), *warnings, *start.notes]
     if world.is_main:
-        warnings = (f"warning: {line}" for line in normalisation_warnings(args))
-        lines = [*environment_lines(world, args.seed), preprocessing_line(options), *data.lines(), *warnings]
-        print("\n".join([*lines, *start.notes, evaluation_lines(file, origin, data, stats)]))
+        print("\n".join(lines), flush=True)
+    amp_dtype = autocast_dtype(args.amp, world.device)
+    if not sets:
+        stats = evaluate_both(state.model, state.model_ema, data, world, amp_dtype)
+        lines = [evaluation_lines(file, origin, data, stats)]
+    else:
+        results = evaluate_sets(sets, partial(build_set, options, world), state, world, amp_dtype, origin.is_average)
+        about = {"weights": file, "epoch": origin.epoch, "model": args.model}
+        about |= {"preprocessing": preprocessing_line(options)}
+        lines = end_evaluation(args.output_dir, world, about, results, args.save_predictions)
+    if world.is_main:
+        print("\n".join(lines))
 
 
 def train(args: Namespace, world: World, folder: Path | None):

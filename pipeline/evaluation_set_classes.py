@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.evaluation_set_images import SetImages, listed
 from pipeline.evaluation_sets import EVALUATION_SETS, EvaluationSet, imagenet_classes
@@ -35,34 +36,60 @@ class OpenSet:
     lines: list[str]
 
 
-def name_outputs(classes: Sequence[str], num_outputs: int, file: str) -> tuple[list[str], list[str]]:
-    """Names of a model's outputs, and a line if they are those of ImageNet-1k because the file has none.
+@dataclass
+class OpenSets:
+    """The sets of an evaluation.
+
+    Attributes:
+        sets: in the order of the command line.
+        num_classes: outputs of the model.
+        notes: lines about the names of its outputs.
+    """
+
+    sets: list[OpenSet]
+    num_classes: int
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """What an evaluation prints before it begins."""
+        return [*self.notes, *(line for each in self.sets for line in each.lines)]
+
+
+class Outputs(NamedTuple):
+    """Names of a model's outputs, and lines about where they are from."""
+
+    names: list[str]
+    notes: list[str]
+
+
+def name_outputs(classes: Sequence[str], num_classes: int | None, file: str) -> Outputs:
+    """Name the outputs of a model: as its file does, otherwise as ImageNet-1k does.
 
     Args:
         classes: names that the file of the weights contains.
-        num_outputs: of the model.
+        num_classes: the value of --num-classes; without names, None means 1000.
         file: of the weights.
 
     Raises:
         SystemExit: there are no names, and the outputs are not as many as those of ImageNet-1k.
     """
-    if classes:
-        return [*classes], []
-    if num_outputs != len(imagenet_classes()):
+    if classes:  # a model may have more outputs than its data had classes
+        unused = (f"output {number}" for number in range(len(classes), num_classes or 0))
+        return Outputs([*classes, *unused], [])
+    if num_classes not in (None, len(imagenet_classes())):
         raise SystemExit(
-            f"error: --eval-sets matches classes by name, but {file} does not name its {num_outputs} classes; it needs "
+            f"error: --eval-sets matches classes by name, but {file} does not name its {num_classes} classes; it needs "
             "a checkpoint of this program, or a model of the 1000 classes of ImageNet-1k"
         )
     line = "does not name its classes: its 1000 outputs are taken for the synsets of ImageNet-1k, in their order"
-    return [*imagenet_classes()], [f"{file} {line}"]
+    return Outputs([*imagenet_classes()], [f"{file} {line}"])
 
 
-def open_sets(words: Sequence[str], outputs: Sequence[str]) -> list[OpenSet]:
-    """Find the images of each set, and match their classes.
+def open_sets(words: Sequence[str], outputs: Outputs) -> OpenSets:
+    """Find the images of each set, and match their classes with those of a model.
 
     Args:
         words: NAME=PATH of each set; the second set of a name is called NAME-2.
-        outputs: names of the model's outputs.
 
     Raises:
         SystemExit: a folder is not that of its set, or has no class of the model.
@@ -72,12 +99,12 @@ def open_sets(words: Sequence[str], outputs: Sequence[str]) -> list[OpenSet]:
         name, _, path = word.partition("=")
         number = 1 + sum(each.entry.name == name for each in sets)
         try:
-            sets.append(_open(EVALUATION_SETS[name], name if number == 1 else f"{name}-{number}", path, [*outputs]))
+            sets.append(_open(EVALUATION_SETS[name], name if number == 1 else f"{name}-{number}", path, outputs.names))
         except ValueError as error:
             raise SystemExit(f"error: --eval-sets {word}: {error}") from None
         except OSError as error:
             raise SystemExit(f"error: --eval-sets {word}: {error.filename} cannot be read: {error.strerror}") from None
-    return sets
+    return OpenSets(sets, len(outputs.names), outputs.notes)
 
 
 def _open(entry: EvaluationSet, label: str, path: str, outputs: list[str]) -> OpenSet:
@@ -107,6 +134,10 @@ def _open(entry: EvaluationSet, label: str, path: str, outputs: list[str]) -> Op
     if unknown:
         left_out = f"{found - len(images):,} images of {len(unknown)} classes that the model does not have are left out"
         lines.append(f"warning: {label}: {left_out}: {listed(unknown)}")
+    if entry.only_its_classes:
+        lines.append(f"{label}: only the {len(compared)} outputs for its classes are compared")
+    if entry.whole_image:
+        lines.append(f"{label}: images are not cropped, whatever --eval-crop-ratio is")
     lines += [f"{label}: {note}" for note in [images.note] if note]
     numbers = [outputs.index(name) for name in compared] if entry.only_its_classes else None
     return OpenSet(entry, label, path, images, compared, numbers, num_classes, right, lines)

@@ -268,8 +268,12 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path")
     if args.dry_run and (args.eval or args.check_data):
         parser.error(f"--dry-run takes a step of training; leave out {'--eval' if args.eval else '--check-data'}")
-    if args.save_predictions and args.eval:
-        parser.error("--save-predictions belongs to training; leave it out with --eval")
+    if args.eval_sets and not args.eval:
+        parser.error("--eval-sets belongs to an evaluation; add --eval")
+    if args.save_predictions and args.eval and not args.eval_sets:
+        parser.error("--save-predictions belongs to training and to --eval-sets; leave it out with --eval alone")
+    if args.save_predictions and args.eval and not args.output_dir:
+        parser.error("--save-predictions needs --output-dir, the folder for the files")
     if args.save_predictions and find_source(args.data_set).is_stream:
         parser.error(f"--save-predictions needs images with numbers, but --data-set {args.data_set} streams")
     if args.cache_images != "none" and find_source(args.data_set).is_stream and not args.eval:

@@ -142,6 +142,25 @@ def names_of(known: Collection[str]) -> type[argparse.Action]:
     return Names
 
 
+def named_paths(known: Collection[str]) -> type[argparse.Action]:
+    """An action for `add_argument`: NAME=PATH ... as a list of these words, with known names."""
+
+    class NamedPaths(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            for value in values:
+                name, _, path = value.partition("=")
+                if name not in known:
+                    hint = did_you_mean(name, known, f"; there are {', '.join(known)}")
+                    parser.error(f"{option_string} {value}: {name} is unknown{hint}")
+                if not path:
+                    parser.error(f"{option_string} {value}: needs NAME=PATH, with the folder of the set")
+            if repeated := [value for value in values if values.count(value) > 1]:
+                parser.error(f"{option_string} {repeated[0]} is given twice")
+            setattr(namespace, self.dest, values)
+
+    return NamedPaths
+
+
 def words_of(name: str, value: object) -> list[str]:
     """A flag with its value as words of a command line: --no-tensorboard, --epochs=3, --scale 0.5 1."""
     flag = flag_of(name)

@@ -13,6 +13,7 @@ SUMMARY = "summary.json"
 CHANGES = "changes.jsonl"
 ENVIRONMENT = "environment.json"
 PREDICTIONS = "predictions.npz"
+EVALUATION = "evaluation.json"
 
 
 def read_records(path: Path) -> list[dict | None]:

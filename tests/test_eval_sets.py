@@ -1,0 +1,155 @@
+"""`main.py --eval --eval-sets`: several sets in their published layouts, against a loop over the files."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_main
+from published_sets import (
+    MODEL,
+    OUTPUTS_R,
+    SYNSETS,
+    SYNSETS_R,
+    logits_of,
+    make_corruptions,
+    make_set,
+    measures,
+    vit,
+    write_image,
+)
+from ranks import run_ranks
+
+MAIN = pathlib.Path(__file__).parents[1] / "main.py"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A file of raw and averaged weights that does not name its classes, its models, and sets for the raw one."""
+    root = tmp_path_factory.mktemp("published")
+    models = {"raw": vit(0), "ema": vit(1)}
+    torch.save({"model": models["raw"].state_dict(), "model_ema": models["ema"].state_dict()}, root / "published.pth")
+    sets = {
+        "imagenet": make_set(root / "val", models["raw"], SYNSETS.__getitem__),
+        "imagenet-v2": make_set(root / "v2", models["raw"], str),
+        "imagenet-r": make_set(root / "r", models["raw"], SYNSETS_R.__getitem__, OUTPUTS_R),
+    }
+    return root / "published.pth", models, sets
+
+
+def evaluate(output, weights, *words):
+    """The sets of evaluation.json."""
+    run_main("--eval", *MODEL, "--resume", weights, "--output-dir", output, "--eval-sets", *words)
+    return json.loads((output / "evaluation.json").read_text())["sets"]
+
+
+def files(root):
+    return sorted(root.glob("*/*"))
+
+
+def labels_in(name, root):
+    """The number of each image's class among the outputs that are compared, by the name of its folder."""
+    number = {"imagenet-v2": int, "imagenet-r": SYNSETS_R.index}.get(name, SYNSETS.index)
+    return [number(path.parent.name) for path in files(root)]
+
+
+def test_each_set_has_the_accuracies_of_a_loop_over_its_files(published, tmp_path, capsys):
+    weights, models, sets = published
+    words = [f"{name}={path}" for name, path in sets.items()]
+    records = evaluate(tmp_path, weights, *words, "--save-predictions")
+    printed = capsys.readouterr().out
+    assert [*records] == [*sets]
+    for name, root in sets.items():
+        outputs, labels = OUTPUTS_R if name == "imagenet-r" else slice(None), labels_in(name, root)
+        arrays = dict(np.load(tmp_path / f"predictions_{name}.npz"))
+        assert [name.split("/")[1] for name in arrays["path"]] == [path.name for path in files(root)]
+        for kind, model in models.items():
+            logits = logits_of(model, files(root))[:, outputs]
+            record = records[name][kind]
+            expected = measures(logits, labels)
+            assert (record["acc1"], record["acc5"], record["loss"]) == pytest.approx(expected, rel=1e-3)
+            assert record["images"] == 12 and (kind == "ema" or record["acc1"] == 50)
+            classes = SYNSETS_R if name == "imagenet-r" else SYNSETS
+            assert arrays["label"].tolist() == labels and arrays[kind].tolist() == logits.argmax(1).tolist()
+            assert arrays["classes"].tolist() == classes
+            [row] = [
+                line.split()
+                for line in printed.splitlines()
+                if line.split()[:2] == [name, {"ema": "EMA"}.get(kind, kind)]
+            ]
+            assert row[-7] == f"{record['acc1']:.2f}"
+            wrong = [
+                (classes[label], classes[guess])
+                for label, guess in zip(labels, logits.argmax(1).tolist(), strict=True)
+                if label != guess
+            ]
+            assert {(pair["label"], pair["predicted"]) for pair in record["confusions"]} == {*wrong}
+            of_class = [classes[label] for label in labels]
+            assert {key: each["images"] for key, each in record["classes"].items()} == {
+                key: of_class.count(key) for key in of_class
+            }
+    assert "its 1000 outputs are taken for the synsets of ImageNet-1k" in printed
+    assert "imagenet-r: only the 200 outputs for its classes are compared" in printed
+    assert "warning: imagenet-v2: the folder has 12 images, and 10,000 are published" in printed
+
+
+def test_imagenet_v2_numbers_are_not_in_the_order_of_the_alphabet(published, tmp_path):
+    weights = published[0]
+    known = {0: "n01440764", 2: "n01484850", 10: "n01530575", 207: "n02099601"}  # white shark, brambling, golden ...
+    for number in known:
+        write_image(tmp_path / "v2" / str(number) / "a.jpeg", number)
+    record = evaluate(tmp_path / "out", weights, f"imagenet-v2={tmp_path / 'v2'}", "--save-predictions")["imagenet-v2"]
+    arrays = np.load(tmp_path / "out" / "predictions_imagenet-v2.npz")
+    assert dict(zip(arrays["path"].tolist(), arrays["label"].tolist(), strict=True)) == {
+        f"{number}/a.jpeg": number for number in known
+    }
+    assert {*record["raw"]["classes"]} == {*known.values()}
+
+
+def test_corruptions_are_not_cropped_and_have_their_errors(published, tmp_path, capsys):
+    weights, models, _ = published
+    names = "gaussian_noise shot_noise impulse_noise defocus_blur glass_blur motion_blur zoom_blur snow frost fog"
+    names = [*names.split(), "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"]
+    parts = make_corruptions(tmp_path / "c", models["raw"], names)
+    record = evaluate(tmp_path / "out", weights, f"imagenet-c={tmp_path / 'c'}")["imagenet-c"]["raw"]
+    errors = {}
+    for part, paths in parts.items():
+        guesses = logits_of(models["raw"], paths, crop=False).argmax(1).tolist()
+        wrong = sum(SYNSETS[guess] != path.parent.name for guess, path in zip(guesses, paths, strict=True))
+        errors[part] = 100 * wrong / len(paths)
+    found = {
+        f"{name}/{number}": value
+        for name, of in record["corruptions"].items()
+        for number, value in of["errors"].items()
+    }
+    assert found == errors and len({*errors.values()}) > 1
+    assert record["acc1"] == pytest.approx(100 - np.mean([*errors.values()]))
+    fog = np.mean([errors[f"fog/{severity}"] for severity in range(1, 6)])
+    assert record["corruptions"]["fog"]["ce"] == pytest.approx(100 * fog / 81.9324)
+    assert record["mce"] == pytest.approx(np.mean([of["ce"] for of in record["corruptions"].values()]))
+    printed = capsys.readouterr().out
+    assert f"mean corruption error, raw: {record['mce']:.2f} %\n" in printed
+    assert "imagenet-c: images are not cropped" in printed
+
+
+def test_two_ranks_have_the_results_of_one(published, tmp_path):
+    weights, _, sets = published
+    words = ("--eval", *MODEL, "--resume", weights, "--save-predictions", "--eval-sets")
+    words += tuple(f"{name}={path}" for name, path in sets.items())
+    outputs = tmp_path / "one", tmp_path / "two"
+    run_main(*words, "--output-dir", outputs[0])
+    finished = run_ranks(2, MAIN, *words, "--output-dir", outputs[1])
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("imagenet-v2 is evaluated") == 1
+    one, two = (json.loads((output / "evaluation.json").read_text())["sets"] for output in outputs)
+    for name in sets:
+        one_file, two_file = (np.load(output / f"predictions_{name}.npz") for output in outputs)
+        for key in one_file.files:
+            if one_file[key].dtype.kind == "f":
+                np.testing.assert_allclose(one_file[key], two_file[key], rtol=1e-4)
+            else:
+                assert one_file[key].tolist() == two_file[key].tolist()
+        for kind in ("raw", "ema"):
+            assert two[name][kind]["loss"] == pytest.approx(one[name][kind]["loss"], rel=1e-5)
+            assert two[name][kind]["acc1"] == one[name][kind]["acc1"]

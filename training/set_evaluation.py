@@ -1,0 +1,104 @@
+"""Evaluate a model on several sets: `--eval --eval-sets`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.evaluation_set_classes import OpenSets
+from pipeline.evaluation_set_images import SetImages
+from pipeline.run_data import Data
+from training.checkpoint import TrainState
+from training.evaluation import evaluate_both
+from training.predictions import Predictions, write_arrays
+from training.records import EVALUATION
+from training.run_folder import same_error_everywhere
+from training.set_results import NAMES, SetResult, corruption_table, measure, record_of, results_table
+from utils import World, write_json
+
+
+class ChosenOutputs(nn.Module):
+    """A classifier that has some of the outputs of another one.
+
+    Args:
+        model: images [B, 3, S, S] -> logits [B, C].
+        outputs: numbers of K of the C logits, in the order in which they are returned.
+    """
+
+    def __init__(self, model: nn.Module, outputs: Sequence[int]):
+        super().__init__()
+        self.model = model
+        device = next(model.parameters()).device
+        self.register_buffer("outputs", torch.tensor([*outputs], device=device), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B, K]."""
+        return self.model(images)[:, self.outputs]
+
+
+def evaluate_sets(
+    sets: OpenSets,
+    build: Callable[[SetImages, bool], Data],
+    state: TrainState,
+    world: World,
+    amp_dtype: torch.dtype | None = None,
+    is_average: bool = False,
+) -> list[SetResult]:
+    """Evaluate the raw weights and their average on each set; every process calls it and gets the same results.
+
+    Args:
+        build: images of a set, and whether they are not cropped -> their batches.
+        state: its model and average are evaluated.
+        is_average: whether the weights of the model are averaged ones, and so are called ema.
+
+    Raises:
+        SystemExit: an image cannot be read.
+    """
+    results = []
+    for each in sets.sets:
+        models = [state.model, state.model_ema.module] if state.model_ema else [state.model]
+        if each.outputs is not None:
+            models = [ChosenOutputs(model, each.outputs) for model in models]
+        average = SimpleNamespace(module=models[1]) if state.model_ema else None
+        data = build(each.images, each.entry.whole_image)
+        predictions = Predictions(data, world)
+        evaluate_both(models[0], average, data, world, amp_dtype, predictions=predictions)
+        arrays = predictions.gather()
+        if is_average:
+            arrays = {name.replace("raw", "ema", 1): values for name, values in arrays.items()}
+        measured = measure(arrays, each.classes, each.right, each.images.parts)
+        results.append(SetResult(each, measured, arrays))
+        if world.is_main:
+            accuracies = ", ".join(f"{NAMES[kind]} {values['acc1']:.2f} %" for kind, values in measured.items())
+            print(f"{each.label} is evaluated: top-1 {accuracies}", flush=True)
+    return results
+
+
+def end_evaluation(
+    folder: str, world: World, about: dict, results: Sequence[SetResult], save_predictions: bool
+) -> list[str]:
+    """Write evaluation.json and predictions_SET.npz of each set, and return the tables; every process calls it.
+
+    Args:
+        folder: made if it does not exist; empty = nothing is written.
+        about: what was evaluated.
+        save_predictions: whether predictions are written.
+
+    Raises:
+        SystemExit: on all processes, if the folder cannot be written.
+    """
+    lines = [results_table(results), *filter(None, map(corruption_table, results))]
+    if not folder:
+        return lines
+    with same_error_everywhere(folder, world):
+        if world.is_main:
+            path = Path(folder)
+            path.mkdir(parents=True, exist_ok=True)
+            for each, _, arrays in results if save_predictions else ():
+                names = {"classes": np.array(each.classes), "path": np.array(each.images.names())}
+                write_arrays(arrays | names, path / f"predictions_{each.label}.npz")
+            write_json(about | {"sets": {result.of.label: record_of(result) for result in results}}, path / EVALUATION)
+    return [*lines, f"{Path(folder) / EVALUATION} has the accuracy of each class and the classes that are confused"]
