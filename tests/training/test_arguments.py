@@ -16,12 +16,14 @@ FLAGS = [
     for flag in action.option_strings
 ]
 NEEDS = {
+    "--eval-sets": ("--eval", "--resume", "a.pth"),
     "--eval": ("--resume", "a.pth"),
     "--distillation-type": ("--teacher-path", "a.pth"),
     "--remedy-kwargs": ("--remedy", "neutreno"),
 }
 SPECIAL = {
     "--device": ["cpu"],
+    "--eval-sets": ["imagenet-v2=a", "folder=b"],
     "--opt": ["sgd"],
     "--model-kwargs": ["depth=4", "embed_dim=96"],
     "--preset": ["corrected"],

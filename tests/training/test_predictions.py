@@ -151,7 +151,9 @@ def test_a_full_disk_is_one_line_and_the_next_start_writes_the_file(tmp_path, mo
 def test_an_evaluation_of_such_a_run_does_not_save_predictions(trained, refused):
     run_main("--eval", "--device", "cpu", "--resume", trained / "checkpoint.pth")
     words = ("--eval", "--resume", trained / "checkpoint.pth", "--save-predictions")
-    assert "--save-predictions belongs to training; leave it out with --eval" in refused(*words)
+    assert "--save-predictions belongs to training and to --eval-sets; leave it out with --eval alone" in refused(
+        *words
+    )
 
 
 def test_a_stream_is_refused(refused):
