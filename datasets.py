@@ -16,10 +16,11 @@ from pipeline.classes import find_classes, match_outputs
 from pipeline.evaluation_set_images import SetImages
 from pipeline.image_cache import CachedImages, FloatPath, Squeeze, cache_images, require_memory, side_of
 from pipeline.images import ReadableImages
+from pipeline.opening import build_sources
 from pipeline.prefetch import Prefetcher
 from pipeline.run_data import Data
 from pipeline.samplers import ResumableBatches, SeededRepeatAugSampler
-from pipeline.sources import SourceOptions, build_sources, find_source
+from pipeline.sources import SourceOptions, find_source
 from pipeline.transforms import TransformOptions, build_transform
 from pipeline.workers import StoppableLoader
 from utils import BadImageError, World, cpu_count

@@ -1,4 +1,4 @@
-"""The registry of data sets: what `--data-set` can name, and how each of them is opened.
+"""The registry of data sets: what `--data-set` can name, and how each of them is opened; `opening.py` opens them.
 
 To add a data set, write a function here that opens it and decorate it with `data_set`. Its docstring says what
 `--data-path` must hold. The help of `--data-set`, the checks of its flags, the suggestions for an unknown name and the
@@ -15,14 +15,11 @@ from torchvision.datasets import CIFAR10, CIFAR100, FakeData
 from torchvision.datasets.folder import is_image_file
 
 from diversity.spelling import did_you_mean
-from models.weights import refusal
 from pipeline import timm_sets
 from pipeline.digits import Digits
-from pipeline.holdout import divide
+from pipeline.fine_grained import Flowers102, StanfordCars
 from pipeline.image_folder import ImageFolder, UnlabelledFolder, is_hidden
 from pipeline.inaturalist import INaturalist
-from pipeline.labelled import known_labels
-from utils import is_bug
 
 SOURCE_FLAGS = ("data_path", "train_split", "val_split", "inat_category")
 
@@ -110,62 +107,6 @@ def find_source(name: str) -> Source:
     return SOURCES[key]
 
 
-def build_sources(options: SourceOptions, is_training: bool) -> tuple[Dataset | None, Dataset]:
-    """The images to train on, None unless `is_training`, and those to evaluate on; see `build_source`."""
-    if _is_divided(options):
-        train, val = _parts(options)
-        return train if is_training else None, val
-    return _open(options, is_training=True) if is_training else None, _open(options, is_training=False)
-
-
-def build_source(options: SourceOptions, is_training: bool) -> Dataset:
-    """The data set that --data-set names, without transforms: its items are (PIL image, label).
-
-    With --val-fraction, training and validation set are two parts of the training images.
-
-    Raises:
-        SystemExit: an unknown name, files that are missing or cannot be read, or images that cannot be divided.
-    """
-    if _is_divided(options):
-        train, val = _parts(options)
-        return train if is_training else val
-    return _open(options, is_training)
-
-
-def _is_divided(options: SourceOptions) -> bool:
-    """Whether the training images are divided; images without labels are not, as nothing is trained on them."""
-    return options.val_fraction > 0 and find_source(options.data_set).has_labels
-
-
-def _parts(options: SourceOptions) -> tuple[Dataset, Dataset]:
-    images = _open(options, is_training=True)
-    labels = known_labels(images)
-    if labels is None:
-        raise SystemExit(
-            f"error: --val-fraction needs to know the label of each image before it is read, and --data-set "
-            f"{options.data_set} does not; give --val-fraction 0"
-        )
-    return divide(images, labels, options.val_fraction, find_source(options.data_set).class_names(images))
-
-
-def _open(options: SourceOptions, is_training: bool) -> Dataset:
-    source, name, path = find_source(options.data_set), options.data_set, options.data_path
-    if "data_path" in source.flags and not source.path_is_optional:
-        if not path:
-            raise SystemExit(f"error: --data-set {name} needs --data-path, the folder that holds it")
-        if not Path(path).is_dir():
-            raise SystemExit(f"error: --data-path {path} is not a folder")
-    try:
-        return source.open(options, is_training)
-    except Exception as error:  # the libraries raise anything from AssertionError to HTTP errors
-        if is_bug(error):
-            raise
-        refused = refusal(error)
-        reason = f"a file {refused}" if refused else " ".join(str(error).split()) or type(error).__name__
-        place = f" from {path}" if path else ""
-        raise SystemExit(f"error: --data-set {name} cannot be read{place}: {reason}") from None
-
-
 def sources_help() -> str:
     """The help of `--data-set`."""
     return ", ".join(f"{_with_rest(source, '...')} ({source.title})" for source in SOURCES.values())
@@ -217,6 +158,20 @@ def _cifar100(options: SourceOptions, is_training: bool) -> Dataset:
 def _cifar10(options: SourceOptions, is_training: bool) -> Dataset:
     """The unpacked folder `cifar-10-batches-py`."""
     return CIFAR10(options.data_path, train=is_training)
+
+
+@data_set("FLOWERS", "Oxford Flowers-102")
+def _flowers(options: SourceOptions, is_training: bool) -> Dataset:
+    """The folder `flowers-102` with `jpg`, `imagelabels.mat` and `setid.mat`. Splits: `train`, `val`, `test`, and
+    `trainval`, the first two together."""
+    return Flowers102(options.data_path, options.split(is_training))
+
+
+@data_set("CARS", "Stanford Cars")
+def _cars(options: SourceOptions, is_training: bool) -> Dataset:
+    """The folder `stanford_cars` with `cars_train`, `cars_test`, `devkit` and `cars_test_annos_withlabels.mat`. Splits:
+    `train` and `test`, which is the default of `--val-split`."""
+    return StanfordCars(options.data_path, options.split(is_training, "test"))
 
 
 @data_set("INAT", "iNaturalist 2018", flags=SOURCE_FLAGS)

@@ -12,7 +12,8 @@ from diversity.function_level import FUNCTION_MEASURES, measure_function
 from pipeline.classes import find_classes, first_names, labels_by_name
 from pipeline.images import ReadableImages
 from pipeline.labelled import known_labels, spread_sample
-from pipeline.sources import build_source, find_source
+from pipeline.opening import build_source
+from pipeline.sources import find_source
 from pipeline.transforms import build_transform
 from pipeline.workers import StoppableLoader
 from reports.subjects import Subject

@@ -6,6 +6,7 @@ import pickle
 import tarfile
 
 import numpy as np
+import scipy.io
 import torch
 import torchvision
 from helpers import data_options, photo, world
@@ -41,6 +42,41 @@ def write_cifar(root, kind, sizes):
     names = [f"class {index}" for index in range(num_classes)]
     (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: names}))
     return written
+
+
+FLOWERS = {"trnid": [6, 2, 5], "valid": [1, 4, 7], "tstid": [8, 3]}  # numbers of images, from 1
+FLOWER_LABELS = [102, 7, 7, 1, 102, 50, 3, 50]  # of image 1, 2, ..., from 1
+FLOWER_SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
+
+
+def write_flowers(root, size=40):
+    """Flowers-102 as it is published, with few images."""
+    folder = root / "flowers-102"
+    (folder / "jpg").mkdir(parents=True)
+    scipy.io.savemat(folder / "imagelabels.mat", {"labels": [FLOWER_LABELS]})
+    scipy.io.savemat(folder / "setid.mat", {name: [ids] for name, ids in FLOWERS.items()})
+    for number in range(1, len(FLOWER_LABELS) + 1):
+        photo(number, size).save(folder / "jpg" / f"image_{number:05}.jpg")
+
+
+CAR_NAMES = ["AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012"]
+CAR_LABELS = {"train": [3, 1, 2, 1], "test": [2, 3]}  # from 1
+
+
+def write_cars(root, size=40):
+    """Stanford Cars as it is published, in torchvision's folders, with few images."""
+    folder = root / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    scipy.io.savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([CAR_NAMES], dtype=object)})
+    fields = ["bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname"]
+    for split, labels in CAR_LABELS.items():
+        (folder / f"cars_{split}").mkdir()
+        rows = [(1, 1, 9, 9, label, f"{number:05}.jpg") for number, label in enumerate(labels, 1)]
+        annotations = np.array([rows], dtype=[(name, object) for name in fields])
+        path = "devkit/cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+        scipy.io.savemat(folder / path, {"annotations": annotations})
+        for number in range(1, len(labels) + 1):
+            photo(number + 100 * (split == "test"), size).save(folder / f"cars_{split}" / f"{number:05}.jpg")
 
 
 # In the order of the training annotations: 20, 10, 30.

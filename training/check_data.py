@@ -9,7 +9,7 @@ from tqdm import tqdm
 from datasets import DataOptions, loader_settings
 from pipeline.classes import find_classes
 from pipeline.images import ReadableImages
-from pipeline.sources import build_sources
+from pipeline.opening import build_sources
 from pipeline.workers import StoppableLoader
 from utils import World
 

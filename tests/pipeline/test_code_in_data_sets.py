@@ -82,7 +82,7 @@ HUGGING_FACE = """
 import sys
 sys.path.insert(0, "tests")
 from helpers import data_options
-from pipeline.sources import build_source
+from pipeline.opening import build_source
 cache, *folders = sys.argv[1:]
 for folder in folders:
     try:

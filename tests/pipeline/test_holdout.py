@@ -16,7 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from pipeline.holdout import Part, divide, numbers
 from pipeline.images import ReadableImages, image_name
 from pipeline.labelled import known_labels
-from pipeline.sources import build_source
+from pipeline.opening import build_source
 from training.provenance import digest
 from utils import BadImageError
 

@@ -7,7 +7,7 @@ from helpers import data_options, make_image_folder
 from torchvision.datasets import FakeData
 
 from pipeline.labelled import known_labels, spread_sample
-from pipeline.sources import build_source
+from pipeline.opening import build_source
 
 LABELS = [0] * 50 + [1] * 30 + [2] * 3 + [3] * 17
 

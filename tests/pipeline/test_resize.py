@@ -16,7 +16,7 @@ from resizing import SIDE, add, files_of, picture, resize
 
 from pipeline import resize as program
 from pipeline.images import ReadableImages, read_rgb
-from pipeline.sources import build_source
+from pipeline.opening import build_source
 from utils import lock_folder
 
 SUMMARY = "22 images resized, 4 files copied, 1 unreadable images copied, 0 files skipped\n"

@@ -8,7 +8,22 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torchvision
-from data_files import INAT_CATEGORIES, INAT_TRAIN, INAT_VAL, build, labels_of, write_cifar, write_inat
+from data_files import (
+    CAR_LABELS,
+    CAR_NAMES,
+    FLOWER_LABELS,
+    FLOWER_SPLITS,
+    FLOWERS,
+    INAT_CATEGORIES,
+    INAT_TRAIN,
+    INAT_VAL,
+    build,
+    labels_of,
+    write_cars,
+    write_cifar,
+    write_flowers,
+    write_inat,
+)
 from helpers import make_image_folder, parse, photo
 
 from pipeline import sources
@@ -43,7 +58,7 @@ def test_an_entry_is_all_that_a_data_set_needs(monkeypatch):
     assert (data.num_classes, len(data.train.dataset), labels_of(data.val)) == (2, 20, [0, 1] * 5)
 
 
-ALL = "there are IMNET, UNLABELLED, CIFAR, CIFAR10, INAT, INAT19, DIGITS, FAKE, torch/, hfds/, wds/"
+ALL = "there are IMNET, UNLABELLED, CIFAR, CIFAR10, FLOWERS, CARS, INAT, INAT19, DIGITS, FAKE, torch/, hfds/, wds/"
 
 
 @pytest.mark.parametrize(
@@ -139,6 +154,79 @@ def test_timm_torch_set_without_the_split_is_refused(tmp_path, monkeypatch):
     write_cifar(tmp_path, kind, {file: 3 for file, _ in kind.train_list + kind.test_list})
     with pytest.raises(SystemExit, match=r"^error: .*trian"):
         build("--data-set", "torch/cifar10", "--data-path", tmp_path, "--train-split", "trian")
+
+
+@pytest.fixture
+def any_checksum(monkeypatch):
+    """torchvision takes files of flowers whose checksums are not those of the published files."""
+    monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda path, md5=None: True)
+
+
+def pixels(image):
+    return np.asarray(image.convert("RGB"), dtype=float)
+
+
+@pytest.mark.parametrize(
+    ("flags", "train", "val"),
+    [
+        ((), ["train"], ["val"]),
+        (("--train-split", "trainval", "--val-split", "test"), ["train", "val"], ["test"]),
+        (("--val-split", "trainval"), ["train"], ["train", "val"]),
+    ],
+)
+def test_flowers(tmp_path, any_checksum, flags, train, val):
+    write_flowers(tmp_path)
+    data = build("--data-set", "FLOWERS", "--data-path", tmp_path, *flags)
+    ids = {part: [number for name in names for number in FLOWERS[FLOWER_SPLITS[name]]]
+           for part, names in (("train", train), ("val", val))}  # fmt: skip
+    assert data.num_classes == 102 and data.classes[0] == "pink primrose" and data.classes[101] == "blackberry lily"
+    source = data.train.dataset.source
+    assert [label + 1 for _, label in source.samples] == [FLOWER_LABELS[number - 1] for number in ids["train"]]
+    assert labels_of(data.val) == [FLOWER_LABELS[number - 1] - 1 for number in ids["val"]]
+    for index, number in enumerate(ids["train"]):
+        image, label = source[index]
+        assert abs(pixels(image) - pixels(photo(number))).mean() < 12  # JPEG; other photographs differ by 60
+        assert label == FLOWER_LABELS[number - 1] - 1
+
+
+def test_cars(tmp_path):
+    write_cars(tmp_path)
+    data = build("--data-set", "CARS", "--data-path", tmp_path)
+    assert data.classes == CAR_NAMES
+    source = data.train.dataset.source
+    assert [label + 1 for _, label in source.samples] == CAR_LABELS["train"]
+    assert [label + 1 for label in labels_of(data.val)] == CAR_LABELS["test"]
+    assert all(abs(pixels(source[n - 1][0]) - pixels(photo(n))).mean() < 12 for n in (1, 4))
+    part = build("--data-set", "CARS", "--data-path", tmp_path, "--train-split", "test", "--val-split", "train")
+    assert len(part.train.dataset) == 2 and len(labels_of(part.val)) == 4
+
+
+@pytest.mark.parametrize(("name", "write"), [("FLOWERS", write_flowers), ("CARS", write_cars)])
+def test_flowers_and_cars_are_refused_with_what_is_missing(tmp_path, any_checksum, name, write):
+    words = ("--data-set", name, "--data-path", tmp_path)
+    folder = {"FLOWERS": "flowers-102", "CARS": "stanford_cars"}[name]
+    with pytest.raises(SystemExit, match=rf"^error: --data-set {name} cannot be read .*there is no {folder}/"):
+        build(*words)
+    write(tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: .*it has no split trian; there are train, "):
+        build(*words, "--train-split", "trian")
+    for number, path in enumerate(sorted((tmp_path / folder).rglob("*.mat"))):
+        content = path.read_bytes()
+        for damaged in (b"no mat file", content[: len(content) // 2]):
+            path.write_bytes(damaged)
+            with pytest.raises(SystemExit, match=rf"^error: --data-set {name} cannot be read from .*: \S") as caught:
+                build(*words)
+            assert "\n" not in str(caught.value), number
+        path.unlink()
+        with pytest.raises(SystemExit, match=f"there is no {folder}/.*{path.name} in it"):
+            build(*words)
+        path.write_bytes(content)
+
+
+def test_flowers_that_are_not_the_published_ones_are_refused(tmp_path):
+    write_flowers(tmp_path)
+    with pytest.raises(SystemExit, match=r"imagelabels\.mat or setid\.mat: it is not the published file"):
+        build("--data-set", "FLOWERS", "--data-path", tmp_path)
 
 
 @pytest.mark.parametrize(
