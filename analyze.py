@@ -6,7 +6,9 @@ A RUN is a run folder, a checkpoint file, the name of a timm model (with its pub
 or the word random for the initial weights of --model, the natural baseline. Runs that differ only in their seed (by
 their paths, or by --names) are one configuration: its mean is drawn, and the table gives the differences between
 configurations. Further flags are main.py's (--data-path, --model, --config ...); a run folder and this program's
-checkpoints bring their own.
+checkpoints bring their own. `--atlas` measures models of any architectures, each beside its initial weights:
+
+    python analyze.py --atlas --data-path /path/to/imagenet --output-dir atlas
 """
 
 import argparse
@@ -18,10 +20,13 @@ if __name__ == "__main__":
 
 from diversity import MEASURES, TapError
 from pipeline.workers import loader_errors
+from reports.atlas import make_atlas
 from reports.function_level import PROBE_IMAGES, TEST_IMAGES, function_options
 from reports.redundancy import analyze
-from training.parsing import Parser, device_name, nonneg_int, with_hyphens
+from training.parsing import Parser, device_name, flag_of, nonneg_int, with_hyphens
 from utils import joined_world, one_line_errors, quiet_warnings, run_command
+
+NOT_OF_AN_ATLAS = ("names", "layer", "image", "function_level", "function_images", "probe_images")
 
 
 def _block(text: str) -> str:
@@ -39,13 +44,20 @@ def parse(argv: list[str]) -> tuple[dict, list[str]]:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN",
+    add("runs", nargs="*", metavar="RUN",
         help="run folder, checkpoint file, name of a timm model, or random; before the flags")  # fmt: skip
+    add("--atlas", action="store_true",
+        help="one page of all models, each beside its initial weights; a RUN may be a YAML file of families "
+             "(default: recipes/atlas.yaml), and what --output-dir has is not measured again")  # fmt: skip
     add("--names", nargs="+", metavar="NAME",
         help="of the configurations, one for each run; default: from the runs' paths")  # fmt: skip
     add("--num-images", type=nonneg_int, default=256, help="of the validation set; 0 = all (default: 256)")
-    add("--output-dir", metavar="DIR", help="default: the run folder, or analysis for several runs")
-    add("--overwrite", action="store_true", help="replace a run's redundancy.json that was measured on other images")
+    add("--output-dir", metavar="DIR", help="default: the run folder, or analysis for several runs, or atlas")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace a redundancy.json or an atlas that was measured on other images",
+    )
     add("--ema", action="store_true", help="measure the averaged weights")
     add("--layer", type=_block, default="last", metavar="BLOCK",
         help="whose heads are drawn: first, last or an index from 0 (default: last)")  # fmt: skip
@@ -61,10 +73,22 @@ def parse(argv: list[str]) -> tuple[dict, list[str]]:
     add("--device", type=device_name, default="auto", help="auto, cuda or cpu")
     options, flags = parser.parse_known_args([with_hyphens(word) for word in argv])
     settings = vars(options)
+    _check(parser, options)
     settings["function_level"] = function_options(
         settings.pop("function_level"), settings.pop("function_images"), settings.pop("probe_images")
     )
     return settings, flags
+
+
+def _check(parser: Parser, options: argparse.Namespace):
+    """Refuse a command line without a RUN, and flags that an atlas does not have."""
+    if not options.atlas:
+        if not options.runs:
+            parser.error("the following arguments are required: RUN")
+        return
+    given = [name for name in NOT_OF_AN_ATLAS if getattr(options, name) != parser.get_default(name)]
+    if given:
+        parser.error(f"{flag_of(given[0])} is not of --atlas; measure the runs without --atlas")
 
 
 def main(argv: list[str] | None = None):
@@ -73,7 +97,11 @@ def main(argv: list[str] | None = None):
     quiet_warnings()
     with one_line_errors(), loader_errors("start again"), joined_world(settings.pop("device"), "env://") as world:
         try:
-            analyze(**settings, flags=flags, world=world)
+            if settings.pop("atlas"):
+                of_atlas = {name: value for name, value in settings.items() if name not in NOT_OF_AN_ATLAS}
+                make_atlas(**of_atlas, flags=flags, world=world)
+            else:
+                analyze(**settings, flags=flags, world=world)
         except TapError as error:
             raise SystemExit(f"error: {error}") from None
 

@@ -11,9 +11,10 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from reports.run_folders import read_log
 from training.records import LOG
@@ -71,6 +72,14 @@ def legend_below(figure: Figure, handles: list[Line2D], labels: list[str], title
     lines = math.ceil(len(labels) / ncols) * max(label.count("\n") + 1 for label in labels)
     figure.set_figheight(figure.get_figheight() + 0.2 + 0.18 * lines + (0.2 if title else 0))
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, title=title)
+
+
+def format_log_axis(axis: Axes, values: np.ndarray):
+    """Plain numbers on a logarithmic y axis whose values are not far apart, where powers of ten would be too few."""
+    if np.nanmax(values) < 100 * np.nanmin(values):
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
 
 
 def save(figure: Figure, path: Path):

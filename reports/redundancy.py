@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from reports.report_figures import draw_all
 from reports.run_folders import place_in_study, read_run
 from reports.runs import MAY_LACK, PROVENANCE, REPORT, Run
 from reports.subjects import (
+    Images,
     Subject,
     architecture,
     configuration_names,
     find_subjects,
     images,
+    kind_of,
     load_model,
     prefix_names,
 )
@@ -77,10 +80,7 @@ def analyze(
     if len(names) != len(runs) or len({*files.values()}) < len(files):
         raise SystemExit(f"error: --names needs a name for each of the {len(runs)} runs; got {' '.join(names)}")
     subjects = find_subjects(runs, flags)
-    kinds = [
-        "random" if subject.seed is not None else "EMA" if ema or subject.is_average else "raw" for subject in subjects
-    ]
-    sources = [images(subject, world, num_images, kind) for subject, kind in zip(subjects, kinds, strict=True)]
+    sources = [images(subject, world, num_images, kind_of(subject, ema)) for subject in subjects]
     models = [load_model(subject, of.num_classes, ema, world) for subject, of in zip(subjects, sources, strict=True)]
     labelled = [function_level and labelled_data(subject, world, function_level) for subject in subjects]
     for source, of in zip(sources, labelled, strict=True):
@@ -107,16 +107,13 @@ def analyze(
             else:
                 own[subject.run] = subject.folder / REPORT
     configurations = {name: [] for name in names}
-    for name, subject, model, (batches, classes, measured_on), of in zip(
-        names, subjects, models, sources, labelled, strict=True
-    ):
-        first = next(batches, torch.empty(0))
+    for name, subject, model, source, of in zip(names, subjects, models, sources, labelled, strict=True):
+        first = next(source.batches, torch.empty(0))
         samples = first if torch.is_tensor(first) else first[0]
         if not configurations[name]:
             draw_heads(name, subject, model, samples, image, layer, folder / f"heads_{files[name]}")
-        with errors_of(f"{subject.run} cannot be measured:"):
-            report = measure_redundancy(model, itertools.chain([first], batches), classes, extra_measures)
-        report = {"run": subject.run, "measured_on": measured_on} | report
+        every = source._replace(batches=itertools.chain([first], source.batches))
+        report = measure(subject, model, every, extra_measures)
         if of:
             add_function(report, subject, model, of)
         if subject.run in own:
@@ -128,6 +125,17 @@ def analyze(
     folders = {name: subject.folder for name, subject in zip(names, subjects, strict=True)}
     places = [of_name and place_in_study(of_name) for of_name in folders.values()]
     write_all(configurations, notes, figures.study_styles(places), folder)
+
+
+def measure(subject: Subject, model: nn.Module, of: Images, extra: Collection[str]) -> dict:
+    """The report of a model: its run, what it was measured on, and what `measure_redundancy` returns.
+
+    Raises:
+        SystemExit: its tokens or weights are not finite, or the labels do not fit.
+    """
+    with errors_of(f"{subject.run} cannot be measured:"):
+        report = measure_redundancy(model, of.batches, of.num_classes, extra)
+    return {"run": subject.run, "measured_on": of.measured_on} | report
 
 
 def other_report(folder: Path, measured_on: dict) -> str:

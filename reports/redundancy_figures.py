@@ -12,10 +12,10 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from diversity.measures import Measure, measures_of
-from reports.figures import MAX_COLUMNS, curve_styles, legend_below, panels
+from reports.figures import MAX_COLUMNS, curve_styles, format_log_axis, legend_below, panels
 
 
 def redundancy_depth(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
@@ -200,10 +200,8 @@ def _draw_depth(
     if np.isnan(values).all():
         axis.text(0.5, 0.5, "nothing to compare", transform=axis.transAxes, ha="center", color="#555555")
         axis.yaxis.set_ticks([])
-    elif measure.geometric and np.nanmax(values) < 100 * np.nanmin(values):  # no powers of ten
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    elif measure.geometric:
+        format_log_axis(axis, values)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

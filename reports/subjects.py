@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import timm
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from timm.utils import random_seed
 from torch import nn
 
@@ -17,6 +15,7 @@ from diversity import measurable
 from diversity.backbones import Backbone
 from models import build_model, published_preprocessing, weights
 from pipeline.holdout import val_name
+from reports.published import is_online, not_cached
 from reports.run_folders import without_seed
 from training import arguments, checkpoint
 from training.build import options_of
@@ -28,8 +27,6 @@ from utils import World, errors_of
 
 RANDOM = "random"
 """The word for a model with initial weights."""
-
-NETWORK_SECONDS = 5
 
 
 class Subject(NamedTuple):
@@ -72,6 +69,11 @@ class Images(NamedTuple):
     batches: Iterator[torch.Tensor | tuple[torch.Tensor, torch.Tensor]]
     num_classes: int
     measured_on: dict
+
+
+def kind_of(subject: Subject, ema: bool) -> str:
+    """Which weights of a subject are measured: raw, EMA or random."""
+    return "random" if subject.seed is not None else "EMA" if ema or subject.is_average else "raw"
 
 
 def find_subjects(runs: list[str], flags: list[str]) -> list[Subject]:
@@ -171,10 +173,7 @@ def load_published(subject: Subject, num_classes: int, config: dict) -> nn.Modul
         SystemExit: they cannot be loaded.
     """
     if config.get("hf_hub_id") and not config.get("file"):
-        try:
-            get_session().head(constants.ENDPOINT, timeout=NETWORK_SECONDS)
-        except Exception:  # of whichever library for HTTP the package uses
-            constants.HF_HUB_OFFLINE = True  # otherwise the package tries again for a minute
+        is_online()
     try:
         model = build_model(num_classes=num_classes, pretrained=True, **subject.model)
         if num_classes not in (0, config["num_classes"]):
@@ -183,10 +182,7 @@ def load_published(subject: Subject, num_classes: int, config: dict) -> nn.Modul
     except ValueError as error:
         if "we cannot find the requested files in the local cache" not in str(error):  # the package's words
             raise SystemExit(f"error: --model {error}") from None
-        raise SystemExit(
-            f"error: the weights of {subject.run} are not in the cache, and {constants.ENDPOINT} cannot be reached "
-            "(no network, or HF_HUB_OFFLINE is set); give a checkpoint file"
-        ) from None
+        raise not_cached(subject.run) from None
 
 
 def images(subject: Subject, world: World, num_images: int, kind: str = "raw") -> Images:

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 import analyze
 from models import build_model
-from reports import subjects
+from reports import published
 from training import build
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -106,7 +106,7 @@ def test_without_a_network_the_error_is_plain_and_immediate(reason, monkeypatch,
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(subjects, "get_session", Session)
+    monkeypatch.setattr(published, "get_session", Session)
     with pytest.raises(SystemExit) as caught:
         analyze_run("vit_tiny_patch16_224", *BRIEF[:-6], "--data-set", "FAKE", "--output-dir", tmp_path / "out")
     line = one_line(caught, "vit_tiny_patch16_224 are not in the cache", "cannot be reached", "give a checkpoint file")
