@@ -109,47 +109,50 @@ def open_sets(words: Sequence[str], outputs: Outputs) -> OpenSets:
 
 def _open(entry: EvaluationSet, label: str, path: str, outputs: list[str]) -> OpenSet:
     images = entry.read(Path(path))
-    published = [*entry.classes()]
-    compared = [name for name in outputs if name in {*published}] if entry.only_its_classes else outputs
-    of_output = {name: number for number, name in enumerate(compared)}
-    unknown = [name for name in images.classes if name not in of_output]
+    published = {*entry.classes()}
+    compared = [name for name in outputs if name in published] if entry.only_its_classes else outputs
+    number = {name: index for index, name in enumerate(compared)}
+    unknown = [name for name in images.classes if name not in number]
     if len(unknown) == len(images.classes):
         raise ValueError(f"none of its classes, {listed(unknown)}, is one of the model's: {listed(outputs)}")
     if unknown and not published:
-        raise ValueError(
-            f"it has classes that the model does not have: {listed(unknown)}; the model's: {listed(outputs)}"
-        )
-    if lacks := {*published} - {*outputs} if entry.labels else ():
-        raise ValueError(
-            f"the model lacks {len(lacks)} of the {len(published)} classes that {entry.name} has labels of"
-        )
-    found, images = len(images), _of_classes(images, of_output)
-    right = entry.labels and [[of_output[name] for name in names] for names in entry.labels(images.names())]
-    num_classes = len({label for _, label in images.samples})
-    lines = [f"{label}: {len(images):,} images of {path}, {num_classes} of {len(compared)} compared classes"]
-    if right:
-        lines[0] += f", {sum(map(bool, right)):,} of them with ReaL labels"
-    if entry.num_images and found != entry.num_images:
-        lines.append(f"warning: {label}: the folder has {found:,} images, and {entry.num_images:,} are published")
+        raise ValueError(f"{listed(unknown)} is no class of the model, which has {listed(outputs)}")
+    if entry.labels and (lacks := published - {*outputs}):
+        raise ValueError(f"the model lacks {len(lacks)} of the {len(published)} classes that labels are of")
+    chosen = _of_classes(images, number)
+    right = entry.labels and [[number[name] for name in names] for names in entry.labels(chosen.names())]
+    num_classes = len({label for _, label in chosen.samples})
+    of_model = [outputs.index(name) for name in compared] if entry.only_its_classes else None
+    lines = [f"{label}: {line}" for line in _facts(entry, chosen, right, num_classes, len(compared), path)]
+    if entry.num_images and len(images) != entry.num_images:
+        text = f"the folder has {len(images):,} images, and {entry.num_images:,} are published"
+        lines.append(f"warning: {label}: {text}")
     if unknown:
-        left_out = f"{found - len(images):,} images of {len(unknown)} classes that the model does not have are left out"
-        lines.append(f"warning: {label}: {left_out}: {listed(unknown)}")
+        text = f"{len(images) - len(chosen):,} images of {len(unknown)} classes that the model does not have"
+        lines.append(f"warning: {label}: {text} are left out: {listed(unknown)}")
+    return OpenSet(entry, label, path, chosen, compared, of_model, num_classes, right, lines)
+
+
+def _facts(
+    entry: EvaluationSet, images: SetImages, right: Sequence | None, num_classes: int, num_compared: int, path: str
+) -> list[str]:
+    """What is evaluated, and how."""
+    labelled = f", {sum(map(bool, right)):,} of them with ReaL labels" if right else ""
+    facts = [f"{len(images):,} images of {path}, {num_classes} of {num_compared} compared classes{labelled}"]
     if entry.only_its_classes:
-        lines.append(f"{label}: only the {len(compared)} outputs for its classes are compared")
+        facts.append(f"only the {num_compared} outputs for its classes are compared")
     if entry.whole_image:
-        lines.append(f"{label}: images are not cropped, whatever --eval-crop-ratio is")
-    lines += [f"{label}: {note}" for note in [images.note] if note]
-    numbers = [outputs.index(name) for name in compared] if entry.only_its_classes else None
-    return OpenSet(entry, label, path, images, compared, numbers, num_classes, right, lines)
+        facts.append("images are not cropped, whatever --eval-crop-ratio is")
+    return [*facts, *filter(None, [images.note])]
 
 
-def _of_classes(images: SetImages, of_output: dict[str, int]) -> SetImages:
+def _of_classes(images: SetImages, number: dict[str, int]) -> SetImages:
     """The images of known classes, with the numbers of these as labels."""
-    numbers = [of_output.get(name) for name in images.classes]
+    numbers = [number.get(name) for name in images.classes]
     is_kept = [numbers[label] is not None for _, label in images.samples]
     samples = [(path, numbers[label]) for path, label in images.samples if numbers[label] is not None]
     parts, end = {}, 0
     for name, part in images.parts.items():
         start, end = end, end + sum(is_kept[part])
         parts[name] = slice(start, end)
-    return replace(images, samples=samples, classes=[*of_output], parts=parts)
+    return replace(images, samples=samples, classes=[*number], parts=parts)

@@ -16,7 +16,7 @@ SIDE = 48
 
 MODEL = (
     *("--model", "vit_tiny_patch16_224", "--input-size", SIDE, "--patch-size", 16, "--device", "cpu"),
-    *("--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3", "--num-workers", 0, "--batch-size", 3),
+    *("--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3", "--num-workers", 0, "--batch-size", 2),
 )
 SYNSETS = pkgutil.get_data("timm.data", "_info/imagenet_synsets.txt").decode().split()
 SYNSETS_R = pkgutil.get_data("timm.data", "_info/imagenet_r_synsets.txt").decode().split()

@@ -1,7 +1,9 @@
 """`main.py --eval --eval-sets`: several sets in their published layouts, against a loop over the files."""
 
 import json
+import math
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +22,8 @@ from published_sets import (
     write_image,
 )
 from ranks import run_ranks
+
+from utils import BadImageError
 
 MAIN = pathlib.Path(__file__).parents[1] / "main.py"
 
@@ -131,6 +135,86 @@ def test_corruptions_are_not_cropped_and_have_their_errors(published, tmp_path, 
     printed = capsys.readouterr().out
     assert f"mean corruption error, raw: {record['mce']:.2f} %\n" in printed
     assert "imagenet-c: images are not cropped" in printed
+
+
+def test_real_labels_replace_the_class_of_the_folder(tmp_path, capsys):
+    # ReaL has no label for the first validation image, 970 and 795 for the second, and 809 for the fourth.
+    for number, name in enumerate(("00000001", "00000002", "00000004")):
+        write_image(tmp_path / "val" / SYNSETS[3] / f"ILSVRC2012_val_{name}.JPEG", number)
+    model = vit()
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = 8.0 * torch.eye(1000)[795]
+    torch.save(model.state_dict(), tmp_path / "constant.pth")
+    words = ("--finetune", tmp_path / "constant.pth", "--output-dir", tmp_path)
+    run_main("--eval", *MODEL, *words, "--eval-sets", f"imagenet-real={tmp_path / 'val'}")
+    record = json.loads((tmp_path / "evaluation.json").read_text())["sets"]["imagenet-real"]["raw"]
+    confidence = math.exp(8) / (math.exp(8) + 999)
+    assert record == {"images": 2, "acc1": 50, "ece": pytest.approx(100 * (confidence - 0.5), rel=1e-4)}
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("imagenet-real  "))
+    assert row.split()[1:] == ["raw", "2", "1", "of", "1000", "50.00", "%", "-", f"{record['ece']:.2f}", "%", "-"]
+
+
+def test_classes_of_a_checkpoint_are_matched_by_their_names(tmp_path, capsys):
+    model, names = vit(num_classes=3), [SYNSETS[9], "cat", SYNSETS[2]]
+    root = make_set(tmp_path / "a", model, names.__getitem__)
+    stored = {"model": model.state_dict(), "args": {}, "data": {"classes": names}, "epoch": 4, "is_average": True}
+    torch.save(stored, tmp_path / "run.pth")
+    write_image(tmp_path / "v2" / "2" / "a.jpeg", 0)
+    write_image(tmp_path / "v2" / "3" / "b.jpeg", 1)
+    records = evaluate(tmp_path, tmp_path / "run.pth", f"folder={root}", f"imagenet-v2={tmp_path / 'v2'}")
+    labels = [names.index(path.parent.name) for path in files(root)]
+    expected = measures(logits_of(model, files(root)), labels)
+    folder = records["folder"]["ema"]  # the file has averaged weights
+    assert (folder["acc1"], folder["acc5"], folder["loss"]) == pytest.approx(expected, rel=1e-3)
+    assert folder["acc1"] == 50 and "raw" not in records["folder"]
+    guess = names[logits_of(model, [tmp_path / "v2" / "2" / "a.jpeg"]).argmax()]
+    assert records["imagenet-v2"]["ema"]["acc1"] == (100 if guess == SYNSETS[2] else 0)
+    printed = capsys.readouterr().out
+    assert "warning: imagenet-v2: 1 images of 1 classes that the model does not have are left out" in printed
+    assert re.search(r"imagenet-v2 +EMA +1 +1 of 3 ", printed)
+
+
+def test_without_a_folder_nothing_is_written(published, tmp_path, monkeypatch):
+    weights, _, sets = published
+    monkeypatch.chdir(tmp_path)
+    run_main("--eval", *MODEL, "--resume", weights, "--eval-sets", f"imagenet={sets['imagenet']}")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_unreadable_image_stops_before_anything_is_written(published, tmp_path):
+    weights, _, sets = published
+    write_image(tmp_path / "v2" / "0" / "a.jpeg", 0)
+    (tmp_path / "v2" / "0" / "b.jpeg").write_bytes(b"no image")
+    words = f"imagenet={sets['imagenet']}", f"imagenet-v2={tmp_path / 'v2'}"
+    with pytest.raises((SystemExit, BadImageError), match=r"unreadable image .*b\.jpeg"):
+        evaluate(tmp_path / "out", weights, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_severity_leaves_the_mean_corruption_error_out(published, tmp_path, capsys):
+    weights, models, _ = published
+    make_corruptions(tmp_path / "c", models["raw"], ["fog"])
+    make_corruptions(tmp_path / "c", models["raw"], ["snow"], "1245")
+    record = evaluate(tmp_path, weights, f"imagenet-c={tmp_path / 'c'}")["imagenet-c"]["raw"]
+    assert "mce" not in record and "ce" not in record["corruptions"]["snow"] and record["corruptions"]["fog"]["ce"] > 0
+    printed = capsys.readouterr().out
+    assert "imagenet-c: 66 of 75 severities are missing" in printed
+    assert "mean corruption error, raw: -: it needs all 15 corruptions with 5 severities\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--eval-sets", "folder=x"], "--eval-sets belongs to an evaluation; add --eval"),
+        (["--eval", "--eval-sets", "imagenet-v3=x"], "imagenet-v3 is unknown; did you mean imagenet-v2"),
+        (["--eval", "--eval-sets", "folder="], "needs NAME=PATH"),
+        (["--eval", "--eval-sets", "folder=x", "folder=x"], "folder=x is given twice"),
+        (["--eval", "--eval-sets", "folder=x", "--save-predictions"], "--save-predictions needs --output-dir"),
+        (["--eval", "--eval-sets", "folder=/none"], "--eval-sets folder=/none: /none is not a folder"),
+    ],
+)
+def test_a_wrong_command_line_ends_in_one_line(published, refused, words, line):
+    assert line in refused(*MODEL, *words, *["--resume", published[0]] * ("--eval" in words), base=())
 
 
 def test_two_ranks_have_the_results_of_one(published, tmp_path):

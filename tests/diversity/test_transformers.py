@@ -1,6 +1,5 @@
 """Models of transformers against models of timm with the same weights: taps, terms, gradients, measures, errors."""
 
-
 import numpy as np
 import pytest
 import torch
