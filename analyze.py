@@ -19,6 +19,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: no traceback of an import; see `run_command`
 
 from diversity import MEASURES, TapError
+from diversity.function_level import FUNCTION_MEASURES
 from pipeline.workers import loader_errors
 from reports.atlas import make_atlas
 from reports.function_level import PROBE_IMAGES, TEST_IMAGES, function_options
@@ -68,6 +69,8 @@ def parse(argv: list[str]) -> tuple[dict, list[str]]:
         help=f"validation images of --function-level, of all classes; 0 = all (default: {TEST_IMAGES})")  # fmt: skip
     add("--probe-images", type=nonneg_int, metavar="N",
         help=f"training images of its k-NN and probes; 0 = all (default: {PROBE_IMAGES})")  # fmt: skip
+    add("--function-measures", nargs="+", choices=[*FUNCTION_MEASURES], metavar="NAME",
+        help="of --function-level; default: all: %(choices)s")  # fmt: skip
     add("--extra-measures", nargs="+", default=[], choices=[name for name, entry in MEASURES.items() if entry.optional],
         metavar="NAME", help="measures that are off by default, as they take long: %(choices)s")  # fmt: skip
     add("--device", type=device_name, default="auto", help="auto, cuda or cpu")
@@ -75,7 +78,10 @@ def parse(argv: list[str]) -> tuple[dict, list[str]]:
     settings = vars(options)
     _check(parser, options)
     settings["function_level"] = function_options(
-        settings.pop("function_level"), settings.pop("function_images"), settings.pop("probe_images")
+        settings.pop("function_level"),
+        settings.pop("function_images"),
+        settings.pop("probe_images"),
+        settings.pop("function_measures"),
     )
     return settings, flags
 

@@ -26,26 +26,33 @@ SEED = 0  # of the choice of images and of what the measures draw, the same for 
 
 
 class FunctionOptions(NamedTuple):
-    """How many validation and training images the function-level measures read; 0 = all."""
+    """How many validation and training images the function-level measures read, 0 = all, and which of the measures."""
 
     test_images: int = TEST_IMAGES
     probe_images: int = PROBE_IMAGES
+    measures: tuple[str, ...] = tuple(FUNCTION_MEASURES)
 
 
-def function_options(is_on: bool, test_images: int | None, probe_images: int | None) -> FunctionOptions | None:
-    """The options of the flags --function-level, --function-images and --probe-images; None without the first.
+def function_options(
+    is_on: bool, test_images: int | None, probe_images: int | None, measures: Iterable[str] | None = None
+) -> FunctionOptions | None:
+    """The options of the flags --function-level, --function-images, --probe-images and --function-measures.
+
+    Returns:
+        None without the first flag.
 
     Raises:
-        SystemExit: a number of images without --function-level.
+        SystemExit: one of the others without --function-level.
     """
-    given = {"--function-images": test_images, "--probe-images": probe_images}
-    named = [flag for flag, count in given.items() if count is not None]
+    given = {"--function-images": test_images, "--probe-images": probe_images, "--function-measures": measures}
+    named = [flag for flag, value in given.items() if value is not None]
     if named and not is_on:
         raise SystemExit(f"error: {named[0]} needs --function-level")
     defaults = FunctionOptions()
     test_images = defaults.test_images if test_images is None else test_images
     probe_images = defaults.probe_images if probe_images is None else probe_images
-    return FunctionOptions(test_images, probe_images) if is_on else None
+    chosen = [name for name in FUNCTION_MEASURES if measures is None or name in measures]
+    return FunctionOptions(test_images, probe_images, tuple(chosen)) if is_on else None
 
 
 class LabelledData(NamedTuple):
@@ -55,13 +62,15 @@ class LabelledData(NamedTuple):
         test: a loader of validation images.
         train: a loader of training images without augmentation; None where there are none.
         num_classes: of their labels.
-        words: what they are; runs are compared where it is the same.
+        words: what they are, and which measures if not all; runs are compared where it is the same.
+        measures: names of those to measure.
     """
 
     test: DataLoader
     train: DataLoader | None
     num_classes: int
     words: str
+    measures: tuple[str, ...] = tuple(FUNCTION_MEASURES)
 
 
 def labelled_data(subject: Subject, world: World, options: FunctionOptions) -> LabelledData:
@@ -75,13 +84,16 @@ def labelled_data(subject: Subject, world: World, options: FunctionOptions) -> L
         lacks = "reads images by their number, and it is a stream" if source.is_stream else "needs labels"
         raise SystemExit(f"error: --data-set {subject.data.data_set} does not serve --function-level, which {lacks}")
     test, num_classes, names, files = _loader(subject, world, options.test_images, subject.classes, is_training=False)
+    measures = options.measures
+    only = "" if len(measures) == len(FUNCTION_MEASURES) else f", only {', '.join(measures)}"
     words = f"{len(test.dataset)} validation images (files {files})"
     try:
         train, _, _, files = _loader(subject, world, options.probe_images, names, is_training=True)
     except SystemExit as error:
         print(f"{subject.run}: k-NN and linear probes are not measured: {str(error).removeprefix('error: ')}")
-        return LabelledData(test, None, num_classes, words)
-    return LabelledData(test, train, num_classes, f"{words} and {len(train.dataset)} training images (files {files})")
+        return LabelledData(test, None, num_classes, words + only, measures)
+    words += f" and {len(train.dataset)} training images (files {files})"
+    return LabelledData(test, train, num_classes, words + only, measures)
 
 
 def _loader(
@@ -117,7 +129,9 @@ def add_function(report: dict, subject: Subject, model: nn.Module, data: Labelle
         SystemExit: labels that do not fit the model.
     """
     with errors_of(f"{subject.run}, --function-level:"):
-        function = measure_function(model, data.test, data.train, num_classes=data.num_classes, seed=SEED)
+        function = measure_function(
+            model, data.test, data.train, num_classes=data.num_classes, seed=SEED, measures=data.measures
+        )
     report["function"] = function
     report["summary"] |= function["summary"]
     for reason in function["not_measured"].values():
@@ -137,7 +151,7 @@ def console_line(function: dict) -> str:
     }
     numbers = function["summary"]
     texts = [f"{text} {numbers[name]:.1f} %" for name, text in short.items() if name in numbers]
-    if patches := function["patch_probe"]:
+    if patches := function.get("patch_probe"):
         texts[-1] += (
             f" (label of most patches {patches['majority']:.1f} %, most frequent label {patches['chance']:.1f} %)"
         )

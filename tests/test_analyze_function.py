@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from run_folders_on_disk import make_run, report, tabulated
 
 import analyze
-from diversity.function_level import function_summaries, measure_function
+from diversity.function_level import FUNCTION_MEASURES, function_summaries, measure_function
 from reports import figures
 from reports.chosen_measures import choose_redundancy
 from reports.function_level import function_options, function_tables, labelled_data
@@ -58,6 +58,17 @@ def test_a_run_is_measured_on_images_of_both_splits(run, tmp_path, undrawn, monk
     assert "function" in drawn and "depth, function, heads" in out
 
 
+def test_chosen_measures_of_the_function_level_are_measured_alone(run, tmp_path, capsys):
+    report = analyzed(tmp_path, run, *LEVEL, "--function-measures", "patch_probe", "knn")
+    data = labelled_data(find_subject(str(run), []), world(), function_options(True, 40, 50))
+    function = measure_function(small_model(weights=loaded(run / checkpoint.LAST)), [*data.test], [*data.train])
+    assert report["function"].keys() & FUNCTION_MEASURES.keys() == {"knn", "patch_probe"}
+    assert all(report["function"][name] == function[name] for name in ("knn", "patch_probe"))
+    assert report["measured_on"]["function"].endswith(", only knn, patch_probe")
+    assert "function level: k-NN " in capsys.readouterr().out
+    assert "| patch probe" in (tmp_path / "out" / "redundancy.md").read_text()
+
+
 def test_a_report_with_the_function_level_is_not_replaced_by_one_without(run, tmp_path, undrawn):
     folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("redundancy.*"))
     words = [str(folder), "--num-images", "20", "--device", "cpu"]
@@ -98,6 +109,7 @@ def test_without_training_images_there_are_no_probes(run, tmp_path, undrawn, cap
     [
         (("--probe-images", "9"), "--probe-images needs --function-level"),
         (("--function-images", "0"), "--function-images needs --function-level"),
+        (("--function-measures", "knn"), "--function-measures needs --function-level"),
         (("--function-level", "--data-set", "UNLABELLED"), "UNLABELLED does not serve --function-level, which needs"),
         (("--function-level", "--data-set", "IMNET"), "other classes: only in the data: cat, dog"),
     ],
