@@ -274,6 +274,8 @@ def build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Schedul
 def warnings(args: Namespace, amp_dtype: torch.dtype | None, lr: float, num_steps: int) -> list[str]:
     """One line for each setting that has no effect, or that a run hardly can mean."""
     lines = [*arguments.without_effect(args, amp_dtype), *normalisation_warnings(args)]
+    if args.freeze == "backbone" and not (args.finetune or args.resume):
+        lines.append("--freeze backbone keeps random weights: --finetune names no trained ones")
     if args.val_fraction and args.finetune:
         with contextlib.suppress(ValueError):  # the run is resumed, and the file is gone
             lines.append(arguments.seen_in_training(args, origin(local_file(args.finetune)).flags))
