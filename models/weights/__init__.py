@@ -1,6 +1,14 @@
 """Weights of files: read without running code from the file, renamed to timm's names, loaded; errors are one line."""
 
-from models.weights import transformers_layouts  # enters its layouts
+# isort: off
+from models.weights import (
+    clip_names,
+    torchvision_names,
+    transformers_layouts,
+    transformers_dinov2,
+)  # enter their layouts
+
+# isort: on
 from models.weights.files import Origin, local_file, origin, read, refusal
 from models.weights.layouts import LAYOUTS, Layout, is_weights
 from models.weights.loading import classifier_names, load_state_dict, load_weights
@@ -10,6 +18,7 @@ __all__ = [
     "Layout",
     "Origin",
     "classifier_names",
+    "clip_names",
     "is_weights",
     "load_state_dict",
     "load_weights",
@@ -17,5 +26,7 @@ __all__ = [
     "origin",
     "read",
     "refusal",
+    "torchvision_names",
+    "transformers_dinov2",
     "transformers_layouts",
 ]

@@ -133,7 +133,7 @@ def origin(path: str) -> Origin:
     Raises:
         ValueError: the file is damaged.
     """
-    if path.endswith(".safetensors"):
+    if path.endswith((".safetensors", ".npz")):
         return Origin({}, None, [])
     # Its tensors are not needed, and so not read; torch cannot map every file name that the system allows.
     stored = read(path, mmap=zipfile.is_zipfile(path) and path.isascii())

@@ -16,15 +16,19 @@ RESAMPLED = ("pos_embed", "patch_embed.proj.weight", "relative_position_bias_tab
 """Ends of the names of tensors that timm resamples."""
 
 PRETRAINING = {
-    r"decoder_\w+|decoder\..*|mask_token": "of masked pre-training",
-    r"head\.(mlp|last_layer|\d+)\..*|head\d?\.(mlp|last_layer|prototypes).*": "a projection head of pre-training",
-    r"(dino_head|ibot_head|projector|projection_head|prediction_head|predictor|prototypes)\..*":
-        "a projection head of pre-training",
-}  # fmt: skip
-"""{names: what they are}: parts of pre-training that no classifier has."""
+    r"decoder(_\w+)?(\..*)?|mask_token|masked_embed": "of masked pre-training",
+    r"head\.(mlp|last_layer|\d+)\..*|(dino_head|ibot_head|projector|projection_head|prediction_head|predictor)\..*"
+    r"|prototypes\..*": "of a projection head of pre-training",
+}
+"""{names: what they are}: what a classifier has no use for."""
 
 COMPUTED = re.compile(r".*(relative_position_index|relative_coords_table|attn_mask|\.periods|\.bias_mask)|rope\..*")
 """Names of buffers that timm computes."""
+
+REPLACED = re.compile(
+    r"\.[qkv]_proj\.|^visual\.(trunk\.)?(pos_embed|positional_embedding|conv1\.weight|patch_embed\.proj\.weight)$"
+)
+"""Names of tensors that timm joins, or renames and resamples."""
 
 
 def fit(model: nn.Module, weights: Tensors) -> tuple[Tensors, list[str]]:
@@ -43,13 +47,14 @@ def fit(model: nn.Module, weights: Tensors) -> tuple[Tensors, list[str]]:
     ]
     weights, renamed = _average_pooling(own, weights)
     notes += renamed
+    of_pretraining = set()
     for pattern, what in PRETRAINING.items():
-        names = [name for name in weights if name not in own and re.fullmatch(pattern, name)]
+        names = [name for name in {**before, **weights} if name not in own and re.fullmatch(pattern, name)]
+        of_pretraining.update(names)
         if names:
             notes.append(f"left out, {what}: {groups(names)}")
-            weights = {name: tensor for name, tensor in weights.items() if name not in names}
-    kept = {_storage(tensor) for tensor in weights.values()}
-    return weights, notes + _vanished(before, weights, kept)
+    kept = {name: tensor for name, tensor in weights.items() if name not in of_pretraining}
+    return kept, notes + _vanished({name: before[name] for name in before.keys() - of_pretraining}, weights)
 
 
 def _converted(model: nn.Module, weights: Tensors) -> Tensors:
@@ -78,16 +83,12 @@ def _average_pooling(own: Tensors, weights: Tensors) -> tuple[Tensors, list[str]
     return {names.get(name, name): tensor for name, tensor in weights.items()}, [note]
 
 
-def _vanished(before: Tensors, weights: Tensors, kept: set[int]) -> list[str]:
+def _vanished(before: Tensors, weights: Tensors) -> list[str]:
     """A line about tensors that timm's conversion left out."""
-    names = [
-        name
-        for name, tensor in before.items()
-        if name not in weights and _storage(tensor) not in kept and not COMPUTED.fullmatch(name)
-    ]
-    names = [name for name in names if not re.search(r"\.[qkv]_proj\.", name)]  # joined
-    names = [name for name in names if not any(re.fullmatch(pattern, name) for pattern in PRETRAINING)]
-    return [f"left out by timm's conversion: {groups(names)}"] if names else []
+    kept = {_storage(tensor) for tensor in weights.values()}
+    names = [name for name, tensor in before.items() if name not in weights and _storage(tensor) not in kept]
+    names = [name for name in names if not COMPUTED.fullmatch(name) and not REPLACED.search(name)]
+    return [f"left out by timm's conversion: {groups(sorted(names))}"] if names else []
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -28,6 +28,7 @@ class Layout:
         from_timm: (the state_dict of a timm model, model) -> new tensors with the names of this layout; ValueError if
             the layout cannot hold the model. None where there is no such direction.
         beside: beginnings of names that stand beside the prefix and not behind it, such as a classifier.
+        layer_norm_eps: of the layer norms of its models, unless their config.json says otherwise; None = timm's.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Layout:
     to_timm: Callable[[Tensors, nn.Module], tuple[Tensors, list[str]]]
     from_timm: Callable[[Tensors, nn.Module], Tensors] | None = None
     beside: tuple[str, ...] = ()
+    layer_norm_eps: float | None = None
 
 
 LAYOUTS: dict[str, Layout] = {}
@@ -69,10 +71,11 @@ def first(names: Iterable[object]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def groups(names: Collection[str]) -> str:
-    """Names as the beginnings of modules with the number of their tensors, such as `head. (6 tensors)`."""
+def groups(names: Iterable[str], parent: str = "") -> str:
+    """Names as the beginnings of modules within `parent`, with the number of their tensors: `head. (6 tensors)`."""
     counts = {}
     for name in names:
-        start = name.partition(".")[0] + ("." if "." in name else "")
-        counts[start] = counts.get(start, 0) + 1
+        start = parent if name.startswith(parent) else ""
+        word, dot, _ = name[len(start) :].partition(".")
+        counts[start + word + dot] = counts.get(start + word + dot, 0) + 1
     return ", ".join(f"{start} ({count} tensors)" if count > 1 else start for start, count in counts.items())

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 
 from models.remedies import compare_with_file
+from models.weights.configs import compare_with_config
 from models.weights.files import class_names, local_file, read
 from models.weights.fitting import fit
 from models.weights.layouts import unknown_names
 from models.weights.names import Tensors
+from models.weights.numpy_archives import read_archive
 from models.weights.unwrapping import unwrap
 
 HALF = (torch.float16, torch.bfloat16)
@@ -45,12 +47,7 @@ def load_weights(
         ValueError: the file is missing or damaged, its layout is unknown, or its weights do not fit the model.
     """
     path = local_file(path)
-    stored = read(path)
-    layout, weights, notes = unwrap(stored, model, path, use_ema, checkpoint_key)
-    weights = {name: tensor.float() if tensor.dtype in HALF else tensor for name, tensor in weights.items()}
-    if layout:
-        weights, of_layout = layout.to_timm(weights, model)
-        notes += of_layout
+    stored, weights, notes = _with_timm_names(model, path, use_ema, checkpoint_key)
     try:
         of_remedies, initial = compare_with_file(model, stored, weights)
     except ValueError as error:
@@ -64,6 +61,21 @@ def load_weights(
     may_miss = [*(note.split()[0] for note in of_classifier), *(initial if new_head else ())]
     load_state_dict(model, weights, path, may_miss)
     return notes
+
+
+def _with_timm_names(model: nn.Module, path: str, use_ema: bool, key: str) -> tuple[object, Tensors, list[str]]:
+    """The content of a file, its weights with timm's names and in float32, and one line for what was left out."""
+    if path.endswith(".npz"):
+        if use_ema or key:
+            raise ValueError(f"{path} contains no averaged or other weights: an .npz file has one model")
+        return None, *read_archive(path, model)
+    stored = read(path)
+    layout, weights, notes = unwrap(stored, model, path, use_ema, key)
+    weights = {name: tensor.float() if tensor.dtype in HALF else tensor for name, tensor in weights.items()}
+    if layout:
+        weights, of_layout = layout.to_timm(weights, model)
+        notes = [*notes, *of_layout, *compare_with_config(model, path, layout)]
+    return stored, weights, notes
 
 
 def _fit_classifier(

@@ -1,8 +1,9 @@
 """What a timm model computes, as far as the names and shapes of its tensors do not show it."""
 
-from torch import nn
+from collections.abc import Mapping
 
-NORMS = (nn.LayerNorm,)
+import torch
+from torch import nn
 
 
 def require(model: nn.Module, kind: type, block: str, pool: str, prefix_tokens: int | None = None):
@@ -31,6 +32,18 @@ def require(model: nn.Module, kind: type, block: str, pool: str, prefix_tokens: 
     for needed, differs in differences.items():
         if differs:
             raise ValueError(f"it needs {needed}")
+
+
+def require_positions(model: nn.Module, weights: Mapping[str, torch.Tensor], num_prefix_tokens: int):
+    """Check that there are position embeddings for the patches and this number of other tokens (timm: no_embed_class).
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    needed = model.patch_embed.num_patches + num_prefix_tokens
+    found = weights["pos_embed"].shape[1] if "pos_embed" in weights else 0
+    if found != needed:
+        raise ValueError(f"it needs {needed} position embeddings, and the model has {found}")
 
 
 def has_classifier(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The layouts of transformers, in both directions, with the names of `transformers_names`.
+"""The layouts of ViT, DeiT, BEiT and Swin of transformers, in both directions, with the names of `transformers_names`.
 
 `from_timm` writes the names of the classes ...ForImageClassification for a model with a classifier, otherwise those of
 the classes ...Model.
@@ -6,7 +6,6 @@ the classes ...Model.
 
 from collections.abc import Callable, Collection
 
-import torch
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.swin_transformer import SwinTransformer
@@ -16,7 +15,7 @@ from torch import nn
 from models.weights import transformers_names as names_of
 from models.weights.layouts import Layout, enter
 from models.weights.names import Names, Tensors
-from models.weights.structure import has_classifier, require
+from models.weights.structure import has_classifier, require, require_positions
 
 ANCHOR = "embeddings.patch_embeddings.projection.weight"
 LEFT_OUT = {
@@ -27,14 +26,14 @@ LEFT_OUT = {
 """{part of a name: why such a tensor is left out}"""
 
 
-def _renamed(weights: Tensors, names: Names) -> tuple[Tensors, list[str]]:
+def renamed_to_timm(weights: Tensors, names: Names) -> tuple[Tensors, list[str]]:
     """The tensors under timm's names, without those of `LEFT_OUT`."""
     reasons = {name: why for name in weights for part, why in LEFT_OUT.items() if part in name}
     notes = [f"{name} left out: {why}" for name, why in reasons.items()]
     return names.to_timm({name: tensor for name, tensor in weights.items() if name not in reasons}), notes
 
 
-def _named(weights: Tensors, names: Names, base: str, model: nn.Module) -> Tensors:
+def named_as_transformers(weights: Tensors, names: Names, base: str, model: nn.Module) -> Tensors:
     """The tensors under transformers' names; behind `base` if the model has a classifier."""
     renamed = names.from_timm(weights)
     if not has_classifier(model):
@@ -42,13 +41,13 @@ def _named(weights: Tensors, names: Names, base: str, model: nn.Module) -> Tenso
     return {name if name.split(".")[0].endswith("classifier") else base + name: renamed[name] for name in renamed}
 
 
-def _has_in_block(*parameters: str) -> Callable[[Collection[str]], bool]:
+def has_in_block(*parameters: str) -> Callable[[Collection[str]], bool]:
     """Whether the first block of a file has one of these parameters."""
     starts = ("encoder.layer.0.", "layers.0.")
     return lambda names: any(start + parameter in names for start in starts for parameter in parameters)
 
 
-_has_norm, _has_layer_scale = _has_in_block("layernorm_before.weight"), _has_in_block("layer_scale1.lambda1")
+_has_norm = has_in_block("layernorm_before.weight")
 
 
 # BEiT
@@ -59,13 +58,13 @@ def _is_beit(names: Collection[str]) -> bool:
 
 
 def _beit_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    return _renamed(weights, names_of.BEIT_NAMES)
+    return renamed_to_timm(weights, names_of.BEIT_NAMES)
 
 
 def _beit_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
     pool = "avg" if "fc_norm.weight" in weights else "token"
     require(model, Beit, "Block", pool, prefix_tokens=1)
-    return _named(weights, names_of.BEIT_NAMES, "beit.", model)
+    return named_as_transformers(weights, names_of.BEIT_NAMES, "beit.", model)
 
 
 enter(
@@ -77,6 +76,7 @@ enter(
         _beit_to_timm,
         _beit_from_timm,
         beside=("classifier.",),
+        layer_norm_eps=1e-12,
     )
 )
 
@@ -85,14 +85,14 @@ enter(
 
 
 def _deit_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    renamed, notes = _renamed(weights, names_of.DEIT_NAMES)
+    renamed, notes = renamed_to_timm(weights, names_of.DEIT_NAMES)
     single = {name: name.replace("classifier.", "head.") for name in renamed if name.startswith("classifier.")}
     return {single.get(name, name): tensor for name, tensor in renamed.items()}, notes
 
 
 def _deit_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
     require(model, VisionTransformerDistilled, "Block", "token", prefix_tokens=2)
-    return _named(weights, names_of.DEIT_NAMES, "deit.", model)
+    return named_as_transformers(weights, names_of.DEIT_NAMES, "deit.", model)
 
 
 enter(
@@ -105,26 +105,19 @@ enter(
         _deit_to_timm,
         _deit_from_timm,
         beside=("classifier.", "cls_classifier.", "distillation_classifier."),
+        layer_norm_eps=1e-12,
     )
 )
 
 
 def _vit_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    return _renamed(weights, names_of.VIT_NAMES)
+    return renamed_to_timm(weights, names_of.VIT_NAMES)
 
 
 def _vit_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
     require(model, VisionTransformer, "Block", "token", prefix_tokens=1)
-    _require_positions_of(model, weights, 1)
-    return _named(weights, names_of.VIT_NAMES, "vit.", model)
-
-
-def _require_positions_of(model: nn.Module, weights: Tensors, num_prefix_tokens: int):
-    """Refuse a model whose position embeddings are for other tokens (timm: no_embed_class)."""
-    needed = model.patch_embed.num_patches + num_prefix_tokens
-    if weights["pos_embed"].shape[1] != needed:
-        found = weights["pos_embed"].shape[1]
-        raise ValueError(f"it needs {needed} position embeddings, of the class token too, instead of {found}")
+    require_positions(model, weights, num_prefix_tokens=1)
+    return named_as_transformers(weights, names_of.VIT_NAMES, "vit.", model)
 
 
 enter(
@@ -136,93 +129,7 @@ enter(
         _vit_to_timm,
         _vit_from_timm,
         beside=("classifier.",),
-    )
-)
-
-
-# DINOv2
-
-
-def _dinov2_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    is_gated = any(".mlp.weights_in." in name or ".mlp.gate_proj." in name for name in weights)
-    renamed, notes = _renamed(weights, names_of.SWIGLU_NAMES if is_gated else names_of.GELU_NAMES)
-    width = renamed.get("norm.weight", torch.empty(0)).shape
-    classifier = renamed.get("head.weight")
-    if classifier is not None and classifier.shape[1:] == (2 * width.numel(),):
-        of_token, of_patches = classifier.chunk(2, dim=1)
-        if of_patches.any():
-            notes += [
-                f"head.{name} dropped: the classifier of transformers reads the mean of the patch tokens too"
-                for name in ("weight", "bias")
-                if renamed.pop(f"head.{name}", None) is not None
-            ]
-        else:  # as `from_timm` writes it
-            renamed["head.weight"] = of_token
-    return renamed, notes
-
-
-def _dinov2_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
-    require(model, VisionTransformer, "Block", "token", prefix_tokens=1)
-    _require_positions_of(model, weights, 1)
-    return _dinov2_named(weights, "dinov2.", model)
-
-
-def _dinov2_named(weights: Tensors, base: str, model: nn.Module) -> Tensors:
-    """The classifier of transformers reads the class token and the mean of the patches, which gets zeros here."""
-    weights = dict(weights)
-    if "blocks.0.ls1.gamma" not in weights:
-        raise ValueError("it needs LayerScale")
-    if has_classifier(model):
-        weights["head.weight"] = torch.cat([weights["head.weight"], torch.zeros_like(weights["head.weight"])], dim=1)
-    is_gated = len(weights["blocks.0.mlp.fc1.weight"]) == 2 * weights["blocks.0.mlp.fc2.weight"].shape[1]
-    named = _named(weights, names_of.SWIGLU_NAMES if is_gated else names_of.GELU_NAMES, base, model)
-    mask = base if has_classifier(model) else ""
-    return named | {f"{mask}embeddings.mask_token": torch.zeros_like(weights["cls_token"][0])}
-
-
-def _registers_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    """timm adds the first position embedding to the class token once, and has none for it."""
-    renamed, notes = _dinov2_to_timm(weights, model)
-    renamed["reg_token"] = renamed.pop("embeddings.register_tokens")
-    if {"cls_token", "pos_embed"} <= renamed.keys():
-        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
-        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
-    return renamed, notes
-
-
-def _registers_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
-    weights = dict(weights)
-    if "reg_token" not in weights:
-        raise ValueError("it needs register tokens")
-    registers = weights.pop("reg_token")
-    require(model, VisionTransformer, "Block", "token", prefix_tokens=1 + registers.shape[1])
-    _require_positions_of(model, weights, 0)
-    weights["pos_embed"] = torch.cat([torch.zeros_like(weights["cls_token"]), weights["pos_embed"]], dim=1)
-    base = "dinov2_with_registers."
-    start = base if has_classifier(model) else ""
-    return _dinov2_named(weights, base, model) | {f"{start}embeddings.register_tokens": registers.clone()}
-
-
-enter(
-    Layout(
-        "DINOv2 of transformers",
-        "For timm's `vit_*_dinov2`. Query, key and value are joined; the mask token is left out.",
-        ANCHOR,
-        lambda names: _has_layer_scale(names) and "embeddings.register_tokens" not in names,
-        _dinov2_to_timm,
-        _dinov2_from_timm,
-        beside=("classifier.",),
-    )
-)
-enter(
-    Layout(
-        "DINOv2 with registers of transformers",
-        "For timm's `vit_*_reg4_dinov2`, whose class token contains its position embedding.",
-        ANCHOR,
-        lambda names: _has_layer_scale(names) and "embeddings.register_tokens" in names,
-        _registers_to_timm,
-        _registers_from_timm,
-        beside=("classifier.",),
+        layer_norm_eps=1e-12,
     )
 )
 
@@ -236,12 +143,12 @@ def _is_swin(names: Collection[str]) -> bool:
 
 
 def _swin_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    return _renamed(weights, names_of.SWIN_NAMES)
+    return renamed_to_timm(weights, names_of.SWIN_NAMES)
 
 
 def _swin_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
     require(model, SwinTransformer, "SwinTransformerBlock", "avg")
-    return _named(weights, names_of.SWIN_NAMES, "swin.", model)
+    return named_as_transformers(weights, names_of.SWIN_NAMES, "swin.", model)
 
 
 enter(
@@ -254,5 +161,6 @@ enter(
         _swin_to_timm,
         _swin_from_timm,
         beside=("classifier.",),
+        layer_norm_eps=1e-5,
     )
 )

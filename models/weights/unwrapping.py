@@ -115,14 +115,18 @@ def _prefixes(names: Collection[str], anchor: str) -> list[str]:
     return [one for one in found if not any(one != other and one.startswith(other) for other in found)]
 
 
+def _parent(prefix: str) -> str:
+    """A prefix without its last word: model. for model.vit."""
+    return prefix[: prefix.rstrip(".").rfind(".") + 1]
+
+
 def _without(tensors: Tensors, prefix: str, layout: Layout | None) -> Tensors:
     """The tensors behind a prefix, and those that stand beside it in a layout."""
     inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    if not prefix or not layout:
-        return inside
-    parent = prefix[: prefix.rstrip(".").rfind(".") + 1]
-    starts = tuple(parent + start for start in layout.beside)
-    return inside | {name[len(parent) :]: tensor for name, tensor in tensors.items() if name.startswith(starts)}
+    if prefix and layout:
+        starts = tuple(_parent(prefix) + start for start in layout.beside)
+        inside |= {name[len(_parent(prefix)) :]: tensors[name] for name in tensors if name.startswith(starts)}
+    return inside
 
 
 def _chosen(prefixes: list[str], path: str) -> tuple[str, list[str]]:
@@ -150,11 +154,9 @@ def _unwrapped(tensors: Tensors, layout: Layout | None, prefix: str, others: lis
     inside = _without(tensors, prefix, layout)
     if not prefix:
         return Weights(layout, inside, notes)
-    beside = tuple(prefix[: prefix.rstrip(".").rfind(".") + 1] + start for start in layout.beside) if layout else ()
     also = f"; the file also has {', '.join(others)}, see --checkpoint-key" if others else ""
     notes = [*notes, f"prefix {prefix} removed{also}"]
-    left = [name for name in tensors if not name.startswith((prefix, *beside))]
-    left_others = [name for name in left if not name.startswith(tuple(others))] if others else left
-    if left_others:
-        notes.append(f"left out, as not behind that prefix: {groups(left_others)}")
+    taken = (prefix, *others, *(_parent(prefix) + start for start in (layout.beside if layout else ())))
+    if left := [name for name in tensors if not name.startswith(taken)]:
+        notes.append(f"left out, as not behind that prefix: {groups(left, _parent(prefix))}")
     return Weights(layout, inside, notes)
