@@ -6,7 +6,7 @@ from models.weights import (
     torchvision_names,
     transformers_layouts,
     transformers_dinov2,
-)  # enter their layouts
+)  # enter layouts
 
 # isort: on
 from models.weights.files import Origin, local_file, origin, read, refusal
