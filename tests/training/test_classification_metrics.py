@@ -155,9 +155,10 @@ def test_confused_pairs_are_the_largest_entries_of_the_confusion_matrix():
 
 
 def test_equal_counts_are_in_the_order_of_fractions_then_of_classes():
-    labels, predicted = [0, 0, 1, 1, 2, 2, 2, 3], [1, 2, 0, 1, 0, 2, 0, 3]
+    labels, predicted = [0, 0, 1, 1, 2, 2, 2, 3], [1, 2, 0, 1, 0, 2, 0, 2]
     assert metrics.confusion_pairs(labels, predicted) == [
         ConfusionPair(2, 0, 2, pytest.approx(200 / 3)),
+        ConfusionPair(3, 2, 1, 100),
         ConfusionPair(0, 1, 1, 50),
         ConfusionPair(0, 2, 1, 50),
         ConfusionPair(1, 0, 1, 50),

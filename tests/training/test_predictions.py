@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data_files import write_webdataset
 from helpers import TINY, data_options, few_digits, log_of, model_of, parse, run_main, world
 from ranks import run_ranks
 
 from datasets import build_data
 from models import build_model
-from training.classification_metrics import ImageResults
+from training.classification_metrics import ImageResults, summary
+from training.evaluation import evaluate_both
 from training.predictions import Predictions, read_predictions, results_of
 from utils import World
 
@@ -116,6 +118,18 @@ def test_images_of_a_stream_are_numbered_as_they_come(monkeypatch):
     (main, other) = [predictions.gather() for predictions in ranks]
     assert [*main["image"]] == [*other["image"]] == [0, 1, 2] and [*main["raw"]] == [4, 5, 6]
     assert not other["raw"].any()
+
+
+def test_results_of_a_stream_are_those_of_its_evaluation(tmp_path):
+    words = write_webdataset(tmp_path, train=[4], validation=[3, 4])
+    data = build_data(data_options(*words, "--num-classes", 7, "--batch-size", 2), world())
+    predictions = Predictions(data, world())
+    stats = evaluate_both(model_of(), None, data, world(), predictions=predictions)
+    arrays = predictions.gather()
+    assert [*arrays["image"]] == [*range(7)]
+    found = summary(arrays["label"], results_of(arrays)["raw"])
+    assert found.keys() <= stats.keys()
+    assert found == pytest.approx({name: stats[name] for name in found}, rel=1e-5)
 
 
 def test_a_rank_without_an_image_takes_part(monkeypatch):
