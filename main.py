@@ -60,8 +60,11 @@ def evaluate_only(args: Namespace, world: World):
     file, origin = find_evaluated(args.resume, args.output_dir, args.finetune)
     checkpoint = Checkpoint(file, load(file)) if args.resume else Checkpoint()
     options = build.options_of(DataOptions, args)
-    sets = open_sets(args.eval_sets, name_outputs(origin.classes, args.num_classes, file)) if args.eval_sets else None
-    data = sets or build_data(options, world, classes=origin.classes)
+    build_val = partial(build_data, options, world)
+    if args.eval_sets:
+        sets = data = open_sets(args.eval_sets, name_outputs(origin.classes, args.num_classes, file), build_val)
+    else:
+        sets, data = None, build_val(origin.classes)
     model = build.build_initial(args, data.num_classes).to(world.device)
     state = TrainState(model, build.build_ema(args, model))
     start = resume(state, checkpoint, world, finetune=args.finetune)

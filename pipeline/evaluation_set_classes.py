@@ -1,12 +1,13 @@
 """The classes of an evaluation set are matched by name with the outputs of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.evaluation_set_images import SetImages, listed
 from pipeline.evaluation_sets import EVALUATION_SETS, EvaluationSet, imagenet_classes
+from pipeline.run_data import Data
 
 
 @dataclass
@@ -23,6 +24,7 @@ class OpenSet:
         num_classes: classes that have images.
         right: numbers in `classes` that are right for each image; None = its label alone.
         lines: what a user should know about it.
+        data: its batches, if they are there; its `images` then have no files.
     """
 
     entry: EvaluationSet
@@ -34,6 +36,11 @@ class OpenSet:
     num_classes: int
     right: list[list[int]] | None
     lines: list[str]
+    data: Data | None = None
+
+    def names(self) -> list[str]:
+        """The path of each image in the folder of the set; its number where it has no file."""
+        return self.images.names() if self.data is None else self.data.val_names()
 
 
 @dataclass
@@ -85,11 +92,12 @@ def name_outputs(classes: Sequence[str], num_classes: int | None, file: str) -> 
     return Outputs([*imagenet_classes()], [f"{file} {line}"])
 
 
-def open_sets(words: Sequence[str], outputs: Outputs) -> OpenSets:
+def open_sets(words: Sequence[str], outputs: Outputs, build_val: Callable[[Sequence[str]], Data]) -> OpenSets:
     """Find the images of each set, and match their classes with those of a model.
 
     Args:
         words: NAME=PATH of each set; the second set of a name is called NAME-2.
+        build_val: names of the outputs -> the validation images of --data-set, which the set `val` is.
 
     Raises:
         SystemExit: a folder is not that of its set, or has no class of the model.
@@ -97,6 +105,9 @@ def open_sets(words: Sequence[str], outputs: Outputs) -> OpenSets:
     sets = []
     for word in words:
         name, _, path = word.partition("=")
+        if EVALUATION_SETS[name].read is None:
+            sets.append(_of_data(EVALUATION_SETS[name], build_val(outputs.names)))
+            continue
         number = 1 + sum(each.entry.name == name for each in sets)
         try:
             sets.append(_open(EVALUATION_SETS[name], name if number == 1 else f"{name}-{number}", path, outputs.names))
@@ -131,6 +142,14 @@ def _open(entry: EvaluationSet, label: str, path: str, outputs: list[str]) -> Op
         text = f"{len(images) - len(chosen):,} images of {len(unknown)} classes that the model does not have"
         lines.append(f"warning: {label}: {text} are left out: {listed(unknown)}")
     return OpenSet(entry, label, path, chosen, compared, of_model, num_classes, right, lines)
+
+
+def _of_data(entry: EvaluationSet, data: Data) -> OpenSet:
+    classes = data.classes or [*map(str, range(data.num_classes))]
+    line = f"{data.num_val:,} validation images, {data.num_val_classes} of {len(classes)} compared classes"
+    lines = [f"{entry.name}: {text}" for text in (line, *data.notes)]
+    images = SetImages("", [], classes)
+    return OpenSet(entry, entry.name, "", images, classes, None, data.num_val_classes, None, lines, data)
 
 
 def _facts(

@@ -37,7 +37,8 @@ class EvaluationSet:
         name: the NAME of NAME=PATH.
         title: what it is, in a few words.
         doc: the docstring of the function that reads it: what PATH must hold.
-        read: PATH -> images. Raises ValueError for a folder that is not the set's.
+        read: PATH -> images. Raises ValueError for a folder that is not the set's. None = it has no PATH: it is the
+            validation set of --data-set.
         num_images: as published; 0 = any number.
         classes: returns the published classes; empty = any.
         only_its_classes: whether the model's outputs for other classes are left out before the largest is taken.
@@ -49,7 +50,7 @@ class EvaluationSet:
     name: str
     title: str
     doc: str
-    read: Callable[[Path], SetImages]
+    read: Callable[[Path], SetImages] | None
     num_images: int = 0
     classes: Callable[[], Sequence[str]] = tuple
     only_its_classes: bool = False
@@ -94,6 +95,11 @@ def markdown_table() -> str:
     """The documentation's table of sets, one row per entry of `EVALUATION_SETS`."""
     rows = ["| NAME | images | PATH |", "|---|---|---|"]
     return "\n".join([*rows, *(f"| `{each.name}` | {each.title} | {each.doc} |" for each in EVALUATION_SETS.values())])
+
+
+def paths_needed() -> dict[str, bool]:
+    """{NAME: whether it needs a PATH}"""
+    return {name: entry.read is not None for name, entry in EVALUATION_SETS.items()}
 
 
 def sets_help() -> str:
@@ -141,6 +147,9 @@ def real_labels(paths: Sequence[str]) -> list[list[str]]:
 
 
 # The sets
+
+VAL = EvaluationSet("val", "without PATH: the validation images of --data-set", "None: see `--data-set`.", None)
+EVALUATION_SETS[VAL.name] = VAL
 
 
 @evaluation_set("imagenet", "validation images of ImageNet-1k", num_images=NUM_VALIDATION, classes=imagenet_classes)

@@ -139,6 +139,13 @@ class Data:
         images = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
         return holdout.numbers(images.source)
 
+    def val_names(self) -> list[str]:
+        """The path of each validation image in the folder of the data, or its number where it has none."""
+        if self.is_stream:
+            return [f"number {index}" for index in range(self.num_val)]
+        images = self.val.dataset.dataset if self.val_is_shared else self.val.dataset
+        return [image_name(images.source, index, relative=True) for index in range(len(images))]
+
     @property
     def is_stream(self) -> bool:
         """Whether images come one after the other, and not by their number."""

@@ -174,6 +174,22 @@ def test_classes_of_a_checkpoint_are_matched_by_their_names(tmp_path, capsys):
     assert re.search(r"imagenet-v2 +EMA +1 +1 of 3 ", printed)
 
 
+def test_the_validation_images_of_a_run_are_a_set_too(tmp_path, few_digits, capsys):
+    words = ("--data-set", "DIGITS", "--input-size", 16, "--patch-size", 8, "--no-repeated-aug", "--epochs", 1)
+    run_main(*MODEL, *words, "--batch-size", 16, "--output-dir", tmp_path / "run", "--save-predictions")
+    last = np.load(tmp_path / "run" / "predictions.npz")
+    words = ("--resume", "auto", "--output-dir", tmp_path / "run", "--eval-sets", "val", "--save-predictions")
+    run_main("--eval", "--device", "cpu", "--num-workers", 0, *words)
+    arrays = np.load(tmp_path / "run" / "predictions_val.npz")
+    for name in ("image", "label", "raw", "ema"):
+        assert arrays[name].tolist() == last[name].tolist()
+    assert arrays["path"][3] == "number 3" and arrays["classes"].tolist() == [str(digit) for digit in range(10)]
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())["sets"]["val"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [record[kind]["acc1"] for kind in ("raw", "ema")] == [summary["test_acc1"], summary["test_acc1_ema"]]
+    assert "val: 26 validation images, 10 of 10 compared classes\n" in capsys.readouterr().out
+
+
 def test_without_a_folder_nothing_is_written(published, tmp_path, monkeypatch):
     weights, _, sets = published
     monkeypatch.chdir(tmp_path)
@@ -208,6 +224,7 @@ def test_a_missing_severity_leaves_the_mean_corruption_error_out(published, tmp_
         (["--eval-sets", "folder=x"], "--eval-sets belongs to an evaluation; add --eval"),
         (["--eval", "--eval-sets", "imagenet-v3=x"], "imagenet-v3 is unknown; did you mean imagenet-v2"),
         (["--eval", "--eval-sets", "folder="], "needs NAME=PATH"),
+        (["--eval", "--eval-sets", "val=x"], "val has no PATH"),
         (["--eval", "--eval-sets", "folder=x", "folder=x"], "folder=x is given twice"),
         (["--eval", "--eval-sets", "folder=x", "--save-predictions"], "--save-predictions needs --output-dir"),
         (["--eval", "--eval-sets", "folder=/none"], "--eval-sets folder=/none: /none is not a folder"),

@@ -3,7 +3,7 @@
 from argparse import BooleanOptionalAction as Switch
 
 from diversity.mixing import MODES
-from pipeline.evaluation_sets import EVALUATION_SETS, sets_help
+from pipeline.evaluation_sets import paths_needed, sets_help
 from pipeline.image_cache import PLACES
 from pipeline.sources import SOURCES, sources_help
 from pipeline.transforms import TORCHVISION_POLICIES
@@ -81,7 +81,7 @@ def add_data(parser):
     add("--val-fraction", type=fraction_below_one, default=0.0, metavar="F",
         help="evaluate on this fraction of each class of the training images, in place of --val-split; the same images "
         "for all seeds, which are not trained on; 0 = off")  # fmt: skip
-    add("--eval-sets", nargs="*", action=named_paths(EVALUATION_SETS), default=[], metavar="NAME=PATH",
+    add("--eval-sets", nargs="*", action=named_paths(paths_needed()), default=[], metavar="NAME=PATH",
         help=f"with --eval: the sets to evaluate on, in place of --data-set: {sets_help()}")  # fmt: skip
     add("--num-classes", type=positive_int, default=None,
         help="None = counted; needed for a data set without class names")  # fmt: skip

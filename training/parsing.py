@@ -142,8 +142,12 @@ def names_of(known: Collection[str]) -> type[argparse.Action]:
     return Names
 
 
-def named_paths(known: Collection[str]) -> type[argparse.Action]:
-    """An action for `add_argument`: NAME=PATH ... as a list of these words, with known names."""
+def named_paths(known: Mapping[str, bool]) -> type[argparse.Action]:
+    """An action for `add_argument`: NAME=PATH ... as a list of these words.
+
+    Args:
+        known: {NAME: whether it needs a PATH}; one that needs none is a word without "=".
+    """
 
     class NamedPaths(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
@@ -152,8 +156,10 @@ def named_paths(known: Collection[str]) -> type[argparse.Action]:
                 if name not in known:
                     hint = did_you_mean(name, known, f"; there are {', '.join(known)}")
                     parser.error(f"{option_string} {value}: {name} is unknown{hint}")
-                if not path:
+                if known[name] and not path:
                     parser.error(f"{option_string} {value}: needs NAME=PATH, with the folder of the set")
+                if not known[name] and value != name:
+                    parser.error(f"{option_string} {value}: {name} has no PATH; its data are those of --data-set")
             if repeated := [value for value in values if values.count(value) > 1]:
                 parser.error(f"{option_string} {repeated[0]} is given twice")
             setattr(namespace, self.dest, values)

@@ -63,7 +63,7 @@ def evaluate_sets(
         if each.outputs is not None:
             models = [ChosenOutputs(model, each.outputs) for model in models]
         average = SimpleNamespace(module=models[1]) if state.model_ema else None
-        data = build(each.images, each.entry.whole_image)
+        data = each.data or build(each.images, each.entry.whole_image)
         predictions = Predictions(data, world)
         evaluate_both(models[0], average, data, world, amp_dtype, predictions=predictions)
         arrays = predictions.gather()
@@ -98,7 +98,7 @@ def end_evaluation(
             path = Path(folder)
             path.mkdir(parents=True, exist_ok=True)
             for each, _, arrays in results if save_predictions else ():
-                names = {"classes": np.array(each.classes), "path": np.array(each.images.names())}
+                names = {"classes": np.array(each.classes), "path": np.array(each.names())}
                 write_arrays(arrays | names, path / f"predictions_{each.label}.npz")
             write_json(about | {"sets": {result.of.label: record_of(result) for result in results}}, path / EVALUATION)
     return [*lines, f"{Path(folder) / EVALUATION} has the accuracy of each class and the classes that are confused"]

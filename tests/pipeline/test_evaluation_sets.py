@@ -25,7 +25,7 @@ def touch(root, *paths):
 
 
 def opened(word, outputs=PUBLISHED):
-    [each] = open_sets([word], outputs).sets
+    [each] = open_sets([word], outputs, None).sets
     return each
 
 
@@ -37,7 +37,7 @@ def labelled(each):
 
 def refusal(word, *named, outputs=PUBLISHED):
     with pytest.raises(SystemExit) as caught:
-        open_sets([word], outputs)
+        open_sets([word], outputs, None)
     return one_line(caught, f"error: --eval-sets {word}: ", *named)
 
 
@@ -126,7 +126,7 @@ def test_a_wrong_folder_ends_in_one_line(tmp_path):
 
 def test_names_of_sets_are_unique_and_numbers_are_compared_with_the_published(tmp_path):
     roots = [touch(tmp_path / name, "0/a.jpeg") for name in ("first", "second")]
-    sets = open_sets([f"imagenet-v2={root}" for root in roots], PUBLISHED)
+    sets = open_sets([f"imagenet-v2={root}" for root in roots], PUBLISHED, None)
     assert [each.label for each in sets.sets] == ["imagenet-v2", "imagenet-v2-2"]
     assert "warning: imagenet-v2: the folder has 1 images, and 10,000 are published" in sets.lines()
     assert sets.num_classes == 1000
@@ -202,5 +202,5 @@ def test_parts_count_the_images_of_the_models_classes(tmp_path):
 def test_the_registry_is_complete():
     assert {*CORRUPTIONS} == {*ALEXNET_ERRORS}
     sizes = {name: len(entry.classes()) for name, entry in EVALUATION_SETS.items()}
-    small = {"imagenet-a": 200, "imagenet-r": 200, "folder": 0}
+    small = {"imagenet-a": 200, "imagenet-r": 200, "folder": 0, "val": 0}
     assert sizes == {name: small.get(name, 1000) for name in EVALUATION_SETS}
