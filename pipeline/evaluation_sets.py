@@ -82,6 +82,12 @@ def imagenet_classes() -> tuple[str, ...]:
 
 
 @functools.cache
+def descriptions() -> dict[str, str]:
+    """{synset of ImageNet-1k: words for it, such as "tench, Tinca tinca"}"""
+    return ImageNetInfo().label_descriptions(as_dict=True)
+
+
+@functools.cache
 def _imagenet_a_classes() -> tuple[str, ...]:
     return tuple(pkgutil.get_data("timm.data", "_info/imagenet_a_synsets.txt").decode().split())
 

@@ -17,7 +17,7 @@ import diversity
 import study
 from diversity.function_level import function_table
 from diversity.measures import measures_table
-from pipeline import sources
+from pipeline import evaluation_sets, sources
 from studies.plan import plan_runs
 from studies.study_file import read_study
 from training import arguments
@@ -238,6 +238,10 @@ def test_the_readme_counts_the_remedies():
 
 def test_the_table_of_data_sets_is_the_registrys():
     assert sources.markdown_table() in (REPOSITORY / "docs" / "data.md").read_text()
+
+
+def test_the_table_of_evaluation_sets_is_the_registrys():
+    assert evaluation_sets.markdown_table() in (REPOSITORY / "docs" / "evaluation.md").read_text()
 
 
 def test_the_readme_lists_the_wired_terms():

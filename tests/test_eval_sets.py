@@ -109,6 +109,7 @@ def test_imagenet_v2_numbers_are_not_in_the_order_of_the_alphabet(published, tmp
         f"{number}/a.jpeg": number for number in known
     }
     assert {*record["raw"]["classes"]} == {*known.values()}
+    assert record["raw"]["classes"]["n01440764"]["description"] == "tench, Tinca tinca"
 
 
 def test_corruptions_are_not_cropped_and_have_their_errors(published, tmp_path, capsys):
@@ -215,7 +216,7 @@ def test_a_missing_severity_leaves_the_mean_corruption_error_out(published, tmp_
     assert "mce" not in record and "ce" not in record["corruptions"]["snow"] and record["corruptions"]["fog"]["ce"] > 0
     printed = capsys.readouterr().out
     assert "imagenet-c: 66 of 75 severities are missing" in printed
-    assert "mean corruption error, raw: -: it needs all 15 corruptions with 5 severities\n" in printed
+    assert "mean corruption error, raw: none, it is of 15 corruptions with 5 severities each\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.evaluation_set_classes import OpenSet
+from pipeline.evaluation_sets import descriptions
 from training.classification_metrics import (
     ALEXNET_ERRORS,
     ImageResults,
@@ -66,7 +67,8 @@ def measure(
         parts: {"corruption/severity": its images} of ImageNet-C.
 
     Returns:
-        acc1, acc5 and ece in percent and loss in nats; classes, {name: images and accuracy in percent}; confusions,
+        acc1, acc5 and ece in percent and loss in nats; classes, {name: images, acc1 and, of a synset of ImageNet-1k, a
+        description}; confusions,
         the pairs of classes that are confused most often. With `right` only images, acc1 and ece, of the images that
         have a label. With `parts` also corruptions, {name: error in percent of each severity, and its ce}, and mce
         where no severity is missing.
@@ -94,9 +96,13 @@ def _of_several_labels(results: ImageResults, right: Sequence[Sequence[int]]) ->
 def _classes(label: np.ndarray, results: ImageResults, names: Sequence[str]) -> dict[str, dict]:
     images, _, accuracies = class_accuracies(label, results.predicted, len(names))
     return {
-        names[number]: {"images": int(images[number]), "acc1": float(accuracies[number])}
+        names[number]: {"images": int(images[number]), "acc1": float(accuracies[number])} | _description(names[number])
         for number in np.flatnonzero(images)
     }
+
+
+def _description(name: str) -> dict[str, str]:
+    return {"description": descriptions()[name]} if name in descriptions() else {}
 
 
 def _confusions(label: np.ndarray, results: ImageResults, names: Sequence[str]) -> list[dict]:
@@ -145,9 +151,8 @@ def corruption_table(result: SetResult) -> str:
         for corruption, of in values["corruptions"].items():
             errors = [_number(of["errors"].get(severity), "{:.2f}") for severity in severities]
             rows.append((corruption, *errors, _number(of.get("ce"), "{:.2f}")))
-        why = "" if "mce" in values else ": it needs all 15 corruptions with 5 severities"
-        mean = f"mean corruption error, {NAMES[kind]}: {_number(values.get('mce'), '{:.2f} %')}{why}"
-        blocks += [_aligned(rows), mean]
+        mean = f"{values['mce']:.2f} %" if "mce" in values else "none, it is of 15 corruptions with 5 severities each"
+        blocks += [_aligned(rows), f"mean corruption error, {NAMES[kind]}: {mean}"]
     return "\n".join(blocks)
 
 
