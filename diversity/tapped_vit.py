@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from .backbones import Backbone, parse_weight_groups
+from .backbones import Backbone, TapError, parse_weight_groups
 from .block_parts import TransformersAttention, attention_of, trains_maps
 from .hooks import ModelHooks
 from .taps import TAPS, Source, TapOutput, TapSettings
@@ -74,6 +74,8 @@ class TappedViT(nn.Module):
         self.settings = TapSettings(emb_layers, attn_layers, parse_weight_groups(weight_groups))
         asked = [*self.reads, *(["patch_logits"] if patch_logits else [])]
         self.backbone = Backbone.require(model, asked[0]) if asked else Backbone.of(model)
+        if self.backbone and not self.backbone.head:
+            raise TapError("logits", model, "it has no classifier; load it with AutoModelForImageClassification")
         self.grid = self.backbone.grid if self.backbone else None
         self.distilled_training = False
         self._sources = {tap: TAPS[tap].sources(self.backbone, self.settings) for tap in self.reads}
@@ -90,6 +92,8 @@ class TappedViT(nn.Module):
         it more arguments; None = the model itself.
         """
         call = self.model if call is None else call
+        if isinstance(call, nn.DataParallel):
+            self._replicate_for_data_parallel()
         if not self.training:
             return class_logits(self.model, call(samples))
         self._captured = {}
@@ -192,7 +196,7 @@ class TappedViT(nn.Module):
         if trains_maps(attention_of(self.backbone.blocks[i])):
             raise RuntimeError(
                 f"the maps of block {i} have no gradient, since reentrant checkpointing computes a block without one; "
-                "checkpoint with use_reentrant=False (of transformers: activation_checkpointing_kwargs)"
+                "checkpoint with use_reentrant=False (of transformers: gradient_checkpointing_kwargs)"
             )
 
     def _hook(self):
