@@ -1,0 +1,82 @@
+"""Export trained weights to timm, safetensors, Hugging Face transformers or ONNX.
+
+    python -m models.export runs/NAME --to timm exported/NAME
+
+RUN is a run folder or a file of weights in any published layout. The files are compared with the model before DIR
+exists.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm.utils import ParseKwargs
+
+from diversity import REMEDIES
+from models.exporting import FORMATS, export
+from utils import quiet_warnings, run_command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; those of a model have main.py's names."""
+    formats = "; ".join(f"{format.name}: {format.doc}" for format in FORMATS.values())
+    parser = argparse.ArgumentParser(
+        prog="python -m models.export", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run folder (its checkpoint.pth), or a .pth or .safetensors file")
+    add("folder", metavar="DIR", type=Path, help="new or empty folder for the files and their model card")
+    add("--to", required=True, choices=FORMATS, help=f"format; {formats}".replace("%", "%%"))
+    add("--ema", action="store_true", help="the averaged weights; default: the raw ones")
+    group = parser.add_argument_group("for a file that is no checkpoint of this program, and to change the images")
+    add = group.add_argument
+    add("--model", metavar="NAME", help="of timm, or one of the paper's")
+    add("--patch-size", type=int, help="side of a patch in pixels; default: the model's own")
+    add(
+        "--model-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="further arguments of the timm model"
+    )
+    add("--remedy", nargs="*", metavar="NAME", choices=REMEDIES, help="remedies that the weights were trained with")
+    add("--remedy-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="settings of these remedies")
+    add("--num-classes", type=int, help="0 leaves the classifier out; default: that of the file")
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="text file with the name of a class in each line, in the order of the outputs",
+    )
+    add("--input-size", type=int, help="side of the square input in pixels, to which position embeddings are resampled")
+    add("--mean", type=float, nargs="+", help="of each channel; default: as in the training, or timm's for the model")
+    add("--std", type=float, nargs="+", help="of each channel; default: as for --mean")
+    add("--interpolation", help="of the resize, such as bicubic; default: as for --mean")
+    add("--eval-crop-ratio", type=float, help="input size divided by the resized side; default: as for --mean")
+    add("--crop-mode", choices=("center", "squash", "border"), help="default: as for --mean")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None):
+    """Export what a command line names; a mistake ends in one line and a non-zero exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    given = vars(build_parser().parse_args([_with_hyphens(word) for word in words]))
+    given = {name: value for name, value in given.items() if value is not None}
+    run, to, folder, ema = (given.pop(name) for name in ("run", "to", "folder", "ema"))
+    quiet_warnings()
+    print("\n".join(export(run, to, folder, given, ema, _class_names(given.pop("class_names", "")))))
+
+
+def _class_names(path: str) -> list[str]:
+    if not path:
+        return []
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"error: --class-names {path} cannot be read: {error}") from None
+
+
+def _with_hyphens(word: str) -> str:
+    """--input_size=224 -> --input-size=224; the value stays."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+if __name__ == "__main__":
+    run_command(main)
