@@ -28,7 +28,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("run", metavar="RUN", help="run folder (its checkpoint.pth), or a .pth or .safetensors file")
     add("folder", metavar="DIR", type=Path, help="new or empty folder for the files and their model card")
     add("--to", required=True, choices=FORMATS, help=f"format; {formats}".replace("%", "%%"))
-    add("--ema", action="store_true", help="the averaged weights; default: the raw ones")
+    add(
+        "--checkpoint-key", default="", metavar="KEY", help="which weights of a file that has several: teacher, student"
+    )
+    add("--ema", dest="use_ema", action="store_true", help="the averaged weights; default: the raw ones")
     group = parser.add_argument_group("for a file that is no checkpoint of this program, and to change the images")
     add = group.add_argument
     add("--model", metavar="NAME", help="of timm, or one of the paper's")
@@ -58,9 +61,11 @@ def main(argv: Sequence[str] | None = None):
     words = sys.argv[1:] if argv is None else argv
     given = vars(build_parser().parse_args([_with_hyphens(word) for word in words]))
     given = {name: value for name, value in given.items() if value is not None}
-    run, to, folder, ema = (given.pop(name) for name in ("run", "to", "folder", "ema"))
+    run, to, folder = (given.pop(name) for name in ("run", "to", "folder"))
+    chosen = {name: given.pop(name) for name in ("use_ema", "checkpoint_key")}
+    chosen["classes"] = _class_names(given.pop("class_names", ""))
     quiet_warnings()
-    print("\n".join(export(run, to, folder, given, ema, _class_names(given.pop("class_names", "")))))
+    print("\n".join(export(run, to, folder, given, **chosen)))
 
 
 def _class_names(path: str) -> list[str]:

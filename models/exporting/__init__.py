@@ -4,9 +4,20 @@ Importing the package enters every format.
 """
 
 from . import timm_folder  # isort: skip
+from . import transformers_folder  # isort: skip
 from . import onnx_file  # isort: skip
 from .registry import FORMATS, Format, Written
 from .trained import Trained, find_trained
 from .writing import export
 
-__all__ = ["FORMATS", "Format", "Trained", "Written", "export", "find_trained", "onnx_file", "timm_folder"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Trained",
+    "Written",
+    "export",
+    "find_trained",
+    "onnx_file",
+    "timm_folder",
+    "transformers_folder",
+]

@@ -13,7 +13,8 @@ from torch import nn
 from models import build_model, published_preprocessing, weights
 from models.exporting.preprocessing import Preprocessing
 from models.remedies import PREFIX, settings_of
-from models.weights.layouts import weights_in
+from models.weights.fitting import fit
+from models.weights.unwrapping import unwrap
 
 CHECKPOINT = "checkpoint.pth"
 """The file of a run folder that is exported."""
@@ -103,13 +104,16 @@ def metadata(trained: Trained, arguments: Mapping[str, object] = {}) -> dict[str
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in known.items() if value}
 
 
-def find_trained(run: str, given: Mapping[str, object], use_ema: bool = False, classes: Sequence[str] = ()) -> Trained:
+def find_trained(
+    run: str, given: Mapping[str, object], use_ema: bool = False, checkpoint_key: str = "", classes: Sequence[str] = ()
+) -> Trained:
     """Build the model that RUN names and load its weights.
 
     Args:
         run: a run folder, or a file in any layout of `models.weights.LAYOUTS`.
         given: flags of the command line that are not None, with main.py's names.
         use_ema: take the averaged weights.
+        checkpoint_key: which weights of a file that has several, such as teacher or student.
         classes: names for a file that has none.
 
     Raises:
@@ -127,11 +131,12 @@ def find_trained(run: str, given: Mapping[str, object], use_ema: bool = False, c
     architecture = {"name": name, "input_size": input_size, "patch_size": given.get("patch_size"), **kwargs}
     remedies = settings_of(given.get("remedy", ()), given.get("remedy_kwargs", {}))
     settings = {key: value for of_one in remedies.values() for key, value in of_one.items()}
-    of_file = use_ema and not is_average
-    architecture |= {"num_classes": _num_classes(architecture, file, of_file, given.get("num_classes"), len(known))}
+    chosen = {"use_ema": use_ema and not is_average, "checkpoint_key": checkpoint_key}
+    num_classes = _num_classes(architecture, file, given.get("num_classes"), len(known), **chosen)
+    architecture |= {"num_classes": num_classes}
     model = build_model(**architecture, remedies=[*remedies], remedy_kwargs=settings).eval()
-    has_no_head = given.get("num_classes") == 0  # asked for: the file's classifier is left out
-    notes = weights.load_weights(model, str(file), new_head=has_no_head, use_ema=of_file)
+    leaves_out_head = given.get("num_classes") == 0
+    notes = weights.load_weights(model, str(file), new_head=leaves_out_head, **chosen)
     _describe(model, name)
     if classes and known and [*classes] != known:
         raise ValueError(f"{file} has the names of its classes, such as {known[0]}; leave out --class-names")
@@ -185,7 +190,9 @@ def _published_size(name: str) -> int:
     return published.input_size[-1] if published else 224
 
 
-def _num_classes(architecture: dict, file: Path, use_ema: bool, asked: int | None, known: int) -> int:
+def _num_classes(
+    architecture: dict, file: Path, asked: int | None, known: int, use_ema: bool, checkpoint_key: str
+) -> int:
     """The number of classes of a file's classifier; 0 if it has none.
 
     Raises:
@@ -194,7 +201,9 @@ def _num_classes(architecture: dict, file: Path, use_ema: bool, asked: int | Non
     if asked == 0:
         return 0
     model = build_model(**architecture, num_classes=known or asked or 1000)
-    tensors, _ = weights_in(weights.read(str(file)), use_ema, str(file))
+    layout, tensors, _ = unwrap(weights.read(str(file)), model, str(file), use_ema, checkpoint_key)
+    tensors, _ = layout.to_timm(tensors, model) if layout else (tensors, [])
+    tensors, _ = fit(model, tensors)
     heads = [name for name in weights.classifier_names(model) if name in tensors]
     found = len(tensors[heads[0]]) if heads else 0
     if asked and asked != found:
@@ -208,7 +217,7 @@ def _describe(model: nn.Module, name: str):
     Raises:
         ValueError: timm has no such model.
     """
-    config = {key: value for key, value in model.pretrained_cfg.items() if key in KEPT}
+    config = {key: value for key, value in getattr(model, "pretrained_cfg", {}).items() if key in KEPT}
     name = config.get("architecture") or name
     if not timm.models.model_entrypoint(name).__module__.startswith("timm."):
         raise ValueError(f"{name} is not a model of timm, which could not build it from the exported files")

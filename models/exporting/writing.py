@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,17 +12,13 @@ from models.exporting.trained import Trained, find_trained
 from utils import TEMPORARY, errors_of
 
 
-def export(
-    run: str, to: str, folder: Path, given: Mapping[str, object] = {}, ema: bool = False, classes: Sequence[str] = ()
-) -> list[str]:
+def export(run: str, to: str, folder: Path, given: Mapping[str, object] = {}, **chosen) -> list[str]:
     """Write a trained model in one of `FORMATS` into a folder that is new or empty; it appears when it is complete.
 
     Args:
         run: run folder or file of weights.
         to: name of the format.
-        given: flags of `find_trained`.
-        ema: take the averaged weights.
-        classes: names for a file that has none.
+        given, chosen: flags of the model, and which weights, as `find_trained` takes them.
 
     Returns:
         Lines about what was written.
@@ -36,7 +32,7 @@ def export(
     with errors_of(f"--to {to}"):
         format.check_packages()
     with errors_of("RUN"):
-        trained = find_trained(run, given, ema, classes)
+        trained = find_trained(run, given, **chosen)
     try:
         with _complete_folder(folder) as unfinished, errors_of(f"--to {to}"):
             written = format.write(trained, unfinished)
