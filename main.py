@@ -67,7 +67,7 @@ def evaluate_only(args: Namespace, world: World):
         sets, data = None, build_val(origin.classes)
     model = build.build_initial(args, data.num_classes).to(world.device)
     state = TrainState(model, build.build_ema(args, model))
-    start = resume(state, checkpoint, world, finetune=args.finetune)
+    start = resume(state, checkpoint, world, finetune=args.finetune, checkpoint_key=args.checkpoint_key)
     warnings = (f"warning: {line}" for line in normalisation_warnings(args))
     lines = [*environment_lines(world, args.seed), preprocessing_line(options), *data.lines(), *warnings, *start.notes]
     if world.is_main:
@@ -113,7 +113,8 @@ def train(args: Namespace, world: World, folder: Path | None):
         schedule.start(args.start_epoch)
     start = resume(
         state, checkpoint, world,
-        finetune=args.finetune, new_head=args.head_init is not None, classes=data.classes, global_batch=global_batch,
+        finetune=args.finetune, checkpoint_key=args.checkpoint_key, new_head=args.head_init is not None,
+        classes=data.classes, global_batch=global_batch,
     )  # fmt: skip
     data.earlier_bad_images = start.bad_images
     if is_finished(checkpoint, state, args.resume, args.output_dir, args.save_predictions):

@@ -43,6 +43,7 @@ class Subject(NamedTuple):
         flags: with which it was trained; empty where they are not known.
         seed: of random weights; None for others.
         is_average: whether the file has averaged weights alone.
+        checkpoint_key: which weights of the file, if it has several.
     """
 
     run: str
@@ -55,6 +56,7 @@ class Subject(NamedTuple):
     flags: Mapping[str, object] = {}
     seed: int | None = None
     is_average: bool = False
+    checkpoint_key: str = ""
 
 
 class Images(NamedTuple):
@@ -72,8 +74,9 @@ class Images(NamedTuple):
 
 
 def kind_of(subject: Subject, ema: bool) -> str:
-    """Which weights of a subject are measured: raw, EMA or random."""
-    return "random" if subject.seed is not None else "EMA" if ema or subject.is_average else "raw"
+    """Which weights of a subject are measured: raw, EMA or random, or the value of --checkpoint-key."""
+    stored = subject.checkpoint_key or ("EMA" if ema or subject.is_average else "raw")
+    return "random" if subject.seed is not None else stored
 
 
 def find_subjects(runs: list[str], flags: list[str]) -> list[Subject]:
@@ -112,7 +115,8 @@ def find_subject(run: str, flags: list[str], preprocessing: Mapping[str, object]
         file, classes, config = None, [], preprocessing
     else:
         raise SystemExit(f"error: {run} is not a run folder, a checkpoint file, the name of a timm model or {RANDOM}")
-    config = {name: value for name, value in config.items() if name not in (*arguments.NOT_REPEATED, "eval")}
+    of_others = (*arguments.NOT_REPEATED, "eval", "checkpoint_key")  # the key is of the file that the run started from
+    config = {name: value for name, value in config.items() if name not in of_others}
     args = arguments.parse_args(flags, config)
     arguments.check_model(args, trained_with, REMEDIES, run)
     arguments.check_val_fraction(args, trained_with)
@@ -127,7 +131,8 @@ def find_subject(run: str, flags: list[str], preprocessing: Mapping[str, object]
     model = {"name": args.model, "input_size": args.input_size, "patch_size": args.patch_size, **args.model_kwargs}
     model |= {"remedies": args.remedy, "remedy_kwargs": args.remedy_kwargs}
     seed = args.seed if run == RANDOM and file is None else None
-    return Subject(run, file, folder, epoch, model, data, classes, trained_with, seed, is_average)
+    key = args.checkpoint_key if any(word.partition("=")[0] == "--checkpoint-key" for word in flags) else ""
+    return Subject(run, file, folder, epoch, model, data, classes, trained_with, seed, is_average, key)
 
 
 def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> nn.Module:
@@ -150,7 +155,7 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
         model = load_published(subject, num_classes, model.pretrained_cfg)
     else:
         with errors_of("RUN"):
-            notes = weights.load_weights(model, str(subject.file), use_ema=ema)
+            notes = weights.load_weights(model, str(subject.file), use_ema=ema, checkpoint_key=subject.checkpoint_key)
         heads = weights.classifier_names(model)
         for note in notes:
             if note.split()[0] not in heads:

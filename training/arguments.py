@@ -42,7 +42,7 @@ NOT_REPEATED = ("config", "resume", "resume_with_changes", "start_epoch", "local
 
 
 NOT_OF_AN_EVALUATION = (
-    *("eval", "output_dir", "finetune", "device", "num_workers", "dist_url", "distillation_type"),
+    *("eval", "output_dir", "finetune", "checkpoint_key", "device", "num_workers", "dist_url", "distillation_type"),
     "save_predictions",
 )
 """Further flags that an evaluation does not take from a checkpoint."""
@@ -174,6 +174,7 @@ def without_effect(args: argparse.Namespace, amp_dtype: torch.dtype | None = tor
           for option in term_options(args)),
         (args.distillation_type == "none", "teacher_model teacher_path distillation_alpha distillation_tau",
          "--distillation-type is none"),
+        (not args.finetune, "checkpoint_key", "--finetune is not given"),
         (args.distillation_type == "hard", "distillation_tau", "only soft distillation has a temperature"),
         (not args.model_ema, "model_ema_decay model_ema_warmup model_ema_force_cpu", "--no-model-ema"),
         (not (args.mixup or cutmix), "mixup_prob mixup_mode", "--mixup and --cutmix are 0"),

@@ -19,7 +19,12 @@ PARAMETER_GROUPS = ("layer_decay", "freeze")
 DATA = ("data_set", "inat_category", "num_classes", "val_fraction")
 UNRELATED = {
     *("config", "resume", "resume_with_changes", "finetune", "start_epoch", "eval", "eval_sets", "preset", "data_path"),
-    *("output_dir", "batch_size", "accum_steps"),  # processes x batch size x accumulated steps are compared
+    *(
+        "checkpoint_key",
+        "output_dir",
+        "batch_size",
+        "accum_steps",
+    ),  # processes x batch size x accumulated steps are compared
     *("device", "num_workers", "loader_timeout", "pin_mem", "dist_eval", "repeats_together", "max_bad_images"),
     *("save_every_steps", "save_every_minutes", "keep_checkpoints", "log_interval", "tensorboard", "save_predictions"),
     *("redundancy_every", "grad_norms_every", "check_data", "dry_run", "model_ema_force_cpu", "max_nonfinite_steps"),

@@ -105,6 +105,7 @@ def resume(
     world: World,
     *,
     finetune: str = "",
+    checkpoint_key: str = "",
     new_head: bool = False,
     classes: Sequence[str] = (),
     global_batch: int = 0,
@@ -115,7 +116,8 @@ def resume(
     file, and an average that it lacks is dropped; in training it starts from the weights.
 
     Args:
-        finetune: weights in any of timm's and DeiT's layouts; empty = keep the initial weights.
+        finetune: weights in any layout that is known; empty = keep the initial weights.
+        checkpoint_key: which weights of that file, if it has several.
         new_head: whether the model keeps its initial head where those weights have one.
         classes: names of the data's classes; a head for the same ones is loaded by name, one for others is dropped.
         global_batch: images per optimizer step.
@@ -138,7 +140,8 @@ def resume(
         return Start(notes, bad, checkpoint.content.get("unwritten_log", ""))
     head = {name: state.model.state_dict()[name].clone() for name in classifier_names(state.model)}
     with errors_of("--finetune"):
-        notes = load_weights(state.model, finetune, new_head=is_training, classes=classes) if finetune else []
+        options = {"new_head": is_training, "classes": classes, "checkpoint_key": checkpoint_key}
+        notes = load_weights(state.model, finetune, **options) if finetune else []
         if finetune and new_head:
             state.model.load_state_dict(head, strict=False)
             notes = [note for note in notes if note.split()[0] not in head]

@@ -8,7 +8,7 @@ import re
 import urllib.parse
 import warnings
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,11 @@ ALLOWED = [
     (_numpy_scalar, "numpy.core.multiarray.scalar"),  # the same, written with numpy 1
     np.dtype,  # the type of that number
     type(np.dtype(np.float64)),  # its class, which sets the byte order
+    *(
+        (of_any, f"{module}.{name}")  # a path in `args` or hyperparameters, written on another system or Python, too
+        for of_any, name in ((PurePosixPath, "PosixPath"), (PureWindowsPath, "WindowsPath"))
+        for module in ("pathlib", "pathlib._local")
+    ),
 ]
 """Classes that a checkpoint may contain beyond those that torch allows; none of them runs code from the file."""
 
@@ -50,7 +55,7 @@ def local_file(path: str) -> str:
 
 
 def read(path: str, mmap: bool = False):
-    """The content of a file of torch or safetensors, with its tensors on the CPU.
+    """The content of a file of torch, safetensors or numpy, with its tensors on the CPU.
 
     Args:
         mmap: of torch's zip files: a tensor is read when it is used.
@@ -61,6 +66,9 @@ def read(path: str, mmap: bool = False):
     try:
         if path.endswith(".safetensors") and not zipfile.is_zipfile(path):
             return safetensors.torch.load_file(path)
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive.files}
         with (
             open(path, "rb") as file,
             warnings.catch_warnings(action="ignore"),  # about files that are refused in any case
@@ -82,6 +90,8 @@ def refusal(error: Exception, path: str = "") -> str:
         error: the exception of torch, or of a library that called torch.
         path: the file if it is known, since for some pickles the error does not name the code.
     """
+    if "TorchScript" in str(error):
+        return "contains code (it is a TorchScript archive), which this program does not run"
     refused = re.search(r"GLOBAL ([\w.]+) w", f"{error} {error.__cause__}")
     code = refused[1] if refused else _code_in(path)
     if not re.fullmatch(r"[\w.]+", code):

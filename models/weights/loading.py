@@ -11,7 +11,7 @@ from models.weights.files import class_names, local_file, read
 from models.weights.fitting import fit
 from models.weights.layouts import unknown_names
 from models.weights.names import Tensors
-from models.weights.numpy_archives import read_archive
+from models.weights.numpy_archives import convert_archive
 from models.weights.unwrapping import unwrap
 
 HALF = (torch.float16, torch.bfloat16)
@@ -65,11 +65,11 @@ def load_weights(
 
 def _with_timm_names(model: nn.Module, path: str, use_ema: bool, key: str) -> tuple[object, Tensors, list[str]]:
     """The content of a file, its weights with timm's names and in float32, and one line for what was left out."""
+    stored = read(path)
     if path.endswith(".npz"):
         if use_ema or key:
             raise ValueError(f"{path} contains no averaged or other weights: an .npz file has one model")
-        return None, *read_archive(path, model)
-    stored = read(path)
+        return stored, *convert_archive(path, stored, model)
     layout, weights, notes = unwrap(stored, model, path, use_ema, key)
     weights = {name: tensor.float() if tensor.dtype in HALF else tensor for name, tensor in weights.items()}
     if layout:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -13,15 +14,18 @@ POSITIONS = ("Transformer/posembed_input/pos_embedding", "pos_embedding", "img/p
 IGNORED = r"(opt|t|txt|pre_logits)(/.*)?|.*pre_logits.*"
 
 
-def read_archive(path: str, model: nn.Module) -> tuple[Tensors, list[str]]:
+def convert_archive(path: str, stored: Mapping[str, np.ndarray], model: nn.Module) -> tuple[Tensors, list[str]]:
     """The weights that timm's `load_pretrained` of the model reads from an .npz file, with timm's names.
+
+    Args:
+        stored: the content of the file.
 
     Returns:
         The weights, without those that the file does not have, and one line for each tensor that was resampled and for
         what timm does not read.
 
     Raises:
-        ValueError: the file is damaged, not of this kind, or has another number of blocks.
+        ValueError: the file is not of this kind, or has another number of blocks.
     """
     blank = copy.deepcopy(model).cpu()
     if not hasattr(blank, "load_pretrained"):
@@ -29,11 +33,10 @@ def read_archive(path: str, model: nn.Module) -> tuple[Tensors, list[str]]:
     with torch.no_grad():
         for parameter in blank.parameters():
             parameter.fill_(torch.nan)
+    shapes = {name: array.shape for name, array in stored.items()}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            shapes = {name: archive[name].shape for name in archive.files}
         blank.load_pretrained(path)
-    except Exception as error:  # numpy and timm raise many types for a file that is not of this kind
+    except Exception as error:  # timm raises many types for a file that is not of this kind
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} cannot be read as an archive of JAX for {type(model).__name__}: {reason}") from None
     _check_depth(path, shapes, blank)

@@ -22,7 +22,7 @@ CONTAINERS = {
 AVERAGES = ("state_dict_ema", "model_ema", "teacher")
 """Keys of averaged weights."""
 
-ORDINARY = ("state_dict", "model")
+ORDINARY = ("state_dict", "state_dict_ema", "model", "model_ema")
 """Keys that are no news: what they contain is what the file is about."""
 
 
@@ -70,6 +70,7 @@ def unwrap(stored, model: nn.Module, path: str, use_ema: bool = False, key: str 
 
 def _contained(stored, path: str, use_ema: bool, key: str) -> tuple[Tensors, list[str], str]:
     """A dict of weights of the file, a note about its key, and `key` if it is no key of the file."""
+    was_asked = use_ema or bool(key)
     found = {name: value for name, value in stored.items() if is_weights(value)} if isinstance(stored, dict) else {}
     if is_weights(stored):
         chosen = ""
@@ -91,12 +92,12 @@ def _contained(stored, path: str, use_ema: bool, key: str) -> tuple[Tensors, lis
             f"{path} has no weights under {key}; it has {first(found or tensors)}; choose one of them with "
             "--checkpoint-key"
         )
-    return tensors, _container_note(chosen, found, bool(key) or use_ema), key
+    return tensors, _container_note(chosen, [] if was_asked else found), key
 
 
-def _container_note(chosen: str, found: Collection[str], was_asked: bool) -> list[str]:
-    """A note about a key, unless it is the ordinary one."""
-    if not chosen or chosen in ORDINARY or was_asked:
+def _container_note(chosen: str, found: Collection[str]) -> list[str]:
+    """A note about a key and the other ones, unless it is the ordinary one."""
+    if not chosen or chosen in ORDINARY:
         return []
     others = [name for name in found if name != chosen and name in (*CONTAINERS, *AVERAGES)]
     also = f"; the file also has {', '.join(others)}, see --checkpoint-key" if others else ""
