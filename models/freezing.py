@@ -1,7 +1,5 @@
 """Which parameters of a model are trained, and the initial weights of its head: for fine-tuning and linear probes."""
 
-import itertools
-
 from timm.layers import trunc_normal_
 from torch import nn
 
@@ -47,19 +45,17 @@ def freeze(model: nn.Module, what: str):
 def frozen_modules(model: nn.Module, what: str) -> list[nn.Module]:
     """The modules of a frozen part, whose dropout and running statistics are those of evaluation during training.
 
-    Of the modules around the classifier, dropout stays on: `head_drop` and what is within the head.
+    The dropout before the classifier, timm's `head_drop` or a part of its head, is that of training.
 
     Args:
         model: after `freeze`.
         what: as for `freeze`.
     """
     if what == "backbone":
-        heads = classifiers(model)
-        children = dict(model.named_children())
-        with_head = {name for name, child in children.items() if any(m is h for m in child.modules() for h in heads)}
-        before = [child for name, child in children.items() if name not in {"head_drop", *with_head}]
-        within = itertools.chain.from_iterable(children[name].modules() for name in with_head)
-        return before + [m for m in within if any(not p.requires_grad for p in m.parameters(recurse=False))]
+        heads = {*classifiers(model)}
+        return [
+            child for name, child in model.named_children() if name != "head_drop" and not heads & {*child.modules()}
+        ]
     return [model.patch_embed] if what == "patch-embed" else []
 
 

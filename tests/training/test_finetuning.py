@@ -1,6 +1,7 @@
 """Runs with --freeze and --head-init: a linear probe beside logistic regression by hand, average, resume, two ranks."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -67,7 +68,9 @@ def test_a_linear_probe_is_logistic_regression_on_the_features():
     optimizer = build.build_optimizer(parse("--opt", "momentum", "--momentum", 0, "--weight-decay", 0), model, 0.3)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
     batches = [(data.roll(2 * part, 0)[:4], labels.roll(2 * part)[:4]) for part in range(6)]
-    train_epoch(loss_fn, batches, make_state(model, optimizer, ema), world=CPU)
+    with mock.patch("torch._foreach_lerp_", side_effect=torch._foreach_lerp_) as lerp:
+        train_epoch(loss_fn, batches, make_state(model, optimizer, ema), world=CPU)
+    assert [len(call.args[0]) for call in lerp.call_args_list] == [2] * 6  # the average of the head
     torch.testing.assert_close((model.head.weight, model.head.bias), (weight, bias))
     torch.testing.assert_close(ema.module.head.weight, average)
     for state in (model.state_dict(), ema.module.state_dict()):
@@ -93,6 +96,16 @@ def test_a_stopped_probe_ends_as_one_that_was_not_stopped(probe, trained, tmp_pa
     flags = (*PROBE, "--finetune", trained)
     assert cut_run(monkeypatch, tmp_path / "run", (0, 2), (1, 1), flags=flags) == digests
     assert (content(tmp_path / "run"), records(tmp_path / "run")) == (content(folder), records(folder))
+
+
+@pytest.mark.parametrize("what", ["none", "backbone", "patch-embed"])
+def test_the_flags_set_the_modes_of_training(what):
+    args = parse(*PROBE, "--freeze", what)
+    model = build.build_initial(args, 5)
+    build.build_diverse_loss(args, CPU, model, 5).train()
+    blocks = {module.training for module in model.blocks.modules()}
+    assert blocks == {what != "backbone"} and model.training and model.head_drop.training
+    assert model.patch_embed.training == (what == "none")
 
 
 def test_another_part_cannot_be_frozen_in_a_resumed_run(probe):

@@ -88,6 +88,15 @@ def test_every_rate_of_a_schedule_is_scaled_fresh_and_resumed(sched, warmup):
         assert min(rate for rate in seen if rate > MIN_LR) < 2 * LR and MIN_LR in seen[:-1]
 
 
+def test_plateau_lowers_the_smallest_rates_too():
+    words = ["--sched", "plateau", "--warmup-epochs", 0, "--layer-decay", 0.01, "--decay-rate", 0.5, "--min-lr", 0]
+    state = state_of("vit", *words, "--patience-epochs", 0)
+    state.scheduler.start(0)
+    for accuracy in (2.0, 1.0):
+        state.scheduler.step(accuracy)
+    assert rates_of(state)["patch_embed.proj.weight"] == pytest.approx(LR / 2 * 0.01**4, rel=1e-9)
+
+
 def test_an_update_has_the_rate_of_its_layer():
     """The same gradients with SGD: each weight moves by its rate times its gradient; a step that is not taken, by 0."""
     state = state_of("vit", "--opt", "momentum", "--momentum", 0, "--weight-decay", 0, "--warmup-epochs", 0)
