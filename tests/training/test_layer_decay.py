@@ -89,8 +89,8 @@ def test_every_rate_of_a_schedule_is_scaled_fresh_and_resumed(sched, warmup):
 
 
 def test_plateau_lowers_the_smallest_rates_too():
-    words = ["--sched", "plateau", "--warmup-epochs", 0, "--layer-decay", 0.01, "--decay-rate", 0.5, "--min-lr", 0]
-    state = state_of("vit", *words, "--patience-epochs", 0)
+    words = ["--sched", "plateau", "--epochs", 9, "--layer-decay", 0.01, "--decay-rate", 0.5, "--min-lr", 0]
+    state = state_of("vit", *words, "--patience-epochs", 0, "--warmup-epochs", 0)
     state.scheduler.start(0)
     for accuracy in (2.0, 1.0):
         state.scheduler.step(accuracy)
