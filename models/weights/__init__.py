@@ -1,12 +1,8 @@
 """Weights of files: read without running code from the file, renamed to timm's names, loaded; errors are one line."""
 
 # isort: off
-from models.weights import (
-    clip_names,
-    torchvision_names,
-    transformers_layouts,
-    transformers_dinov2,
-)  # enter layouts
+from models.weights import clip_names, pretraining_names, torchvision_names  # enter their layouts
+from models.weights import transformers_layouts, transformers_dinov2
 
 # isort: on
 from models.weights.files import Origin, local_file, origin, read, refusal
@@ -24,6 +20,7 @@ __all__ = [
     "load_weights",
     "local_file",
     "origin",
+    "pretraining_names",
     "read",
     "refusal",
     "torchvision_names",

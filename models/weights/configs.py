@@ -13,11 +13,11 @@ GELU = ("gelu", "gelu_python")
 
 
 def compare_with_config(model: nn.Module, path: str, layout: Layout | None) -> list[str]:
-    """Compare a model with the config.json of transformers beside a file, or with what its models have by default.
+    """Compare a model with the config.json beside a file, or with what transformers' models have without one.
 
     Args:
         path: of the file of weights.
-        layout: of its names.
+        layout: of its names; None = timm's.
 
     Returns:
         One line for each number or function in which the model differs.
@@ -27,7 +27,9 @@ def compare_with_config(model: nn.Module, path: str, layout: Layout | None) -> l
     """
     file = Path(path).with_name("config.json")
     config = _read(file)
-    if layout is None or layout.layer_norm_eps is None:
+    if layout is None:
+        return _compare_architectures(model, file, config)
+    if layout.layer_norm_eps is None:
         return []
     heads, own = _heads(config), num_heads(model)
     if heads and own and {*heads} != {*own}:
@@ -43,13 +45,20 @@ def compare_with_config(model: nn.Module, path: str, layout: Layout | None) -> l
     return notes
 
 
+def _compare_architectures(model: nn.Module, file: Path, config: dict) -> list[str]:
+    """A line if timm's config.json names another model."""
+    theirs, ours = config.get("architecture"), (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    is_other = isinstance(theirs, str) and ours and theirs.partition(".")[0] != ours.removesuffix("_diverse")
+    return [f"{file} has the architecture {theirs}, and the model is {ours}"] if is_other else []
+
+
 def _read(file: Path) -> dict:
-    """The content of transformers' config.json; {} for no such file, or another program's."""
+    """The content of a config.json of transformers or timm; {} for no such file, or another program's."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return config if isinstance(config, dict) and "model_type" in config else {}
+    return config if isinstance(config, dict) and ("model_type" in config or "architecture" in config) else {}
 
 
 def _heads(config: dict) -> list[int]:

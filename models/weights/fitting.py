@@ -31,11 +31,17 @@ REPLACED = re.compile(
 """Names of tensors that timm joins, or renames and resamples."""
 
 
-def fit(model: nn.Module, weights: Tensors) -> tuple[Tensors, list[str]]:
+def fit(model: nn.Module, weights: Tensors, new_head: bool = True) -> tuple[Tensors, list[str]]:
     """Weights as timm's function for the model converts them, without what only pre-training needs.
+
+    Args:
+        new_head: whether a classifier that was trained with another pooling may be loaded.
 
     Returns:
         The weights, and one line for each tensor that was resampled or renamed, and each group that was left out.
+
+    Raises:
+        ValueError: the classifier of the file reads other tokens than that of the model.
     """
     own, before = model.state_dict(), weights
     weights = _converted(model, weights)
@@ -45,7 +51,7 @@ def fit(model: nn.Module, weights: Tensors) -> tuple[Tensors, list[str]]:
         for name, tensor in weights.items()
         if name.endswith(RESAMPLED) and name in own and _storage(tensor) not in storages
     ]
-    weights, renamed = _average_pooling(own, weights)
+    weights, renamed = _average_pooling(own, weights, new_head)
     notes += renamed
     of_pretraining = set()
     for pattern, what in PRETRAINING.items():
@@ -73,12 +79,19 @@ def _converted(model: nn.Module, weights: Tensors) -> Tensors:
     return weights
 
 
-def _average_pooling(own: Tensors, weights: Tensors) -> tuple[Tensors, list[str]]:
+def _average_pooling(own: Tensors, weights: Tensors, new_head: bool) -> tuple[Tensors, list[str]]:
     """The last norm as timm's `fc_norm` if the model has only that one, as MAE's models for average pooling do."""
-    names = {f"norm.{last}": f"fc_norm.{last}" for last in ("weight", "bias")}
-    needs = "fc_norm.weight" in own and "norm.weight" not in own
-    if not needs or "norm.weight" not in weights or "fc_norm.weight" in weights:
+    norm, fc_norm = "norm.weight", "fc_norm.weight"
+    if fc_norm in weights and fc_norm not in own and norm in own and norm not in weights:
+        raise ValueError("averages the patch tokens (fc_norm), and the model does not: --model-kwargs global_pool=avg")
+    if norm not in weights or fc_norm in weights or norm in own or fc_norm not in own:
         return weights, []
+    if "head.weight" in weights and not new_head:
+        raise ValueError(
+            "has a classifier of the class token (norm), and the model averages the patch tokens (fc_norm): "
+            "--model-kwargs global_pool=token"
+        )
+    names = {f"norm.{last}": f"fc_norm.{last}" for last in ("weight", "bias")}
     note = "norm loaded as fc_norm: the model averages the patch tokens, and normalises the average"
     return {names.get(name, name): tensor for name, tensor in weights.items()}, [note]
 

@@ -48,12 +48,12 @@ def load_weights(
     """
     path = local_file(path)
     stored, weights, notes = _with_timm_names(model, path, use_ema, checkpoint_key)
+    unconverted = weights
     try:
         of_remedies, initial = compare_with_file(model, stored, weights)
+        weights, fitted = fit(model, weights, new_head)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    unconverted = weights
-    weights, fitted = fit(model, weights)
     if not model.state_dict().keys() & weights.keys():
         raise ValueError(f"{path} does not fit {type(model).__name__}: {unknown_names(unconverted)}")
     of_classifier = _fit_classifier(model, weights, new_head, class_names(stored), classes)
@@ -74,8 +74,8 @@ def _with_timm_names(model: nn.Module, path: str, use_ema: bool, key: str) -> tu
     weights = {name: tensor.float() if tensor.dtype in HALF else tensor for name, tensor in weights.items()}
     if layout:
         weights, of_layout = layout.to_timm(weights, model)
-        notes = [*notes, *of_layout, *compare_with_config(model, path, layout)]
-    return stored, weights, notes
+        notes = [*notes, *of_layout]
+    return stored, weights, [*notes, *compare_with_config(model, path, layout)]
 
 
 def _fit_classifier(

@@ -15,6 +15,7 @@ CONTAINERS = {
     "teacher": "DINO, DINOv2, iBOT",
     "module": "BEiT v2, EVA",
     "encoder": "I-JEPA",
+    "target_encoder": "I-JEPA",
     "student": "DINO, DINOv2, iBOT",
 }
 """{key of the weights in a file: whose}, the preferred first; a file without these keys is a dict of weights."""
