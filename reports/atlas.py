@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,7 +25,7 @@ from reports.subjects import RANDOM, Subject, architecture, find_subject, images
 from training import arguments
 from training.parsing import with_lists
 from training.provenance import versions
-from utils import World, lock_folder
+from utils import BadImageError, World, lock_folder
 
 
 def make_atlas(
@@ -101,14 +102,22 @@ class _Measuring:
         """Note why the model `name` cannot be measured, in place of an error."""
         try:
             yield
-        except (SystemExit, TapError, torch.OutOfMemoryError) as error:
-            if isinstance(error, OtherImagesError) or (
-                isinstance(error, SystemExit) and not isinstance(error.code, str)  # a signal
-            ):
+        except (OtherImagesError, BadImageError, OSError):  # of all models
+            raise
+        except SystemExit as error:
+            if not isinstance(error.code, str):  # a signal
                 raise
-            reason = " ".join(str(error).split()).removeprefix("error: ")
-            self.atlas.not_measured[name] = reason
-            print(f"{name}: not measured: {reason}")
+            reason = error.code
+        except (TapError, torch.OutOfMemoryError) as error:
+            reason = str(error)
+        except Exception as error:  # a mistake in the code of a model
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            return
+        reason = " ".join(reason.split()).removeprefix("error: ")
+        self.atlas.not_measured[name] = reason
+        print(f"{name}: not measured: {reason}")
 
     def _measured(self, name: str, subject: Subject, family: str | None) -> str:
         """Measure a model, unless the atlas has its numbers.
@@ -125,9 +134,9 @@ class _Measuring:
         self._check_images(source.measured_on)
         identity = self._identity(subject)
         known = self.atlas.known(identity, source.measured_on)
-        if known == name or (known and family is None):
-            if family is not None:
-                self.atlas.models[known]["family"] = family
+        if name in known or (known and family is None):
+            known = name if name in known else known[0]
+            self.atlas.models[known]["family"] = family
             print(f"{name}: measured before")
             return known
         if family is None:
@@ -204,5 +213,7 @@ def _weights(subject: Subject) -> str:
     if subject.file is not None:
         with open(subject.file, "rb") as file:
             return f"file {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    if overlay := subject.model.get("pretrained_cfg_overlay"):
+        return f"published, with {overlay}"
     config = timm.get_pretrained_cfg(subject.model["name"])
-    return f"published {config and (config.hf_hub_id or config.url or config.file)} {config and config.tag}"
+    return f"published {config and (config.hf_hub_id or config.url or config.file)}"

@@ -36,12 +36,13 @@ class Atlas:
     def save(self, folder: Path):
         write_json(asdict(self), folder / ATLAS)
 
-    def known(self, identity: dict, measured_on: dict) -> str | None:
-        """The name of a record with these numbers."""
-        for name, record in self.models.items():
-            if record["identity"] == identity and record["report"]["measured_on"] == measured_on:
-                return name
-        return None
+    def known(self, identity: dict, measured_on: dict) -> list[str]:
+        """The names of the records that have the numbers of a model."""
+        return [
+            name
+            for name, record in self.models.items()
+            if record["identity"] == identity and record["report"]["measured_on"] == measured_on
+        ]
 
     def families(self) -> Iterator[tuple[str, dict[str, dict]]]:
         """Each family with {name: record} of its models, and initial weights after the first model they belong to."""

@@ -232,3 +232,21 @@ def test_the_published_list_names_published_models():
     assert families <= {entry.family for entry in entries}
     (entry,) = atlas_list.read_entries(["vit_base_patch16_224.mae"])
     assert entry.family == "MAE"
+
+
+def test_a_mistake_in_the_code_of_a_model_stops_only_that_model(made, runs, tmp_path, monkeypatch, capsys):
+    _, _, before = made
+    (tmp_path / "atlas.json").write_text(json.dumps(before))
+    monkeypatch.setattr(atlas, "load_model", lambda subject, *rest: {}[subject.run])
+    after = run_atlas(tmp_path, runs / "watched", made[0], "--data-set", "DIGITS")
+    name = str(runs / "watched")
+    assert after["not_measured"][name].startswith("KeyError: ") and name not in after["models"]
+    assert "in <lambda>" in capsys.readouterr().err
+
+
+def test_the_same_weights_under_two_names_are_not_measured_at_each_call(made, runs, tmp_path, monkeypatch):
+    families = {"A": [{"name": name, "run": str(runs / "plain")} for name in ("plain", "again")]}
+    path = write_list(tmp_path / "list.yaml", families)
+    before = run_atlas(tmp_path / "out", path, "--data-set", "DIGITS")
+    monkeypatch.setattr(atlas, "measure", lambda *args: pytest.fail("measured again"))
+    assert run_atlas(tmp_path / "out", path, "--data-set", "DIGITS") == before
