@@ -128,6 +128,7 @@ IDLE = {
     "--cond-orth-steps 3 --weight_mha_so_coef 1": "cond-orth-steps",
     "--cond-orth-exact --cond-orth-normalize --emb_cond_orth_coef 1": "cond-orth-normalize",
     "--mhs-collapse-aware": "mhs-collapse-aware",
+    "--checkpoint-key teacher": "checkpoint-key",
 }
 
 
