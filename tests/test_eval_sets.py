@@ -63,6 +63,8 @@ def test_each_set_has_the_accuracies_of_a_loop_over_its_files(published, tmp_pat
     words = [f"{name}={path}" for name, path in sets.items()]
     records = evaluate(tmp_path, weights, *words, "--save-predictions")
     printed = capsys.readouterr().out
+    page = (tmp_path / "evaluation.md").read_text()
+    assert [line.removeprefix("## ") for line in page.splitlines() if line.startswith("## ")] == [*sets]
     assert [*records] == [*sets]
     for name, root in sets.items():
         outputs, labels = OUTPUTS_R if name == "imagenet-r" else slice(None), labels_in(name, root)

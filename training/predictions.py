@@ -78,7 +78,7 @@ class Predictions:
     def _own(self) -> dict[str, torch.Tensor]:
         """The results of this process on the CPU, in types that can be summed."""
         names = [*self.batches[0]] if self.batches else []
-        joined = {name: torch.cat([batch[name].cpu() for batch in self.batches]) for name in names}
+        joined = {name: torch.cat([batch[name] for batch in self.batches]).cpu() for name in names}  # one copy of each
         return {name: values if values.is_floating_point() else values.long() for name, values in joined.items()}
 
 

@@ -14,6 +14,7 @@ CHANGES = "changes.jsonl"
 ENVIRONMENT = "environment.json"
 PREDICTIONS = "predictions.npz"
 EVALUATION = "evaluation.json"
+EVALUATION_PAGE = "evaluation.md"
 
 
 def read_records(path: Path) -> list[dict | None]:

@@ -14,10 +14,10 @@ from pipeline.run_data import Data
 from training.checkpoint import TrainState
 from training.evaluation import evaluate_both
 from training.predictions import Predictions, write_arrays
-from training.records import EVALUATION
+from training.records import EVALUATION, EVALUATION_PAGE
 from training.run_folder import same_error_everywhere
 from training.set_results import NAMES, SetResult, corruption_table, measure, record_of, results_table
-from utils import World, write_json
+from utils import World, atomic_write, write_json
 
 
 class ChosenOutputs(nn.Module):
@@ -90,6 +90,8 @@ def end_evaluation(
     Raises:
         SystemExit: on all processes, if the folder cannot be written.
     """
+    from reports.evaluation_page import evaluation_page  # here, as reports are above training
+
     lines = [results_table(results), *filter(None, map(corruption_table, results))]
     if not folder:
         return lines
@@ -100,5 +102,9 @@ def end_evaluation(
             for each, _, arrays in results if save_predictions else ():
                 names = {"classes": np.array(each.classes), "path": np.array(each.names())}
                 write_arrays(arrays | names, path / f"predictions_{each.label}.npz")
-            write_json(about | {"sets": {result.of.label: record_of(result) for result in results}}, path / EVALUATION)
-    return [*lines, f"{Path(folder) / EVALUATION} has the accuracy of each class and the classes that are confused"]
+            content = about | {"sets": {result.of.label: record_of(result) for result in results}}
+            write_json(content, path / EVALUATION)
+            with atomic_write(path / EVALUATION_PAGE) as file:
+                file.write(evaluation_page(content).encode())
+    path = Path(folder) / EVALUATION
+    return [*lines, f"{path} and {EVALUATION_PAGE} have the accuracy of each class and the classes that are confused"]
