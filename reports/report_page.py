@@ -66,6 +66,7 @@ class Section(NamedTuple):
         is_asked: as of its `Part`.
         images: {file: caption}.
         left_out: sentences on figures that are not drawn.
+        terms: of `term_table`.
     """
 
     label: str
@@ -74,6 +75,7 @@ class Section(NamedTuple):
     verdicts: list[Verdict]
     images: dict[str, str]
     left_out: list[str]
+    terms: dict[str, list[str]]
 
 
 def page(asked: Asked, parts: Sequence[Part], sections: Sequence[Section], remarks: Sequence[str] = ()) -> str:
@@ -211,6 +213,9 @@ def _results(section: Section) -> list[str]:
         blocks += map(markdown_table, verdict_tables(section.verdicts))
     elif section.verdicts:
         blocks += ["No verdict by the rule above: in every row and outcome too few runs, or none that differ."]
+    if section.terms:
+        blocks += ["Terms at the first step, before any update, and as means over the last epoch:"]
+        blocks.append(markdown_table(section.terms))
     for file, caption in section.images.items():
         blocks += [f"![{file.partition('_')[0]}]({file})", f"*{caption}*"]
     return [*blocks, _list(section.left_out)] if section.left_out else blocks

@@ -1,9 +1,9 @@
 """Records of finished runs: one JSON line a run without its weights, many of which fit into a file of a repository.
 
 A record has the keys set (name of the data), row, seed, commit, args (args.yaml), last (the last epoch of log.txt),
-curves ({name: a value for each epoch}); where they are known start (the last entry of environment.json), changes, and
-redundancy (redundancy.json without what is large); and, in a file of an earlier study, probe: measures that are
-defined by the program of that study.
+curves ({name: a value for each epoch}); where they are known step0 (the values of the first step), start (the last
+entry of environment.json), changes, and redundancy (redundancy.json without what is large); and, in a file of an
+earlier study, probe: measures that are defined by the program of that study.
 """
 
 import json
@@ -44,6 +44,8 @@ def record_of(run: Run) -> dict:
         "curves": _rounded(curves),
         "args": flags,
     }
+    if step0 := run.records[0].get("step0"):
+        record["step0"] = _rounded(step0)
     if start:
         data = {name: value for name, value in start["data"].items() if name != "path"}
         record["start"] = {name: value for name, value in start.items() if name not in OF_A_MACHINE} | {"data": data}
@@ -165,6 +167,7 @@ def _run(record: dict, file: Path, place: int) -> Run:
         place=place,
     )
     run.records[-1] |= record["last"]
+    run.records[0] |= {"step0": record["step0"]} if "step0" in record else {}
     run.add_results({"epochs": num_epochs})
     return run
 

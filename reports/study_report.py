@@ -18,6 +18,7 @@ from reports.run_folders import find_runs
 from reports.runs import REPORT, Run, by_study
 from reports.study_table import draw_curves, group_tables, problems, study_groups
 from reports.tables import markdown
+from reports.term_values import term_table
 from reports.verdicts import verdicts
 from training.checkpoint import LAST
 from utils import joined_world
@@ -106,7 +107,7 @@ def _sections(asked: Asked, part: Part, styles: dict[str, dict], target: Path) -
         tables = group_tables(runs, groups, page_measures(runs), asked.baseline)
         of_group = verdicts(tables.statistics, asked.rule)
         images, left_out = _draw(runs, _file_name(label), styles, target)
-        sections.append(Section(label, part.is_asked, tables, of_group, images, left_out))
+        sections.append(Section(label, part.is_asked, tables, of_group, images, left_out, term_table(runs)))
     return sections
 
 

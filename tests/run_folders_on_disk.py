@@ -10,12 +10,13 @@ import table
 from reports import chosen_measures
 
 
-def make_run(folder, seed=0, acc1=90.0, ema=None, epochs=2, done=None, finished=True, last=None, **flags):
+def make_run(folder, seed=0, acc1=90.0, ema=None, epochs=2, done=None, finished=True, last=None, step0=None, **flags):
     """A run folder as main.py leaves it: accuracy rises by one point an epoch up to `acc1`, 100 images/s and more.
 
     Args:
         done: epochs in log.txt; None = all, 0 = no log.txt.
         last: changes of the last record.
+        step0: the values of the first step.
     """
     folder.mkdir(parents=True)
     args = {"seed": seed, "epochs": epochs, "cooldown_epochs": 0, "output_dir": str(folder), "num_workers": seed}
@@ -29,6 +30,7 @@ def make_run(folder, seed=0, acc1=90.0, ema=None, epochs=2, done=None, finished=
         record |= {"test_acc1": acc1 - behind} | ({} if ema is None else {"test_acc1_ema": ema - behind})
         records.append(record)
     if done:
+        records[0] |= {"step0": step0} if step0 else {}
         records[-1] |= last or {}
         (folder / "log.txt").write_text("".join(json.dumps(record) + "\n" for record in records))
     if finished:

@@ -36,7 +36,10 @@ def study(tmp_path):
     for seed in (0, 1):
         for row, accuracy in (("plain", 90.0), ("all", 92.0)):
             last = redundancy(0.5 + seed / 8) | {"train_cls_ce": 1.25}
-            folder = make_run(out / row / f"seed{seed}", seed, accuracy + seed, accuracy - seed / 2, last=last)
+            step0 = {"loss": 2.5, "cls_ce": 2.25 + seed}
+            folder = make_run(
+                out / row / f"seed{seed}", seed, accuracy + seed, accuracy - seed / 2, last=last, step0=step0
+            )
             start(folder, host="a-machine", command="python main.py", device="cpu")
             content = {
                 "run": str(folder),

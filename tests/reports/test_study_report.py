@@ -264,6 +264,28 @@ def test_the_figures_of_records_are_drawn(tmp_path):
     assert all((tmp_path / "report" / f"{name}_digits.png").stat().st_size > 10_000 for name in ("depth", "function"))
 
 
+def test_the_terms_at_the_first_step_stand_beside_those_of_the_last_epoch(tmp_path, drawn):
+    """From folders and from their records: means over the runs of a row that have both."""
+    for seed in (0, 1, 2):
+        start(make_run(tmp_path / "out" / "plain" / f"seed{seed}", seed, step0={"cls_ce": 2.0, "cls_ce_share": 1.0}))
+        step0 = {"loss": 3.0, "cls_ce": 2.0, "cls_ce_share": 0.5, "emb_so": 400.0 + 100 * seed, "emb_so_share": 0.5}
+        last = {"train_emb_so": 20.0 + seed, "train_emb_so_share": 0.25, "train_cls_ce_share": 0.75}
+        if seed == 2:  # a value that was not finite is not kept
+            del step0["emb_so"]
+        start(make_run(tmp_path / "out" / "new" / f"seed{seed}", seed, last=last, step0=step0, emb_so_coef=0.001))
+    write_records(find_runs([tmp_path / "out"]), tmp_path / "records.jsonl")
+    for number, source in enumerate((tmp_path / "out", tmp_path / "records.jsonl")):
+        page = page_of(ASKED, [source], tmp_path / str(number))
+        (line,) = [line for line in page.splitlines() if re.match(r"\| new +\| emb_so ", line)]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells == ["new", "emb_so", "0.001", "2", "450", "50.00 %", "20.5", "25.00 %"]
+        assert not re.search(r"\| (plain|new) +\| (cls_ce|loss) ", page)
+
+
+def test_without_values_of_a_first_step_there_is_no_table_of_terms(tmp_path, drawn):
+    assert "Terms at the first step" not in page_of(ASKED, [make_study(tmp_path / "out")], tmp_path / "report")
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, drawn):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"^error: .*file.* cannot be written"):
