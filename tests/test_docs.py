@@ -17,6 +17,8 @@ import diversity
 import study
 from diversity.function_level import function_table
 from diversity.measures import measures_table
+from models import export
+from models.exporting import formats_table
 from pipeline import evaluation_sets, sources
 from studies.plan import plan_runs
 from studies.study_file import read_study
@@ -78,6 +80,9 @@ def test_every_command_parses(page, command, flags_of_program):
         words = words[script:]
     if words[:2] in (["pip", "install"], ["python", "-c"]) or words[0] == "export":
         return
+    if words[:3] == ["python", "-m", "models.export"]:
+        export.build_parser().parse_args(words[3:])
+        return
     program, *rest = words[1:] if words[0] == "python" else words
     assert (REPOSITORY / program).is_file()
     flags = [word.partition("=")[0].replace("_", "-") for word in rest if word.startswith("--")]
@@ -104,6 +109,7 @@ def test_every_flag_that_is_named_exists(page, flags_of_program):
     of_others = {"--slow", "--time", "--max-restarts"}  # of script/test.sh, sbatch and torchrun
     not_flags = {"--emb-cos", "--no"}  # an abbreviation, and the beginning of --no-...
     known = {*arguments.build_parser()._option_string_actions} | of_others | not_flags
+    known |= {*export.build_parser()._option_string_actions}
     for program in ("analyze.py", "table.py", "benchmark.py", "study.py"):
         known |= flags_of_program(program)
     assert named <= known
@@ -236,6 +242,10 @@ def test_the_readme_counts_the_remedies():
     assert "applies eleven of these" in README.read_text() and len(diversity.REMEDIES) == 11
 
 
+def test_the_table_of_formats_is_the_registrys():
+    assert formats_table() in (REPOSITORY / "docs" / "export.md").read_text()
+
+
 def test_the_table_of_data_sets_is_the_registrys():
     assert sources.markdown_table() in (REPOSITORY / "docs" / "data.md").read_text()
 
@@ -267,6 +277,7 @@ EXAMPLES = [
     (name_of(page), example)
     for page in PAGES
     for example in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    if "local-dir:" not in example  # of an exported run, which tests/models/exporting runs
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from models.exporting.registry import Written
-from models.exporting.results import accuracies, redundancy, start
+from models.exporting.results import accuracies, changes, redundancy, start
 from models.exporting.trained import Trained
 
 PROGRAM = "diverse-vit"
@@ -94,7 +94,7 @@ def _results(trained: Trained) -> list[str]:
     parts = []
     if found:
         on = f"Validation set of {trained.flags.get('data_set')}, {trained.kind} weights."
-        values = {name: f"{value:.2f} %" if name.startswith("top") else value for name, value in found.items()}
+        values = {name: value if name == "images" else f"{value:.2f} %" for name, value in found.items()}
         parts += ["## Accuracy", on, _table(values.items())]
     elif trained.flags:
         parts += ["## Accuracy", "The run folder has no accuracy of these weights."]
@@ -113,6 +113,7 @@ def _training(trained: Trained) -> list[str]:
         return []
     rows = {
         **{name: flags.get(name) for name in ("preset", "data_set", "epochs", "opt", "seed")},
+        "started from": Path(flags.get("finetune") or "").name,
         "images per optimizer step": begin.get("global_batch"),
         "learning rate": begin.get("learning_rate"),
         "precision": begin.get("precision"),
@@ -120,10 +121,18 @@ def _training(trained: Trained) -> list[str]:
         "versions": ", ".join(f"{name} {begin[name]}" for name in ("torch", "timm") if name in begin),
         "commit": begin.get("commit"),
     }
-    shown = {name: _without_folders(name, value) for name, value in flags.items() if name not in MACHINE}
-    text = yaml.safe_dump(shown, sort_keys=False)
+    with_values = {name: _without_folders(name, value) for name, value in flags.items() if name not in MACHINE}
+    text = yaml.safe_dump(with_values, sort_keys=False)
+    names = sorted({change["name"] for change in changes(trained)})
+    changed = [f"These flags were changed while it trained; the list below has their last values: {', '.join(names)}."]
+    changed = changed if names else []
     details = f"<details><summary>All flags</summary>\n\n```yaml\n{text}```\n\n</details>"
-    return ["## Training", _table((name, value) for name, value in rows.items() if value not in (None, "")), details]
+    return [
+        "## Training",
+        _table((name, value) for name, value in rows.items() if value not in (None, "")),
+        *changed,
+        details,
+    ]
 
 
 def _terms(flags: Mapping[str, object]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The registry of formats: what a format of exported weights is, and the decorator that enters one.
 
 To add a format, write a function that writes its files into a folder and checks them, and decorate it with
-`export_format`. The choices of `--to`, its help and the docs follow from the entry.
+`export_format`. The choices of `--to`, its help and the table of docs/export.md follow from the entry.
 """
 
 from collections.abc import Callable
@@ -72,3 +72,10 @@ def export_format(name: str, extra: str = "", packages: tuple[str, ...] = ()):
         return function
 
     return enter
+
+
+def formats_table() -> str:
+    """The formats as a table of Markdown."""
+    extras = {name: f" `[{entry.extra}]`" if entry.extra else "" for name, entry in FORMATS.items()}
+    rows = [f"| `{name}` | {entry.doc} |{extras[name]} |" for name, entry in FORMATS.items()]
+    return "\n".join(["| `--to` | files | needs |", "|---|---|---|", *rows])

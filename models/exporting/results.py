@@ -16,13 +16,16 @@ ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 
 
 def accuracies(trained: Trained) -> dict[str, float]:
-    """{"top-1": percent, "top-5": percent, "images": count} on the validation set of the run; {} if not measured."""
+    """{"top-1": ..., "top-5": ..., "calibration error": percent, "images": count} on the run's validation set.
+
+    Empty if it was not measured with these weights.
+    """
     if not _is_as_trained(trained):
         return {}
     if trained.file.name == CHECKPOINT and trained.folder is not None:
         summary = _read(trained.folder / "summary.json")
         suffix = "_ema" if trained.kind == "EMA" else ""
-        keys = {"top-1": "test_acc1", "top-5": "test_acc5", "images": "test_images"}
+        keys = {"top-1": "test_acc1", "top-5": "test_acc5", "calibration error": "test_ece", "images": "test_images"}
         if not isinstance(summary, Mapping) or summary.get("epochs") != (trained.epoch or 0) + 1:
             return {}
         return {name: summary[key + suffix] for name, key in keys.items() if key + suffix in summary}
@@ -50,6 +53,14 @@ def start(trained: Trained) -> dict[str, object]:
     """The last entry of the run's environment.json: commit, versions, device; {} if there is none."""
     starts = _read(trained.folder / "environment.json") if trained.folder else []
     return starts[-1] if isinstance(starts, list) and starts and isinstance(starts[-1], dict) else {}
+
+
+def changes(trained: Trained) -> list[dict]:
+    """The flags that were changed during the run, of its changes.jsonl: each has at least a `name`."""
+    if not trained.folder or not (trained.folder / "changes.jsonl").exists():
+        return []
+    lines = (trained.folder / "changes.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 def _is_as_trained(trained: Trained) -> bool:

@@ -26,7 +26,7 @@ def to_timm(trained: Trained, folder: Path) -> Written:
     """
     config = {"remedies": dict(trained.remedies)} if trained.remedies else {}
     if trained.classes:
-        config["label_names"] = [*trained.classes]
+        config |= {"label_names": [*trained.classes], "label_descriptions": trained.descriptions}
     save_for_hf(
         trained.stock, folder, model_config=config, safe_serialization=True, data_config=trained.preprocessing.of_timm()
     )

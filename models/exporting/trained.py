@@ -8,6 +8,7 @@ from pathlib import Path
 
 import timm
 import torch
+from timm.data import ImageNetInfo
 from torch import nn
 
 from models import build_model, published_preprocessing, weights
@@ -60,6 +61,14 @@ class Trained:
     preprocessing: Preprocessing
     classes: Sequence[str] = ()
     notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def descriptions(self) -> dict[str, str]:
+        """{class: its name in words} if all classes are synsets of ImageNet-1k, whose words timm has; otherwise {}."""
+        info = ImageNetInfo()
+        if not {*self.classes} <= {*info.label_names()}:
+            return {}
+        return {name: info.label_name_to_description(name) for name in self.classes}
 
     @cached_property
     def stock(self) -> nn.Module:

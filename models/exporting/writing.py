@@ -63,4 +63,5 @@ def _subject_line(trained: Trained) -> str:
     size = trained.preprocessing.input_size
     epoch = "" if trained.epoch is None else f", epoch {trained.epoch}"
     outputs = f"{trained.model.num_classes} classes" if trained.model.num_classes else "no classifier"
-    return f"{trained.kind} weights of {trained.file}{epoch}: {trained.name}, {size} px, {outputs}"
+    kind = f"{trained.kind} weights" if trained.flags else "weights"
+    return f"{kind} of {trained.file}{epoch}: {trained.name}, {size} px, {outputs}"

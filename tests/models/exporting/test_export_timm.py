@@ -1,13 +1,25 @@
 """Exports for timm: the same weights and logits in plain timm, also of a model with remedies; one line for errors."""
 
 import json
+import re
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from exporting import CLASSES, FLAGS, checkpoint, exported, foreign, run_card
-from helpers import TINY, assert_equal, data_options, few_digits, model_of, one_line, photo, run_main, run_process
+from helpers import (
+    REPOSITORY,
+    TINY,
+    assert_equal,
+    data_options,
+    few_digits,
+    model_of,
+    one_line,
+    photo,
+    run_main,
+    run_process,
+)
 
 from models import build_model, weights
 from models.exporting import FORMATS
@@ -257,3 +269,26 @@ def test_a_package_that_is_not_installed(tmp_path, monkeypatch, to):
     with pytest.raises(SystemExit) as caught:
         exported("unread", to, tmp_path / "out")
     one_line(caught, f"--to {to} needs {FORMATS[to].packages[0]}", f"pip install '.[{FORMATS[to].extra}]'")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md"])
+def test_the_example_of_a_page_loads_an_exported_run(tmp_path, monkeypatch, page):
+    model = checkpoint(tmp_path / "file.pth")
+    exported(tmp_path / "file.pth", "timm", tmp_path / "exported" / "NAME")
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), flags=re.DOTALL)
+    (example,) = [example for example in examples if "local-dir:" in example]
+    names = {}
+    exec(example, names)
+    image = names["transform"](photo(1))[None]
+    assert torch.equal(names["model"](image), model(image))
+    assert page == "README.md" or names["names"] == CLASSES
+
+
+def test_synsets_of_imagenet_have_words(tmp_path):
+    model = model_of(num_classes=2)
+    data = {"classes": ["n01440764", "n02119789"]}
+    torch.save({"model": model.state_dict(), "args": FLAGS, "epoch": 0, "data": data}, tmp_path / "file.pth")
+    folder = exported(tmp_path / "file.pth", "timm", tmp_path / "out")
+    words = json.loads((folder / "config.json").read_text())["label_descriptions"]
+    assert words == {"n01440764": "tench, Tinca tinca", "n02119789": "kit fox, Vulpes macrotis"}
