@@ -240,14 +240,16 @@ def test_a_wrong_command_line_ends_in_one_line(published, refused, words, line):
 def test_two_ranks_have_the_results_of_one(published, tmp_path):
     weights, _, sets = published
     words = ("--eval", *MODEL, "--resume", weights, "--save-predictions", "--eval-sets")
-    words += tuple(f"{name}={path}" for name, path in sets.items())
+    write_image(tmp_path / "v2" / "7" / "a.jpeg", 0)  # one rank has no image of it
+    words += (*(f"{name}={path}" for name, path in sets.items()), f"imagenet-v2={tmp_path / 'v2'}")
     outputs = tmp_path / "one", tmp_path / "two"
     run_main(*words, "--output-dir", outputs[0])
     finished = run_ranks(2, MAIN, *words, "--output-dir", outputs[1])
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("imagenet-v2 is evaluated") == 1
+    assert finished.stdout.count("imagenet-v2-2 is evaluated") == 1
     one, two = (json.loads((output / "evaluation.json").read_text())["sets"] for output in outputs)
-    for name in sets:
+    for name in (*sets, "imagenet-v2-2"):
         one_file, two_file = (np.load(output / f"predictions_{name}.npz") for output in outputs)
         for key in one_file.files:
             if one_file[key].dtype.kind == "f":

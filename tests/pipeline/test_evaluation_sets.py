@@ -194,9 +194,10 @@ def test_corruptions_of_other_layouts_are_refused(tmp_path):
 
 def test_parts_count_the_images_of_the_models_classes(tmp_path):
     touch(tmp_path, *(f"fog/{s}/{synset}/a.JPEG" for s in (1, 2) for synset in ("n01440764", "n01443537", "n01484850")))
+    touch(tmp_path, "fog/2/n01443537/b.JPEG")
     each = opened(f"imagenet-c={tmp_path}", Outputs(["n01484850", "n01443537"], []))
-    assert each.images.parts == {"fog/1": slice(0, 2), "fog/2": slice(2, 4)}
-    assert each.images.names()[2:] == ["fog/2/n01443537/a.JPEG", "fog/2/n01484850/a.JPEG"]
+    assert each.images.parts == {"fog/1": slice(0, 2), "fog/2": slice(2, 5)}
+    assert each.images.names()[2:] == [f"fog/2/{name}.JPEG" for name in ("n01443537/a", "n01443537/b", "n01484850/a")]
 
 
 def test_the_registry_is_complete():
