@@ -175,6 +175,15 @@ def test_a_stream_is_refused(refused):
     assert "--save-predictions needs images with numbers, but --data-set wds/x streams" in line
 
 
+def test_a_file_of_an_earlier_version_has_the_classes_alone(tmp_path):
+    arrays = {"label": [1, 2, 3], "raw": [1, 2, 2], "ema": [1, 1, 1], "image": [0, 1, 2], "val_digest": "", "epoch": 0}
+    np.savez(tmp_path / "predictions.npz", **arrays)
+    saved = read_predictions(tmp_path)
+    found = {kind: summary(saved["label"], results) for kind, results in results_of(saved).items()}
+    assert found["raw"] == pytest.approx({"images": 3, "acc1": 200 / 3})
+    assert found["ema"] == pytest.approx({"images": 3, "acc1": 100 / 3})
+
+
 @pytest.mark.parametrize(("content", "words"), [(b"PK\x03\x04", "cannot be read"), (b"", "cannot be read")])
 def test_a_damaged_file_is_refused(content, words, tmp_path):
     (tmp_path / "predictions.npz").write_bytes(content)
