@@ -28,6 +28,7 @@ NUM_KERNELS, TRACED_STEPS, KERNEL_NAME = 10, 3, 90  # the last is the largest nu
 TESTS = [
     str(REPOSITORY / "tests" / "test_cuda.py"),
     str(REPOSITORY / "tests" / "test_cuda_cached.py"),
+    str(REPOSITORY / "tests" / "test_cuda_evaluation.py"),
     str(REPOSITORY / "tests" / "pipeline"),
     "-m",
     "cuda",

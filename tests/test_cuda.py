@@ -7,7 +7,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from signal import SIGTERM
-from unittest import mock
 
 import pytest
 import torch
@@ -23,12 +22,10 @@ from torch._inductor import cudagraph_trees
 from benchmarks import training_steps
 from benchmarks.measure import host_syncs
 from diversity import REGULARIZERS, MixedTarget, PatchMixup, TappedViT
-from engine import autocast_dtype, evaluate
+from engine import autocast_dtype
 from training.background import copy_to_cpu
 from training.build import build_augmentation, build_diverse_loss, build_initial, build_optimizer, compile_and_wrap
-from training.classification_metrics import summary
 from training.log import RunLog
-from training.predictions import Predictions, results_of
 from training.stopping import RESUMABLE
 from utils import World, reseed
 
@@ -83,27 +80,6 @@ def test_a_non_finite_step_is_skipped_without_waiting(capsys):
     assert changed == [True, False, True] and averaged == [True, True, True]
     assert after[-1][0].isfinite().all() and after[-1][1].isfinite().all()
     assert "epoch 0 step 2: step skipped" in capsys.readouterr().out
-
-
-def test_an_evaluation_that_keeps_results_does_not_wait_between_batches():
-    """After the first batch; a wait would raise. The kept results are those that it counts."""
-    model = small_vit().cuda()
-    batches = [tuple(tensor.cuda() for tensor in images(4, seed=seed)) for seed in range(4)]
-    predictions = Predictions(mock.Mock(is_stream=True, val_is_shared=False), ON_GPU)
-
-    def watched():
-        for number, batch in enumerate(batches):
-            torch.cuda.set_sync_debug_mode("error" if number else "default")
-            yield batch
-        torch.cuda.set_sync_debug_mode("default")
-
-    try:
-        stats = evaluate(model, watched(), ON_GPU, predictions=predictions)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    arrays = predictions.gather()
-    found = summary(arrays["label"], results_of(arrays)["raw"])
-    assert found == pytest.approx({name: stats[name] for name in found}, rel=1e-5)
 
 
 # The fast path
