@@ -25,6 +25,7 @@ from training.check_data import check_data
 from training.checkpoint import TrainState
 from training.evaluation import RedundancyMonitor, evaluate_both
 from training.first_step import FirstStep, first_step_record
+from training.flag_warnings import run_warnings
 from training.gradient_norms import GradientNorms
 from training.guard import FiniteGuard
 from training.log import epoch_line, evaluation_lines
@@ -36,6 +37,7 @@ from training.provenance import check_files, environment_lines
 from training.resuming import Checkpoint, find_checkpoint, find_evaluated, is_finished, load, resume
 from training.run_folder import lock_run_folder
 from training.saving import Saver
+from training.schedule import layer_rates_line
 from training.set_evaluation import end_evaluation, evaluate_sets
 from training.stopping import StopSignals
 from training.update import GuardedUpdate
@@ -134,8 +136,8 @@ def train(args: Namespace, world: World, folder: Path | None):
         *arguments.config_lines(args),
         preprocessing_line(options),
         f"fast path: {', '.join(build.fast_path(args, world, diverse_loss, data)) or 'off'}",
-        *filter(None, [trained_line(model, args.freeze), build.layer_rates_line(args, optimizer, lr)]),
-        *(f"warning: {line}" for line in build.warnings(args, amp_dtype, lr, data.num_steps)),
+        *filter(None, [trained_line(model, args.freeze), layer_rates_line(optimizer, args.layer_decay, lr)]),
+        *(f"warning: {line}" for line in run_warnings(args, amp_dtype, lr, data.num_steps)),
     ]
     log = begin_run(folder, world, state, data, start, changes, flags, numbers, lines, "\n".join(filter(None, tables)))
     if diverse_loss.compiled:

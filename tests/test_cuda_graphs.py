@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diversity import DiverseLoss, PatchMixup
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing
-from training.arguments import without_effect
 from training.build import compile_and_wrap, compile_options
+from training.flag_warnings import without_effect
 from utils import World
 
 ON_GPU = World(0, 1, 0, 1, torch.device("cuda:0"))

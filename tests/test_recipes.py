@@ -13,7 +13,7 @@ from diversity import PRESETS, REMEDIES, DiversityObjective
 from models import build_model
 from studies.plan import plan_runs
 from studies.study_file import read_study
-from training import arguments
+from training import arguments, flag_warnings
 from training.build import objective_settings
 from training.flag_files import BASE
 
@@ -107,7 +107,7 @@ def test_a_recipe_needs_each_of_its_values(path):
         # The warm-up and the scaled versions are fractions of the epochs; weights may have been published with a crop.
         is_needed = name in ("epochs", "eval_crop_ratio")
         assert is_needed or getattr(args, name) != getattr(before, name), f"{name}: {value} changes nothing"
-    assert arguments.without_effect(args) == []
+    assert flag_warnings.without_effect(args) == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -153,7 +153,7 @@ def test_the_rows_of_a_study_differ_and_build_their_objectives(path):
     assert next(iter(rows)) == "plain" and read_study(path).rows["plain"] == {}
     for args in rows.values():
         DiversityObjective(**objective_settings(args))
-        assert [line for line in arguments.without_effect(args) if "device is a CPU" not in line] == []
+        assert [line for line in flag_warnings.without_effect(args) if "device is a CPU" not in line] == []
     own = [{**vars(args), "preset": None, "output_dir": ""} for args in rows.values()]
     assert all(own.count(args) == 1 for args in own)
 

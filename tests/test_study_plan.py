@@ -13,7 +13,7 @@ import study
 from diversity import PRESETS, REGULARIZERS
 from studies.plan import plan_runs
 from studies.study_file import read_study
-from training import arguments
+from training import arguments, flag_warnings
 from training.parsing import flag_of
 
 EMBEDDING = ["emb_cos_within", "emb_contrast_cross"]
@@ -63,7 +63,7 @@ def test_every_study_of_the_repository_can_be_planned(path, tmp_path):
     assert len({*trained}) == len(runs)  # no two rows are the same
     assert of_file.baseline in of_file.rows
     for run in runs:
-        idle = {line.split()[0] for line in arguments.without_effect(run.args)}
+        idle = {line.split()[0] for line in flag_warnings.without_effect(run.args)}
         assert not idle & {*map(flag_of, of_file.rows[run.row])}
 
 

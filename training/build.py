@@ -1,9 +1,5 @@
-"""Builds from the flags what a run is made of: model, average, augmentation, loss, optimizer, schedule.
+"""Builds from the parsed flags what a run is made of: model, average, augmentation, loss, optimizer, schedule."""
 
-With main.py, the only module that reads the namespace of the parsed flags.
-"""
-
-import contextlib
 import dataclasses
 import sys
 from argparse import Namespace
@@ -25,14 +21,13 @@ from diversity.distillation import DistillationLoss
 from models import build_model
 from models.execution import embed_patches_by_product, enable_grad_checkpointing, keep_residual_in_bfloat16
 from models.freezing import freeze, frozen_modules, init_head
-from models.weights import load_weights, local_file, origin
+from models.weights import load_weights
 from pipeline.batch_augmentation import BatchAugmentation, BatchErasing, Normalize
 from pipeline.run_data import Data
 from pipeline.transforms import Preprocessing
 from training import arguments
 from training.parsing import flag_of
-from training.preprocessing import normalisation_warnings
-from training.schedule import Schedule, scale_of
+from training.schedule import Schedule
 from utils import World, errors_of, is_bug
 
 T = TypeVar("T")
@@ -229,24 +224,8 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     except (TypeError, ValueError, IndexError, AssertionError) as error:
         if is_bug(error):
             raise
-        raise SystemExit(
-            f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
-        ) from None
-
-
-def layer_rates_line(args: Namespace, optimizer: torch.optim.Optimizer, lr: float) -> str:
-    """The range of layer-wise learning rates, for the log; empty where all layers have one rate.
-
-    Args:
-        lr: `--lr`, scaled to the global batch.
-    """
-    if args.layer_decay is None or args.freeze == "backbone":
-        return ""
-    scales = sorted({scale_of(group) for group in optimizer.param_groups})
-    return (
-        f"layer-wise learning rates: --layer-decay {args.layer_decay:g}, {len(scales)} layers with {scales[0]:.3g} to "
-        f"{scales[-1]:.3g} times the rate of the schedule, which is {lr:g} at most"
-    )
+        line = f"error: --opt {args.opt} refuses its settings (--opt-betas, --opt-eps ...): {error}"
+        raise SystemExit(line) from None
 
 
 def input_and_output(model: nn.Module) -> list[str]:
@@ -269,46 +248,3 @@ def build_schedule(args: Namespace, optimizer: torch.optim.Optimizer) -> Schedul
     with errors_of(f"--sched {args.sched} refuses its settings (--decay-rate ...):"):
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args))
     return Schedule(scheduler, args.epochs, args.cooldown_epochs, args.min_lr)
-
-
-def warnings(args: Namespace, amp_dtype: torch.dtype | None, lr: float, num_steps: int) -> list[str]:
-    """One line for each setting that has no effect, or that a run hardly can mean."""
-    lines = [*arguments.without_effect(args, amp_dtype), *normalisation_warnings(args)]
-    if args.freeze == "backbone" and not (args.finetune or args.resume):
-        lines.append("--freeze backbone keeps random weights: --finetune names no trained ones")
-    if args.val_fraction and args.finetune:
-        with contextlib.suppress(ValueError):  # the run is resumed, and the file is gone
-            lines.append(arguments.seen_in_training(args, origin(local_file(args.finetune)).flags))
-    return [*filter(None, lines), *unusual_settings(args, lr, num_steps)]
-
-
-def unusual_settings(args: Namespace, lr: float, num_steps: int) -> list[str]:
-    """One line for each setting of the schedule or the average that a run of this length and rate hardly can mean.
-
-    Args:
-        lr: `--lr`, scaled to the global batch.
-        num_steps: optimizer steps of an epoch.
-    """
-    has_min_lr = args.sched not in ("step", "constant") or args.cooldown_epochs
-    num_epochs = args.epochs + args.cooldown_epochs
-    steps = num_steps * num_epochs
-    initial = args.model_ema_decay**steps
-    rules = [
-        (args.warmup_epochs >= max(args.epochs - 1, 1),
-         f"--warmup-epochs {args.warmup_epochs} is too long for --epochs {args.epochs}: no epoch has the rate {lr:g}"),
-        (args.warmup_epochs and args.warmup_lr > lr,
-         f"--warmup-lr {args.warmup_lr:g} is above the learning rate {lr:g}"),
-        (has_min_lr and args.min_lr > lr,
-         f"--min-lr {args.min_lr:g} is above the learning rate {lr:g}"),
-        (args.compile_mode != "default" and args.grad_checkpointing and (args.drop or args.drop_path),
-         f"--compile-mode {args.compile_mode} is cut into many CUDA graphs by the random numbers of blocks that "
-         "--grad-checkpointing computes again; --drop 0 --drop-path 0 avoids it"),
-        (args.diversity_warmup >= num_epochs,
-         f"--diversity-warmup {args.diversity_warmup} is too long for {num_epochs} epochs: none has full coefficients"),
-        (args.diversity_until is not None and args.diversity_until >= num_epochs,
-         f"--diversity-until {args.diversity_until} is not reached in {num_epochs} epochs"),
-        (args.model_ema and not args.model_ema_warmup and initial > 0.1,
-         f"--model-ema-decay {args.model_ema_decay:g}: {steps} steps leave {100 * initial:.0f} % of the first weights "
-         "in the average"),
-    ]  # fmt: skip
-    return [line for condition, line in rules if condition]

@@ -19,6 +19,22 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return {"lr": max(rates)} | ({"lr_min": min(rates)} if is_scaled else {})
 
 
+def layer_rates_line(optimizer: torch.optim.Optimizer, layer_decay: float | None, lr: float) -> str:
+    """The range of layer-wise learning rates, for the log; empty where all layers have one rate.
+
+    Args:
+        layer_decay: the factor from each layer to the one before it.
+        lr: `--lr`, scaled to the global batch.
+    """
+    scales = sorted({scale_of(group) for group in optimizer.param_groups})
+    if scales == [1]:
+        return ""
+    return (
+        f"layer-wise learning rates: --layer-decay {layer_decay:g}, {len(scales)} layers with {scales[0]:.3g} to "
+        f"{scales[-1]:.3g} times the rate of the schedule, which is {lr:g} at most"
+    )
+
+
 class Schedule:
     """Sets the learning rate of each epoch, one rate for all of its steps.
 

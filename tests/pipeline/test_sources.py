@@ -28,7 +28,7 @@ from helpers import make_image_folder, parse, photo
 
 from pipeline import sources
 from pipeline.sources import Digits
-from training import arguments
+from training.flag_warnings import without_effect
 from training.provenance import digest
 from utils import BadImageError
 
@@ -53,7 +53,7 @@ def test_an_entry_is_all_that_a_data_set_needs(monkeypatch):
     with pytest.raises(SystemExit, match="--data-set BIRDS needs --data-path"):
         build("--data-set", "BIRDS")
     flags = parse("--data-set", "BIRDS", "--val-split", "test")
-    assert "--val-split has no effect: --data-set is BIRDS" in arguments.without_effect(flags)
+    assert "--val-split has no effect: --data-set is BIRDS" in without_effect(flags)
     data = build("--data-set", "BIRDS", "--data-path", ".")
     assert (data.num_classes, len(data.train.dataset), labels_of(data.val)) == (2, 20, [0, 1] * 5)
 

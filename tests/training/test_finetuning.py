@@ -15,7 +15,8 @@ from diversity import REGULARIZERS, DiverseLoss
 from models.freezing import freeze, frozen_modules, init_head
 from pipeline.batch_augmentation import BatchAugmentation
 from training import build
-from training.arguments import parse_args, without_effect
+from training.arguments import parse_args
+from training.flag_warnings import run_warnings, without_effect
 
 PROBE = [*TINY, "--freeze", "backbone", "--head-init", 0.01, "--mixing-coef", 1, "--epochs", 2, "--warmup-epochs", 0]
 PROBE += ["--drop", 0.2, "--drop-path", 0.5, "--lr", 0.05, "--unscale-lr", "--model-ema-decay", 0.5]
@@ -155,7 +156,7 @@ def test_what_a_frozen_backbone_makes_of_other_flags():
     assert reported == {"--layer-decay", "--drop-path", "--grad-checkpointing"}
     for more, is_reported in (("", True), ("--finetune a.pth", False), ("--resume a.pth", False)):
         args = parse(*["--freeze", "backbone"], *more.split())
-        lines = build.warnings(args, None, 0.1, 100)
+        lines = run_warnings(args, None, 0.1, 100)
         assert any("random weights" in line for line in lines) == is_reported
 
 

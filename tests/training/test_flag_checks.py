@@ -3,7 +3,8 @@
 import pytest
 from flag_files import error_of
 
-from training.arguments import parse_args, without_effect
+from training.arguments import parse_args
+from training.flag_warnings import without_effect
 
 
 @pytest.mark.parametrize(

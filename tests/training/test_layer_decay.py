@@ -7,9 +7,9 @@ from helpers import TINY, log_of, one_line, parse, run_main, world
 from torch.nn import functional as F
 
 from diversity import apply_remedy
-from training.build import build_optimizer, build_schedule, layer_rates_line
+from training.build import build_optimizer, build_schedule
 from training.checkpoint import TrainState
-from training.schedule import learning_rates
+from training.schedule import layer_rates_line, learning_rates
 from training.update import step_if
 
 pytestmark = pytest.mark.filterwarnings("ignore:PlateauLRScheduler", "ignore:Detected call of")
@@ -143,5 +143,5 @@ def test_a_run_reports_the_range_of_its_rates(tmp_path, few_digits, capsys):
 def test_without_it_there_is_one_rate():
     args, model = parse(), build("vit")
     optimizer = build_optimizer(args, model, LR)
-    assert learning_rates(optimizer) == {"lr": LR} and layer_rates_line(args, optimizer, LR) == ""
+    assert learning_rates(optimizer) == {"lr": LR} and layer_rates_line(optimizer, None, LR) == ""
     assert len(optimizer.param_groups) == 2

@@ -11,8 +11,9 @@ from helpers import TINY, log_of, one_line, parse, run_main, world
 from timm.utils import ModelEmaV3
 
 from training import evaluation
-from training.build import build_ema, build_schedule, unusual_settings
+from training.build import build_ema, build_schedule
 from training.checkpoint import TrainState
+from training.flag_warnings import unusual_settings
 from training.guard import FiniteGuard
 from training.resuming import find_checkpoint
 from training.update import GuardedUpdate
