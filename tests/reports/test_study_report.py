@@ -269,7 +269,8 @@ def test_the_terms_at_the_first_step_stand_beside_those_of_the_last_epoch(tmp_pa
     for seed in (0, 1, 2):
         start(make_run(tmp_path / "out" / "plain" / f"seed{seed}", seed, step0={"cls_ce": 2.0, "cls_ce_share": 1.0}))
         step0 = {"loss": 3.0, "cls_ce": 2.0, "cls_ce_share": 0.5, "emb_so": 400.0 + 100 * seed, "emb_so_share": 0.5}
-        last = {"train_emb_so": 20.0 + seed, "train_emb_so_share": 0.25, "train_cls_ce_share": 0.75}
+        last = {"train_emb_so": 20.0 + seed, "train_emb_so_share": 0.25}
+        last |= {"train_cls_ce": 1.0, "train_cls_ce_share": 0.75}
         if seed == 2:  # a value that was not finite is not kept
             del step0["emb_so"]
         start(make_run(tmp_path / "out" / "new" / f"seed{seed}", seed, last=last, step0=step0, emb_so_coef=0.001))
