@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from models.weights.layouts import groups
 from models.weights.names import Tensors
 
 POSITIONS = ("Transformer/posembed_input/pos_embedding", "pos_embedding", "img/pos_embedding")
@@ -61,9 +62,7 @@ def _notes(shapes: dict[str, tuple[int, ...]], weights: Tensors) -> list[str]:
     projection = weights.get("patch_embed.proj.weight")
     if kernel and projection is not None and kernel[:2] != projection.shape[2:]:
         notes.append(f"patch_embed.proj.weight resampled to {[*projection.shape]}")
-    left = [name for name in shapes if re.fullmatch(IGNORED, name)]
+    left = [name.replace("/", ".") for name in shapes if re.fullmatch(IGNORED, name)]
     if left:
-        notes.append(
-            f"left out by timm: {', '.join(sorted({name.split('/')[0] for name in left}))} ({len(left)} tensors)"
-        )
+        notes.append(f"left out by timm: {groups(left)}")
     return notes
