@@ -38,7 +38,7 @@ from training.resuming import Checkpoint, find_checkpoint, find_evaluated, is_fi
 from training.run_folder import lock_run_folder
 from training.saving import Saver
 from training.schedule import layer_rates_line
-from training.set_evaluation import end_evaluation, evaluate_sets
+from training.set_evaluation import end_evaluation, evaluate_sets, explain_outputs
 from training.stopping import StopSignals
 from training.update import GuardedUpdate
 from utils import World, joined_world, one_line_errors, quiet_warnings, run_command
@@ -69,7 +69,8 @@ def evaluate_only(args: Namespace, world: World):
         sets, data = None, build_val(origin.classes)
     model = build.build_initial(args, data.num_classes).to(world.device)
     state = TrainState(model, build.build_ema(args, model))
-    start = resume(state, checkpoint, world, finetune=args.finetune, checkpoint_key=args.checkpoint_key)
+    with explain_outputs(sets):
+        start = resume(state, checkpoint, world, finetune=args.finetune, checkpoint_key=args.checkpoint_key)
     warnings = (f"warning: {line}" for line in normalisation_warnings(args))
     lines = [*environment_lines(world, args.seed), preprocessing_line(options), *data.lines(), *warnings, *start.notes]
     if world.is_main:

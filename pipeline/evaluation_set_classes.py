@@ -88,7 +88,7 @@ def name_outputs(classes: Sequence[str], num_classes: int | None, file: str) -> 
             f"error: --eval-sets matches classes by name, but {file} does not name its {num_classes} classes; it needs "
             "a checkpoint of this program, or a model of the 1000 classes of ImageNet-1k"
         )
-    line = "does not name its classes: its 1000 outputs are taken for the synsets of ImageNet-1k, in their order"
+    line = "does not name its classes, so its outputs are taken for the 1000 synsets of ImageNet-1k, in their order"
     return Outputs([*imagenet_classes()], [f"{file} {line}"])
 
 

@@ -95,7 +95,7 @@ def test_each_set_has_the_accuracies_of_a_loop_over_its_files(published, tmp_pat
             assert {key: each["images"] for key, each in record["classes"].items()} == {
                 key: of_class.count(key) for key in of_class
             }
-    assert "its 1000 outputs are taken for the synsets of ImageNet-1k" in printed
+    assert "so its outputs are taken for the 1000 synsets of ImageNet-1k" in printed
     assert "imagenet-r: only the 200 outputs for its classes are compared" in printed
     assert "warning: imagenet-v2: the folder has 12 images, and 10,000 are published" in printed
 
@@ -191,6 +191,17 @@ def test_the_validation_images_of_a_run_are_a_set_too(tmp_path, few_digits, caps
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert [record[kind]["acc1"] for kind in ("raw", "ema")] == [summary["test_acc1"], summary["test_acc1_ema"]]
     assert "val: 26 validation images, 10 of 10 compared classes\n" in capsys.readouterr().out
+
+
+def test_weights_of_unnamed_other_classes_are_refused(tmp_path, refused):
+    torch.save(vit(num_classes=3).state_dict(), tmp_path / "other.pth")
+    make_set(tmp_path / "a", vit(), SYNSETS.__getitem__, count=2)
+    words = ("--eval", *MODEL, "--finetune", tmp_path / "other.pth", "--eval-sets", f"folder={tmp_path / 'a' / 'set'}")
+    line = refused(*words, base=())
+    assert "[3] in the file and [1000] in the model" in line and line.endswith(
+        "so its outputs are taken for the 1000 synsets of ImageNet-1k, in their order"
+    )
+    assert "does not name its 3 classes" in refused(*words, "--num-classes", 3, base=())
 
 
 def test_without_a_folder_nothing_is_written(published, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Evaluate a model on several sets: `--eval --eval-sets`."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,15 @@ class ChosenOutputs(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B, K]."""
         return self.model(images)[:, self.outputs]
+
+
+@contextlib.contextmanager
+def explain_outputs(sets: OpenSets | None) -> Iterator[None]:
+    """Add to an error of loading weights how their outputs were named, which decides how many the model has."""
+    try:
+        yield
+    except SystemExit as error:
+        raise SystemExit("; ".join([str(error.code), *(sets.notes if sets else ())])) from None
 
 
 def evaluate_sets(

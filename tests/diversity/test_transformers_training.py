@@ -165,9 +165,7 @@ class TestRefused:
     def test_clip_and_siglip(self, name):
         config = {key: CONFIG[key] for key in CONFIG if key != "num_labels"} | {"hidden_size": 24}
         vision = getattr(transformers, f"{name}VisionModel")(getattr(transformers, f"{name}VisionConfig")(**config))
-        with pytest.raises(
-            diversity.TapError, match=r"self_attn.*timm has these weights, as vit_base"
-        ) as error:
+        with pytest.raises(diversity.TapError, match=r"self_attn.*timm has these weights, as vit_base") as error:
             diversity.measure_redundancy(vision, [])
         assert "\n" not in str(error.value)
         assert error.value.argument == "model"
