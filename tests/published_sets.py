@@ -73,23 +73,17 @@ def make_set(root: Path, model, folder_of, outputs=None, count=12) -> Path:
     return root / "set"
 
 
-def make_corruptions(root: Path, model, corruptions, severities="12345") -> dict[str, list[Path]]:
-    """ImageNet-C with two classes, which the model predicts most often, and an image of each; {part: paths}."""
-    parts = {f"{name}/{severity}": [] for name in corruptions for severity in severities}
-    for seed, part in enumerate(parts):
-        for number in range(2):
-            write_image(root / part / "all" / f"{number}.JPEG", 2 * seed + number)
-    paths = sorted(root.glob("*/*/all/*"))
-    guesses = dict(zip(paths, logits_of(model, paths, crop=False).argmax(1).tolist(), strict=True))
-    classes = [SYNSETS[guess] for guess, _ in collections.Counter(guesses.values()).most_common(2)]
-    for path in paths:
-        synset = classes[int(path.stem)]
-        target = path.parents[1] / synset / path.name
-        target.parent.mkdir()
-        parts["/".join(path.parts[-4:-2])].append(path.rename(target))
-    for folder in root.glob("*/*/all"):
-        folder.rmdir()
-    return parts
+def make_corruptions(root: Path, model, corruptions, severities="12345") -> dict[str, Path]:
+    """ImageNet-C with an image of one class, which the model predicts most often; returns {part: its image}."""
+    parts = {f"{name}/{severity}": root / name / severity for name in corruptions for severity in severities}
+    for seed, folder in enumerate(parts.values()):
+        write_image(folder / "a.JPEG", seed)
+    guesses = logits_of(model, [folder / "a.JPEG" for folder in parts.values()], crop=False).argmax(1).tolist()
+    synset = SYNSETS[collections.Counter(guesses).most_common(1)[0][0]]
+    for folder in parts.values():
+        (folder / synset).mkdir()
+        (folder / "a.JPEG").rename(folder / synset / "a.JPEG")
+    return {part: folder / synset / "a.JPEG" for part, folder in parts.items()}
 
 
 def measures(logits, labels) -> tuple[float, float, float]:
