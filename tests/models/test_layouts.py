@@ -5,11 +5,14 @@ import re
 import pytest
 import safetensors.torch
 import torch
-from helpers import REPOSITORY, model_of
+from helpers import REPOSITORY, model_of, world
 from transformers_names import dinov2_by_hand, made_dinov2
 
+import main
 from models import build_model, weights
 from models.weights import layouts, unwrapping
+from reports import subjects
+from training.arguments import parse_args
 
 TRAINED = REPOSITORY.parent / "shared" / "data" / "dinov2_vits14_hf_f16.safetensors"
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3}
@@ -58,6 +61,42 @@ def test_the_trained_dinov2_of_transformers():
     model = build_model("vit_small_patch14_dinov2", 0, 224).eval()
     assert weights.load_weights(model, str(TRAINED)) == ["pos_embed resampled to [1, 257, 384]"]
     assert_features(model, safetensors.torch.load_file(TRAINED), heads=6, size=224)
+
+
+class Stop(Exception):
+    pass
+
+
+def model_of_main(words, monkeypatch):
+    """The model that main.py starts to train."""
+    states = []
+
+    def begin(folder, world, state, *args):
+        states.append(state)
+        raise Stop
+
+    monkeypatch.setattr(main, "begin_run", begin)
+    with pytest.raises(Stop):
+        main.train(parse_args(words), world(), None)
+    return states[0].model.eval()
+
+
+def model_of_analyze(words, monkeypatch):
+    """The model that analyze.py measures."""
+    file = words.pop(words.index("--finetune") + 1)
+    words.remove("--finetune")
+    return subjects.load_model(subjects.find_subject(file, words), 10, False, world())
+
+
+@pytest.mark.skipif(not TRAINED.exists(), reason="the trained weights are not on this machine")
+@pytest.mark.parametrize("load", [model_of_main, model_of_analyze])
+def test_the_trained_dinov2_in_the_programs(load, monkeypatch, few_digits):
+    model = load(
+        [*("--model", "vit_small_patch14_dinov2.lvd142m", "--input-size", "98", "--data-set", "DIGITS"),
+         *("--num-workers", "0", "--device", "cpu", "--no-model-ema", "--finetune", str(TRAINED))],
+        monkeypatch,
+    )  # fmt: skip
+    assert_features(model, safetensors.torch.load_file(TRAINED), heads=6, size=98)
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict"])
