@@ -278,6 +278,7 @@ EXAMPLES = [
     for page in PAGES
     for example in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
     if "local-dir:" not in example  # of an exported run, which tests/models/exporting runs
+    and "from transformers" not in example  # which tests/diversity/test_transformers_training.py runs
 ]
 
 

@@ -1,5 +1,6 @@
 """Small models of transformers with the same weights in a model of timm; the names are written down here by hand."""
 
+import timm.layers
 import timm.models.beit
 import timm.models.deit
 import torch
@@ -67,6 +68,16 @@ def _dinov2(transformers, config):
     return theirs, ours, lambda w: _vit_names(w, "dinov2")
 
 
+def _dinov2_gated(transformers, config):
+    theirs = transformers.Dinov2ForImageClassification(
+        transformers.Dinov2Config(**_mlp_ratio(config), use_swiglu_ffn=True)
+    )
+    hidden = 64  # two thirds of 4 * WIDTH, rounded up to a multiple of 8
+    gated = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 2 * hidden / WIDTH}
+    ours = TwoTokenViT(**SHAPE, num_classes=CLASSES, init_values=1.0, **gated)
+    return theirs, ours, lambda w: _vit_names(w, "dinov2")
+
+
 def _dinov2_registers(transformers, config):
     config = transformers.Dinov2WithRegistersConfig(**_mlp_ratio(config), num_register_tokens=2)
     theirs = transformers.Dinov2WithRegistersForImageClassification(config)
@@ -94,6 +105,7 @@ FAMILIES = {
     "vit": _vit,
     "deit": _deit,
     "dinov2": _dinov2,
+    "dinov2_gated": _dinov2_gated,
     "dinov2_with_registers": _dinov2_registers,
     "beit": _beit,
 }
@@ -160,6 +172,10 @@ def _block_names(block: dict[str, torch.Tensor], base: str) -> dict[str, torch.T
         renamed[f"attn.{name}"] = block.pop(f"relative_position_bias.{name}")
     else:
         renamed["attn.qkv.bias"] = torch.cat(biases)
+    for kind in ("weight", "bias"):
+        if f"mlp.gate_proj.{kind}" in block:
+            renamed[f"mlp.fc1.{kind}"] = torch.cat([block.pop(f"mlp.{name}_proj.{kind}") for name in ("gate", "up")])
+            renamed[f"mlp.fc2.{kind}"] = block.pop(f"mlp.down_proj.{kind}")
     for k in (1, 2):
         if f"layer_scale{k}.lambda1" in block:
             renamed[f"ls{k}.gamma"] = block.pop(f"layer_scale{k}.lambda1")

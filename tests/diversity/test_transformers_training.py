@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -200,6 +201,16 @@ class TestRefused:
         loss_fn = diversity.DiverseLoss(transformers.ResNetForImageClassification(config).double(), {})
         loss, _ = loss_fn(images(), LABELS)
         loss.backward()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_runs():
+    page = (REPOSITORY / "docs" / "your-own-loop.md").read_text()
+    (example,) = [text for text in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "transformers" in text]
+    names = {}
+    exec(example, names)
+    assert names["loss"].isfinite() and names["model"].classifier.weight.grad is not None
+    assert {"mixing", "emb_cos_within", "attn_cos_within"} <= names["terms"].keys()
 
 
 class TestGrid:
