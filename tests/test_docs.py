@@ -17,7 +17,7 @@ import diversity
 import study
 from diversity.function_level import function_table
 from diversity.measures import measures_table
-from models import export
+from models import export, weights
 from models.exporting import formats_table
 from pipeline import evaluation_sets, sources
 from studies.plan import plan_runs
@@ -248,6 +248,10 @@ def test_the_table_of_formats_is_the_registrys():
 
 def test_the_table_of_data_sets_is_the_registrys():
     assert sources.markdown_table() in (REPOSITORY / "docs" / "data.md").read_text()
+
+
+def test_table_of_layouts():
+    assert weights.layouts_table() in (REPOSITORY / "docs" / "weights.md").read_text()
 
 
 def test_the_table_of_evaluation_sets_is_the_registrys():

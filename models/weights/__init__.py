@@ -6,7 +6,7 @@ from models.weights import transformers_layouts, transformers_dinov2
 
 # isort: on
 from models.weights.files import Origin, local_file, origin, read, refusal
-from models.weights.layouts import LAYOUTS, Layout, is_weights
+from models.weights.layouts import LAYOUTS, Layout, is_weights, layouts_table
 from models.weights.loading import classifier_names, load_state_dict, load_weights
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "classifier_names",
     "clip_names",
     "is_weights",
+    "layouts_table",
     "load_state_dict",
     "load_weights",
     "local_file",

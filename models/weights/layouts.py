@@ -79,3 +79,10 @@ def groups(names: Iterable[str], parent: str = "") -> str:
         word, dot, _ = name[len(start) :].partition(".")
         counts[start + word + dot] = counts.get(start + word + dot, 0) + 1
     return ", ".join(f"{start} ({count} tensors)" if count > 1 else start for start, count in counts.items())
+
+
+def layouts_table() -> str:
+    """The documentation's table of layouts, one row per entry of `LAYOUTS`."""
+    rows = ["| names | how they become timm's | both directions |", "|---|---|---|"]
+    rows += [f"| {of.name} | {of.doc} | {'yes' if of.from_timm else ''} |" for of in LAYOUTS.values()]
+    return "\n".join(rows)
