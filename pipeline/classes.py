@@ -84,6 +84,9 @@ def match_outputs(
                 "name theirs: nothing says which outputs are the data's classes; evaluate a checkpoint of this "
                 "program, which names them"
             )
+    if not outputs and not is_training and {*names} == {*map(str, range(len(imagenet_classes())))}:
+        order = "the folders 0 to 999 are classes in the order of their names as text: 0, 1, 10, 100, ..."
+        notes.append(f"warning: {order}; ImageNet-V2 is evaluated by --eval-sets imagenet-v2=PATH")
     if not outputs or not names:
         return [], [*outputs] or names, notes
     labels = [] if [*outputs] == names else labels_by_name(names, [*outputs], is_training)

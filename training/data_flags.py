@@ -7,10 +7,10 @@ from pipeline.evaluation_sets import paths_needed, sets_help
 from pipeline.image_cache import PLACES
 from pipeline.sources import SOURCES, sources_help
 from pipeline.transforms import TORCHVISION_POLICIES
+from training.flag_actions import named_paths
 from training.parsing import (
     fraction,
     fraction_below_one,
-    named_paths,
     none_or_text,
     nonneg_float,
     nonneg_int,

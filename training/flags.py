@@ -9,9 +9,9 @@ from argparse import BooleanOptionalAction as Switch
 from diversity import ALIASES, MIXING_BALANCES, MIXING_WHERE, PRESETS, REGULARIZERS, REMEDIES, WEIGHT_GROUPS
 from diversity.classification import MIXING
 from training.data_flags import add_augmentation, add_data, add_preprocessing
+from training.flag_actions import KeyValues, names_of
 from training.optimizer_flags import add_finetuning, add_optimizer, add_schedule
 from training.parsing import (
-    KeyValues,
     Parser,
     device_name,
     flag_of,
@@ -20,7 +20,6 @@ from training.parsing import (
     group_list,
     layer_list,
     literal,
-    names_of,
     none_or_text,
     nonneg_float,
     nonneg_int,

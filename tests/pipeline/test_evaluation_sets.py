@@ -6,6 +6,7 @@ import pkgutil
 import pytest
 from helpers import one_line
 
+from pipeline.classes import match_outputs
 from pipeline.evaluation_set_classes import Outputs, name_outputs, open_sets
 from pipeline.evaluation_sets import CORRUPTIONS, EVALUATION_SETS, EXTRA_CORRUPTIONS
 from training.classification_metrics import ALEXNET_ERRORS
@@ -58,6 +59,15 @@ def test_numbered_folders_are_classes_in_the_order_of_numbers(tmp_path):
 def test_a_number_that_is_no_class_is_refused(tmp_path, name):
     touch(tmp_path, "0/a.jpeg", f"{name}/a.jpeg")
     assert name in refusal(f"imagenet-v2={tmp_path}")
+
+
+def test_numbered_folders_in_the_order_of_text_are_warned_of():
+    names = sorted(map(str, range(1000)))
+    labels, outputs, notes = match_outputs(names, [], is_training=False)
+    assert not labels and outputs == names and "--eval-sets imagenet-v2=PATH" in notes[0]
+    assert (
+        match_outputs(names, [], is_training=True) == match_outputs(names, names, is_training=False) == ([], names, [])
+    )
 
 
 def test_only_the_published_classes_of_a_small_set_are_compared(tmp_path):
