@@ -1,5 +1,6 @@
 """DiverseLoss: the model, the mixing of images and labels, and the objective as one module."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -27,10 +28,10 @@ class DiverseLoss(nn.Module):
         loss.backward()
         logits = loss_fn.eval()(images)
 
-    Wrap this module, not the model, in DistributedDataParallel or torch.compile. Copy the model, not this module: a
-    copy would share its hooks. Give the optimizer, the average of the weights and the checkpoint `loss_fn.model`,
-    which is the stock model. A model with a distillation head trains it where there is a teacher, and otherwise
-    trains the mean of its two heads.
+    Wrap this module, not the model, in DistributedDataParallel or torch.compile. A deep copy, such as an average of the
+    weights, has its own model and hooks. Give the optimizer, the average of the weights and the checkpoint
+    `loss_fn.model`, which is the stock model. A model with a distillation head trains it where there is a teacher, and
+    otherwise trains the mean of its two heads.
 
     Args:
         model: a model of timm, or of transformers for image classification, on its device; see `TappedViT`.
@@ -171,6 +172,14 @@ class DiverseLoss(nn.Module):
         """Draws for a batch, on its device."""
         draws = self.mixup.draw(len(images), images.shape[-2:])
         return draws.to(images.device) if torch.is_tensor(draws) else draws
+
+    def __deepcopy__(self, memo):
+        if self.compiled is not None:
+            raise TypeError("a DiverseLoss that is compiled cannot be copied: copy it before compile_step")
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return copied
 
     def _compiled_or_eager(self, images, labels, draws, call) -> tuple[torch.Tensor, torch.Tensor]:
         if self.compiled is None:

@@ -1,5 +1,6 @@
 """TappedViT: hooks on a stock vision transformer that return what the diversity terms read."""
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -27,8 +28,7 @@ class TappedViT(nn.Module):
 
     Args:
         model: a timm model, or one of transformers for image classification; one with taps or patch logits must be a
-            ViT, DeiT, BEiT, EVA or Swin of timm or a ViT, DeiT, DINOv2 or BEiT of transformers. Copy the stock model,
-            not the wrapper: a copy of the wrapper would share its hooks.
+            ViT, DeiT, BEiT, EVA or Swin of timm or a ViT, DeiT, DINOv2 or BEiT of transformers.
         reads: names of the taps to return, see `TAPS`. Nothing is hooked for the others.
         patch_logits: also apply the head to every patch token.
         emb_layers: the blocks whose outputs are `last`: "first", "last", "all", or indices as "0,5,11" or (0, 5, 11).
@@ -127,13 +127,25 @@ class TappedViT(nn.Module):
     def close(self):
         """Remove the hooks and restore fused attention; from then on the wrapper returns logits only."""
         self._hooks.remove()
-        self.reads, self.patch_logits = (), False
+        self.reads, self.patch_logits, self._sources = (), False, {}
 
-    def __reduce__(self):  # which copy.copy and copy.deepcopy call too
+    def __reduce__(self):  # which copy.copy calls too
         raise TypeError(
-            "a TappedViT cannot be copied or pickled, since its hooks belong to this object; save the state_dict of "
-            "its stock model (.model), load it into another model, and build a new TappedViT around that"
+            "a TappedViT cannot be shallowly copied or pickled, since its hooks belong to this object; save the "
+            "state_dict of its stock model (.model), load it into another model, and build a new TappedViT around that"
         )
+
+    def __deepcopy__(self, memo):
+        """A TappedViT with its own hooks around a copy of the model, such as averages of weights make."""
+        self._hooks.remove()
+        try:
+            model = copy.deepcopy(self.model, memo)
+        finally:
+            self._hook()
+        settings = self.settings.emb_layers, self.settings.attn_layers, self.settings.weight_groups
+        copied = type(self)(model, self.reads, self.patch_logits, *settings)
+        copied.training, copied.distilled_training = self.training, self.distilled_training
+        return copied
 
     def _replicate_for_data_parallel(self):
         raise TypeError(

@@ -61,6 +61,15 @@ class TestLightning:
         assert trainer.global_step == 4
         assert trainer.callback_metrics["train/loss"].isfinite()
 
+    @pytest.mark.slow
+    def test_average_of_weights(self):
+        options = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        module = example("lightning_loop")
+        callback = sys.modules["lightning"].pytorch.callbacks.EMAWeightAveraging(decay=0.5)
+        averaged = weights(module.main(epochs=1, callbacks=[callback], **options)[1])
+        raw = weights(module.main(epochs=1, **options)[1])
+        assert averaged.isfinite().all() and not torch.equal(averaged, raw)
+
 
 @pytest.fixture
 def fresh_state():
