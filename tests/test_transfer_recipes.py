@@ -84,7 +84,7 @@ def made_weights(name, path):
 
 def test_every_recipe_that_starts_from_weights_is_here():
     names = {path.stem for path in FOLDER.glob("*.yaml") if "--finetune" in path.read_text()}
-    assert names == {*RECIPES} == {*PUBLISHED}
+    assert names - {"dinov2_small_98"} == {*RECIPES} == {*PUBLISHED}  # a study's, nowhere published
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
