@@ -1,6 +1,6 @@
 """The images of an evaluation set, read from the folders in which it is published."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def read_classes(root: Path, rename: Callable[[list[str]], list[str]] = lambda n
 
 
 def read_corruptions(
-    root: Path, corruptions: Iterable[str], left_out: Iterable[str], rename: Callable[[list[str]], list[str]]
+    root: Path, corruptions: Sequence[str], left_out: Sequence[str], rename: Callable[[list[str]], list[str]]
 ) -> SetImages:
     """The images of `root/CORRUPTION/SEVERITY/CLASS/IMAGE`, or of `root/GROUP/CORRUPTION/...`, as ImageNet-C has them.
 
@@ -87,17 +87,10 @@ def read_corruptions(
     Raises:
         ValueError: no corruption is there, or one has another folder than its severities, or other classes.
     """
-    corruptions, left_out = [*corruptions], [*left_out]
-    places = {}
-    for name in folders_in(root):
-        inner = {} if name in corruptions + left_out else {each: root / name / each for each in folders_in(root / name)}
-        for corruption, place in ({name: root / name} | inner).items():
-            if corruption in places:
-                raise ValueError(f"{corruption} is at {places[corruption]} and at {place}; leave one of them")
-            if corruption in corruptions + left_out:
-                places[corruption] = place
+    places = _corruption_folders(root, {*corruptions, *left_out})
     if not {*corruptions} & {*places}:
-        raise ValueError(f"{root} has no folder of a corruption, such as {corruptions[0]}/1 (found: {_found(root)})")
+        found = listed(folders_in(root)) or "no folder"
+        raise ValueError(f"{root} has no folder of a corruption, such as {corruptions[0]}/1 (found: {found})")
     images = SetImages(str(root), [], [])
     for corruption in filter(places.get, corruptions):
         severities = folders_in(places[corruption])
@@ -113,16 +106,24 @@ def read_corruptions(
             images.samples += part.samples
     expected = [f"{corruption}/{severity}" for corruption in corruptions for severity in SEVERITIES]
     missing = [name for name in expected if name not in images.parts]
+    others = [name for name in left_out if name in places]
     notes = [f"{len(missing)} of {len(expected)} severities are missing: {listed(missing)}"] if missing else []
-    notes += [f"left out, as they are not in its mean: {', '.join(filter(places.get, left_out))}"] * bool(
-        {*left_out} & {*places}
-    )
+    notes += [f"left out, as they are not in its mean: {', '.join(others)}"] if others else []
     images.note = "; ".join(notes)
     return images
 
 
-def _found(folder: Path) -> str:
-    return listed(folders_in(folder)) or "no folder"
+def _corruption_folders(root: Path, known: Collection[str]) -> dict[str, Path]:
+    """{corruption: its folder}, of known ones in `root` and in the other folders there."""
+    places = {}
+    for name in folders_in(root):
+        inner = [] if name in known else [root / name / each for each in folders_in(root / name)]
+        for place in (root / name, *inner):
+            if place.name in places:
+                raise ValueError(f"{place.name} is at {places[place.name]} and at {place}; leave one of them")
+            if place.name in known:
+                places[place.name] = place
+    return places
 
 
 def listed(names: list[str], count: int = 3) -> str:
