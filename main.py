@@ -38,7 +38,7 @@ from training.resuming import Checkpoint, find_checkpoint, find_evaluated, is_fi
 from training.run_folder import lock_run_folder
 from training.saving import Saver
 from training.schedule import layer_rates_line
-from training.set_evaluation import end_evaluation, evaluate_sets, explain_outputs
+from training.set_evaluation import end_evaluation, evaluate_sets, explain_outputs, require_folder
 from training.stopping import StopSignals
 from training.update import GuardedUpdate
 from utils import World, joined_world, one_line_errors, quiet_warnings, run_command
@@ -64,6 +64,7 @@ def evaluate_only(args: Namespace, world: World):
     options = build.options_of(DataOptions, args)
     build_val = partial(build_data, options, world)
     if args.eval_sets:
+        require_folder(args.output_dir)
         sets = data = open_sets(args.eval_sets, name_outputs(origin.classes, args.num_classes, file), build_val)
     else:
         sets, data = None, build_val(origin.classes)
@@ -78,14 +79,13 @@ def evaluate_only(args: Namespace, world: World):
     amp_dtype = autocast_dtype(args.amp, world.device)
     if not sets:
         stats = evaluate_both(state.model, state.model_ema, data, world, amp_dtype)
-        lines = [evaluation_lines(file, origin, data, stats)]
+        if world.is_main:
+            print(evaluation_lines(file, origin, data, stats))
     else:
         results = evaluate_sets(sets, partial(build_set, options, world), state, world, amp_dtype, origin.is_average)
         about = {"weights": file, "epoch": origin.epoch, "model": args.model}
         about |= {"preprocessing": preprocessing_line(options)}
-        lines = end_evaluation(args.output_dir, world, about, results, args.save_predictions)
-    if world.is_main:
-        print("\n".join(lines))
+        end_evaluation(args.output_dir, world, about, results, args.save_predictions)
 
 
 def train(args: Namespace, world: World, folder: Path | None):

@@ -210,6 +210,14 @@ def test_without_a_folder_nothing_is_written(published, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(published, tmp_path, refused, capsys):
+    weights, _, sets = published
+    (tmp_path / "file").touch()
+    words = ("--eval", *MODEL, "--resume", weights, "--eval-sets", f"imagenet={sets['imagenet']}")
+    line = refused(*words, "--output-dir", tmp_path / "file" / "out", base=())
+    assert f"--output-dir {tmp_path / 'file' / 'out'} cannot be written: {tmp_path / 'file'} is no folder" in line
+
+
 def test_an_unreadable_image_stops_before_anything_is_written(published, tmp_path):
     weights, _, sets = published
     write_image(tmp_path / "v2" / "0" / "a.jpeg", 0)

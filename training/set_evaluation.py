@@ -1,6 +1,7 @@
 """Evaluate a model on several sets: `--eval --eval-sets`."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,10 +88,22 @@ def evaluate_sets(
     return results
 
 
-def end_evaluation(
-    folder: str, world: World, about: dict, results: Sequence[SetResult], save_predictions: bool
-) -> list[str]:
-    """Write evaluation.json and predictions_SET.npz of each set, and return the tables; every process calls it.
+def require_folder(folder: str):
+    """Refuse, before an evaluation, a folder for its results that cannot be made or written; empty = no results.
+
+    Raises:
+        SystemExit: it cannot.
+    """
+    path = Path(folder).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if folder and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise SystemExit(
+            f"error: --output-dir {folder} cannot be written: {there} is no folder that this user may write to"
+        )
+
+
+def end_evaluation(folder: str, world: World, about: dict, results: Sequence[SetResult], save_predictions: bool):
+    """Print the tables, and write evaluation.json and predictions_SET.npz of each set; every process calls it.
 
     Args:
         folder: made if it does not exist; empty = nothing is written.
@@ -102,12 +115,13 @@ def end_evaluation(
     """
     from reports.evaluation_page import evaluation_page  # here, as reports are above training
 
-    lines = [results_table(results), *filter(None, map(corruption_table, results))]
+    if world.is_main:
+        print("\n".join([results_table(results), *filter(None, map(corruption_table, results))]), flush=True)
     if not folder:
-        return lines
+        return
+    path = Path(folder)
     with same_error_everywhere(folder, world):
         if world.is_main:
-            path = Path(folder)
             path.mkdir(parents=True, exist_ok=True)
             for each, _, arrays in results if save_predictions else ():
                 names = {"classes": np.array(each.classes), "path": np.array(each.names())}
@@ -116,5 +130,4 @@ def end_evaluation(
             write_json(content, path / EVALUATION)
             with atomic_write(path / EVALUATION_PAGE) as file:
                 file.write(evaluation_page(content).encode())
-    path = Path(folder) / EVALUATION
-    return [*lines, f"{path} and {EVALUATION_PAGE} have the accuracy of each class and the classes that are confused"]
+            print(f"{path / EVALUATION} and {EVALUATION_PAGE} have the accuracy of each class and confused classes")
