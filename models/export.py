@@ -7,8 +7,9 @@ exists.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from timm.utils import ParseKwargs
@@ -18,9 +19,32 @@ from models.exporting import FORMATS, export
 from utils import quiet_warnings, run_command
 
 
+class KeyValues(ParseKwargs):
+    """KEY=VALUE ... as a dict; a value that is a Python literal is evaluated."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if "=" not in value:
+                parser.error(f"argument {option_string}: needs KEY=VALUE; got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    """A type for `add_argument`: a finite number above 0."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"needs a number above 0; got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those of a model have main.py's names."""
-    formats = "; ".join(f"{format.name}: {format.doc}" for format in FORMATS.values())
+    formats = "; ".join(f"{format.name}: {format.doc.rstrip('.')}" for format in FORMATS.values())
     parser = argparse.ArgumentParser(
         prog="python -m models.export", description=__doc__.split("\n\n")[0], allow_abbrev=False
     )
@@ -28,31 +52,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("run", metavar="RUN", help="run folder (its checkpoint.pth), or a .pth or .safetensors file")
     add("folder", metavar="DIR", type=Path, help="new or empty folder for the files and their model card")
     add("--to", required=True, choices=FORMATS, help=f"format; {formats}".replace("%", "%%"))
-    add(
-        "--checkpoint-key", default="", metavar="KEY", help="which weights of a file that has several: teacher, student"
-    )
     add("--ema", dest="use_ema", action="store_true", help="the averaged weights; default: the raw ones")
-    group = parser.add_argument_group("for a file that is no checkpoint of this program, and to change the images")
+    add("--checkpoint-key", default="", metavar="KEY",
+        help="which weights of a file that has several, such as teacher or student")  # fmt: skip
+    images = parser.add_argument_group("to change the images", "default: as in the training, or timm's for the model")
+    add = images.add_argument
+    add("--input-size", type=_positive(int), metavar="PIXELS",
+        help="side of the square input, to which position embeddings are resampled")  # fmt: skip
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="subtracted from the colours, from 0 to 1")
+    add("--std", type=_positive(float), nargs=3, metavar=("R", "G", "B"), help="divides the colours")
+    add(
+        "--interpolation", choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"), help="of the resize"
+    )
+    add("--eval-crop-ratio", type=_positive(float), metavar="RATIO", help="input size divided by the resized side")
+    add("--crop-mode", choices=("center", "squash", "border"), help="squash resizes both sides, border pads")
+    group = parser.add_argument_group("for a file that is no checkpoint of this program")
     add = group.add_argument
     add("--model", metavar="NAME", help="of timm, or one of the paper's")
-    add("--patch-size", type=int, help="side of a patch in pixels; default: the model's own")
-    add(
-        "--model-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="further arguments of the timm model"
-    )
+    add("--patch-size", type=_positive(int), metavar="PIXELS", help="side of a patch; default: the model's own")
+    add("--model-kwargs", nargs="*", action=KeyValues, metavar="KEY=VALUE", help="further arguments of timm's model")
     add("--remedy", nargs="*", metavar="NAME", choices=REMEDIES, help="remedies that the weights were trained with")
-    add("--remedy-kwargs", nargs="*", action=ParseKwargs, metavar="KEY=VALUE", help="settings of these remedies")
-    add("--num-classes", type=int, help="0 leaves the classifier out; default: that of the file")
-    add(
-        "--class-names",
-        metavar="FILE",
-        help="text file with the name of a class in each line, in the order of the outputs",
-    )
-    add("--input-size", type=int, help="side of the square input in pixels, to which position embeddings are resampled")
-    add("--mean", type=float, nargs="+", help="of each channel; default: as in the training, or timm's for the model")
-    add("--std", type=float, nargs="+", help="of each channel; default: as for --mean")
-    add("--interpolation", help="of the resize, such as bicubic; default: as for --mean")
-    add("--eval-crop-ratio", type=float, help="input size divided by the resized side; default: as for --mean")
-    add("--crop-mode", choices=("center", "squash", "border"), help="default: as for --mean")
+    add("--remedy-kwargs", nargs="*", action=KeyValues, metavar="KEY=VALUE", help="settings of these remedies")
+    add("--num-classes", type=int, metavar="N", help="0 leaves the classifier out; default: that of the file")
+    add("--class-names", metavar="FILE", help="text file with the name of an output in each line, in their order")
     return parser
 
 

@@ -151,4 +151,8 @@ def _without_folders(name: str, value: object) -> object:
 
 
 def _table(rows: Iterable[tuple[str, object]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)])
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|")

@@ -146,13 +146,15 @@ def find_trained(
     model = build_model(**architecture, remedies=[*remedies], remedy_kwargs=settings).eval()
     leaves_out_head = given.get("num_classes") == 0
     notes = weights.load_weights(model, str(file), new_head=leaves_out_head, **chosen)
+    if initial := [note for note in notes if "initial values" in note]:  # of a remedy
+        raise ValueError(f"{file}: {initial[0]}")
     _describe(model, name)
     if classes and known and [*classes] != known:
         raise ValueError(f"{file} has the names of its classes, such as {known[0]}; leave out --class-names")
     names = [*(known or classes)] if model.num_classes else []
     if names and len(names) != model.num_classes:
         raise ValueError(
-            f"--class-names has {len(names)} names, and the classifier of {file} has {model.num_classes} classes"
+            f"there are {len(names)} names of classes, and the classifier of {file} has {model.num_classes} classes"
         )
     published = flags if "eval_crop_ratio" in flags else published_preprocessing(name)
     preprocessing = Preprocessing.of_flags({**published, **given}, input_size)

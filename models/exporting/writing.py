@@ -26,7 +26,7 @@ def export(run: str, to: str, folder: Path, given: Mapping[str, object] = {}, **
     Raises:
         SystemExit: the weights cannot be loaded, the format cannot hold them, or the folder cannot be written.
     """
-    format = FORMATS[to]
+    format, folder = FORMATS[to], Path(os.path.abspath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SystemExit(f"error: {folder} exists and is not an empty folder; choose another one")
     with errors_of(f"--to {to}"):

@@ -27,7 +27,11 @@ ERRORS = {
     "another remedy": (("file.pth", "--remedy", "xsa"), "--remedy ['xsa'] is not that of the checkpoint"),
     "another size": (("file.pth", "--num-classes", 3), "--num-classes 3:"),
     "names": (("file.pth", "--class-names", "names.txt"), "has the names of its classes, such as class 0"),
-    "too few names": (("weights.pth", *DESCRIBED, "--class-names", "names.txt"), "has 2 names, and"),
+    "too few names": (("weights.pth", *DESCRIBED, "--class-names", "names.txt"), "there are 2 names of classes"),
+    "initial values": (
+        ("weights.pth", *DESCRIBED, "--remedy", "attnscale", "--num-classes", 0),
+        "--remedy attnscale: its parameters are not in the file",
+    ),
     "no file": (("missing",), "missing is not a run folder or a file"),
     "no run": (("empty",), "empty is not a run folder of this program: it has no checkpoint.pth"),
     "no average": (("weights.pth", "--model", "vit_tiny_patch16_224", "--ema"), "contains no averaged weights"),
@@ -94,3 +98,20 @@ def test_a_package_that_is_not_installed(tmp_path, monkeypatch, to):
     with pytest.raises(SystemExit) as caught:
         exported("unread", to, tmp_path / "out")
     one_line(caught, f"--to {to} needs {FORMATS[to].packages[0]}", f"pip install '.[{FORMATS[to].extra}]'")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--model-kwargs depth", "--input-size 0", "--eval-crop-ratio 0", "--std 0 1 1", "--interpolation cubic",
+     "--remedy nothing", "--crop-mode middle", "--inputsize 3"],
+)  # fmt: skip
+def test_bad_flags_are_refused_before_a_file_is_read(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        exported("unread", "timm", "unwritten", *words.split())
+    assert ended.value.code == 2
+    assert words.split()[0] in capsys.readouterr().err
+
+
+def test_underscores_of_flags(tmp_path):
+    checkpoint(tmp_path / "file.pth")
+    assert (exported(tmp_path / "file.pth", "safetensors", tmp_path / "out", "--input_size=48") / "README.md").exists()
