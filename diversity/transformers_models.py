@@ -18,6 +18,7 @@ CLASSIFIERS = ("classifier", "cls_classifier")
 NAMES = "ViT, DeiT, DINOv2 and BEiT"
 
 WHY_NOT = {
+    "timm_wrapper": "it is a wrapper of a timm model, which can be tapped: give `model.timm_model` instead",
     "clip": (
         "a CLIP of transformers lacks a final norm of all tokens, and its classifier reads the mean of patch tokens "
         "before `post_layernorm`; its attention is `self_attn` with `out_proj`. timm has these weights, as "

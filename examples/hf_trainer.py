@@ -17,7 +17,8 @@ COEFS = {"mixing": 1.0, "emb_cos_within": 0.5, "emb_contrast_cross": 0.5, "weigh
 class DiverseTrainer(Trainer):
     def __init__(self, model, args, coefs, mixup=None, **options):
         super().__init__(model, args, **options)
-        self.loss_fn, self.sums, self.steps = DiverseLoss(model, coefs, mixup=mixup), {}, 0
+        self.loss_fn = DiverseLoss(model, coefs, mixup=mixup, smoothing=args.label_smoothing_factor)
+        self.sums, self.steps = {}, 0
         self.model_accepts_loss_kwargs = False  # a mean over the batch: with accumulation, Trainer divides it
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

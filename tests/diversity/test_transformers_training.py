@@ -181,6 +181,13 @@ class TestRefused:
         with pytest.raises(diversity.TapError, match=r"only ViT, DeiT, DINOv2 and BEiT models.*'resnet'"):
             diversity.TappedViT(model, {"last"})
 
+    def test_wrappers_of_timm(self):
+        config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=CLASSES)
+        model = transformers.TimmWrapperForImageClassification(config)
+        with pytest.raises(diversity.TapError, match=r"give `model\.timm_model` instead"):
+            diversity.TappedViT(model, {"last"})
+        diversity.TappedViT(model.timm_model, {"last"})
+
     def test_blocks_of_another_version(self):
         model = vit()
         model.vit.layers[1].attention = nn.Identity()
@@ -197,6 +204,8 @@ class TestRefused:
         tapped = diversity.TappedViT(vit(), {"last"})
         with pytest.raises(TypeError, match=r"DataParallel.*torchrun"):
             tapped._replicate_for_data_parallel()
+        with pytest.raises(TypeError, match="cannot run in DataParallel"):
+            tapped.train()(images(), call=nn.DataParallel(tapped.model))
 
     def test_models_without_taps_train(self):
         config = transformers.ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8, num_labels=CLASSES)

@@ -60,6 +60,13 @@ def test_training(example, tmp_path):
     assert torch.equal(weights(loaded), weights(trainer.model))
 
 
+def test_label_smoothing_is_that_of_the_arguments(example, made, tmp_path):
+    trainer = trainer_of(example, made, tmp_path, label_smoothing_factor=0.1)
+    expected = diversity.DiverseLoss(made.model.train(), EXACT_COEFS, smoothing=0.1)
+    inputs = {"pixel_values": made.images[:8], "labels": torch.stack([one["labels"] for one in made.data[:8]])}
+    assert torch.equal(trainer.compute_loss(made.model, inputs), expected(*inputs.values())[0])
+
+
 def test_evaluation_is_that_of_the_stock_model(example, made, tmp_path):
     seen = {}
 
