@@ -33,7 +33,7 @@ DIGITS = 6
 def record_of(run: Run) -> dict:
     """The record of a finished run; numbers of its results have `DIGITS` significant digits, paths their last name."""
     last, start = run.records[-1], {**run.starts[-1]} if run.starts else {}
-    flags = {name: _without_folder(value) for name, value in run.flags.items()}
+    flags = {name: without_folder(value) for name, value in run.flags.items()}
     curves = {name: [epoch.get(name) for epoch in run.records] for name in CURVES if name in last}
     record = {
         "set": run.study.name if run.study else run.data_name,
@@ -177,7 +177,7 @@ def _prefix(file: Path) -> str:
     return f"{file.stem}_"
 
 
-def _without_folder(value):
+def without_folder(value):
     """The last name of an absolute path, another value unchanged."""
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 

@@ -2,12 +2,12 @@
 
 import enum
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
-from reports.run_records import read_records_file
+from reports.run_records import read_records_file, without_folder
 from reports.runs import Run, changed_flags
 from studies.plan import PlannedRun
 from training.changes import Change
@@ -71,7 +71,7 @@ def check_flags(run: PlannedRun, num_processes: int) -> str | None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise SystemExit(f"error: {run.folder} has a run whose files cannot be read: {reason}") from None
-    changes = changed_flags(before, with_lists(vars(run.args)))
+    changes = _changes(before, run)
     batch = run.args.batch_size * run.args.accum_steps * num_processes
     if starts and starts[-1].get("global_batch", batch) != batch:
         changes.append(Change("images per optimizer step", starts[-1]["global_batch"], batch))
@@ -103,13 +103,19 @@ def recorded_runs(runs: Sequence[PlannedRun], file: Path) -> dict[str, Run]:
         record = recorded.get((data_name(run.args.data_set, run.args.data_path), run.row, run.seed))
         if record is None or (run.folder / ARGS).exists():
             continue
-        if changes := changed_flags(record.flags, with_lists(vars(run.args))):
+        if changes := _changes(record.flags, run):
             raise SystemExit(
                 f"error: {run.name} of {file} was trained with other flags: {', '.join(map(str, changes))}; give the "
                 "old values, or choose another file"
             )
         found[run.name] = record
     return found
+
+
+def _changes(before: Mapping, run: PlannedRun) -> list[Change]:
+    """The flags of a run that differ from those planned. A file may lie in another folder, on another machine."""
+    after = with_lists(vars(run.args))
+    return changed_flags(*({name: without_folder(value) for name, value in flags.items()} for flags in (before, after)))
 
 
 def epochs_left(run: PlannedRun) -> float:

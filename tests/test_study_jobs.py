@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from reports.run_records import write_records
 from studies.commands import Settings
 from studies.jobs import Jobs
 from studies.processes import Processes
-from studies.run_state import ANALYZED, State, check_flags, state_of, write_analyzed
+from studies.run_state import ANALYZED, State, check_flags, recorded_runs, state_of, write_analyzed
 from training import arguments
 
 
@@ -241,6 +242,18 @@ def test_a_run_whose_record_is_in_the_file_is_finished(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"plain/seed0 of .*: --lr 0.0005 -> 0.25; give the old values"):
         study.main([*words[:1], str(tmp_path / "other"), *words[2:], "--lr", "0.25"])
     assert not (tmp_path / "other").exists()
+
+
+def test_weights_in_another_folder_are_the_same_flag(tmp_path):
+    plain, _ = tiny_runs(tmp_path, "--finetune", "/here/weights.pth")
+    finish(plain, {"finetune": "/there/weights.pth"})
+    assert check_flags(plain, 1) is None
+    (plain.folder / "log.txt").write_text("".join(f'{{"epoch": {i}, "train_loss": 1.0}}\n' for i in range(2)))
+    write_records(find_runs([tmp_path / "out"]), tmp_path / "records.jsonl")
+    shutil.rmtree(tmp_path / "out")
+    assert [*recorded_runs([plain], tmp_path / "records.jsonl")] == ["plain/seed0"]
+    finish(plain, {"finetune": "/there/others.pth"})
+    assert "--finetune others.pth -> weights.pth" in refusal(plain)
 
 
 @pytest.mark.parametrize("leave", [finish, begin])
