@@ -7,7 +7,7 @@ import pytest
 import torch
 import torchvision
 from data_files import CAR_NAMES, write_cars, write_cifar, write_flowers, write_inat
-from helpers import REPOSITORY, make_image_folder, model_of, parse, run_main
+from helpers import REPOSITORY, make_image_folder, model_of, run_main
 from torch import nn
 
 from training import arguments
@@ -30,6 +30,7 @@ RECIPES = {  # recipe: how its data is written, and a line of its run about the 
     "finetune_384": (lambda root: make_image_folder(root, n=2), "2 classes: cat, dog"),
     "finetune_mae": (lambda root: make_image_folder(root, n=2), "2 classes: cat, dog"),
     "linear_probe": (lambda root: make_image_folder(root, n=2), "2 classes: cat, dog"),
+    "dinov2_small_98": (lambda root: make_image_folder(root, n=2), "2 classes: cat, dog"),
 }
 AS_ON_IMAGENET = {
     "input_size": 224, "model": "deit_base_patch16_224", "mixup": 0.8, "cutmix": 1, "smoothing": 0.1, "sched": "cosine",
@@ -61,6 +62,10 @@ TRAIN_IMAGES = {  # table 6 of DeiT
 KWARGS = {"input_size": 32, "patch_size": 16, "depth": 1}
 
 
+def flags_of(name):
+    return arguments.parse_args(["--config", str(FOLDER / f"{name}.yaml")])
+
+
 def few_cifar(root, kind):
     write_cifar(root, kind, {file: 2 for file, _ in kind.train_list} | {file: 3 for file, _ in kind.test_list})
 
@@ -74,9 +79,9 @@ def any_checksum(monkeypatch):
 
 def made_weights(name, path):
     """Weights of a model for images of 32 px and 7 classes; MAE's without a head, as its encoder is published."""
-    model = "vit_base_patch16_224.mae" if name in ("finetune_mae", "linear_probe") else "deit_base_patch16_224"
+    model = flags_of(name).model if name != "finetune_384" else "deit_base_patch16_224"
     weights = model_of(name=model, **KWARGS).state_dict()
-    if "mae" in model:
+    if model.endswith(".mae"):
         weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     torch.save({"model": weights}, path)
     return weights
@@ -84,13 +89,13 @@ def made_weights(name, path):
 
 def test_every_recipe_that_starts_from_weights_is_here():
     names = {path.stem for path in FOLDER.glob("*.yaml") if "--finetune" in path.read_text()}
-    assert names - {"dinov2_small_98"} == {*RECIPES} == {*PUBLISHED}  # a study's, nowhere published
+    assert names == {*RECIPES} == {*PUBLISHED, "dinov2_small_98"}  # a study's, nowhere published
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_has_the_published_values(name):
     processes, batch, rate, flags = PUBLISHED[name]
-    args = arguments.parse_args(["--config", str(FOLDER / f"{name}.yaml")])
+    args = flags_of(name)
     assert args.batch_size * processes == batch
     assert args.lr * (1 if args.unscale_lr else batch / 512) == pytest.approx(rate)
     assert {flag: getattr(args, flag) for flag in flags} == flags
@@ -107,14 +112,15 @@ def test_a_recipe_trains_a_step_on_its_data(name, tmp_path, any_checksum, capsys
     write(tmp_path / "data")
     made_weights(name, tmp_path / "weights.pth")
     words = ("--config", FOLDER / f"{name}.yaml", "--data-path", tmp_path / "data")
-    pooling = ["global_pool=avg"] if parse(*words[:2]).model_kwargs.get("global_pool") else []
+    pooling = [f"{key}={value}" for key, value in flags_of(name).model_kwargs.items()]
     preset = () if name == "linear_probe" else ("--preset", "released")
     run_main(*words, "--finetune", tmp_path / "weights.pth", *SMALL, *pooling, *preset, "--dry-run")
     printed = capsys.readouterr().out
     assert f"\n{classes}\n" in printed and "\ntest accuracy: " in printed
-    assert "pos_embed resampled" in printed and "center crop 0.875\n" in printed
+    assert "pos_embed resampled" in printed and ("center crop 0.875\n" in printed) == (name in PUBLISHED)
     assert ("at step 0, before any update" in printed) == bool(preset)
     assert "step skipped" not in printed
+    assert ("fc_norm" in printed) == bool(pooling)  # MAE has published the norm of each token
 
 
 def test_the_linear_probe_trains_the_head_alone(tmp_path):
@@ -133,7 +139,7 @@ def test_the_linear_probe_trains_the_head_alone(tmp_path):
 
 def test_the_rate_of_the_linear_probe_is_adapted_as_maes():
     """A weight moves by rate x 0.001 |weight| / |gradient|, a bias by the rate, as MAE's LARS has it."""
-    args = parse("--config", FOLDER / "linear_probe.yaml", "--batch-size", 16)
+    args = flags_of("linear_probe")
     torch.manual_seed(0)
     model = nn.Linear(6, 4)
     optimizer = build_optimizer(args, model, lr=2.0)
