@@ -74,7 +74,11 @@ class TestWaysToTrain:
         assert all(torch.isfinite(gradient).all() for gradient in gradients)
         torch.testing.assert_close(terms, expected, rtol=0.1, atol=0.02, check_dtype=False)
         assert terms["attn_cos_within"].dtype == torch.float32
-        terms, _ = step(vit().bfloat16(), dtype=torch.bfloat16)
+        half = vit().bfloat16()
+        tapped = diversity.TappedViT(half, {"attention"}).train()
+        assert tapped(images(torch.bfloat16)).attention.dtype == torch.float32
+        tapped.close()
+        terms, _ = step(half, dtype=torch.bfloat16)
         torch.testing.assert_close(terms, expected, rtol=0.1, atol=0.05, check_dtype=False)
 
     def test_outputs_as_tuples(self):
