@@ -59,7 +59,7 @@ def main(args: Namespace, world: World):
 
 def evaluate_only(args: Namespace, world: World):
     """Print the accuracies of `--resume` or `--finetune`; those on `--eval-sets` are written to `--output-dir`, too."""
-    file, origin = find_evaluated(args.resume, args.output_dir, args.finetune)
+    file, origin = find_evaluated(args.resume, args.output_dir, args.finetune, args.checkpoint_key)
     checkpoint = Checkpoint(file, load(file)) if args.resume else Checkpoint()
     options = build.options_of(DataOptions, args)
     build_val = partial(build_data, options, world)
@@ -203,7 +203,7 @@ def command_line(argv: list[str] | None = None):
     """`main` with the flags of a command line; a user's mistake ends in one line and a non-zero exit code."""
     args = arguments.parse_args(argv)
     if args.eval:
-        _, origin = find_evaluated(args.resume, args.output_dir, args.finetune)
+        _, origin = find_evaluated(args.resume, args.output_dir, args.finetune, args.checkpoint_key)
         args = arguments.parse_evaluation(argv, origin.flags, origin.classes)
     with one_line_errors(), joined_world(args.device, args.dist_url) as world:
         main(args, world)

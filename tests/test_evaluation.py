@@ -68,6 +68,10 @@ def test_averaged_weights_alone_are_called_so(trained, capsys):
     assert origin(str(folder / "checkpoint_best_ema.pth")).is_average
     stats, _ = accuracies(capsys, "--resume", folder / "checkpoint_best.pth")
     assert [*stats] == ["raw"]
+    both, _ = accuracies(capsys, "--resume", folder / "checkpoint.pth")
+    chosen = ("--finetune", folder / "checkpoint.pth", "--checkpoint-key")
+    assert accuracies(capsys, *chosen, "model_ema")[0] == {"EMA": both["EMA"]}
+    assert accuracies(capsys, *chosen, "model")[0] == {"raw": both["raw"]}
 
 
 def test_the_epoch_of_a_checkpoint_is_the_last_one_of_its_weights(tmp_path):

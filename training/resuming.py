@@ -204,12 +204,12 @@ def load(path: str) -> dict:
     return checkpoint
 
 
-def find_evaluated(path: str, folder: str, finetune: str) -> tuple[str, Origin]:
+def find_evaluated(path: str, folder: str, finetune: str, checkpoint_key: str = "") -> tuple[str, Origin]:
     """The file with the weights that an evaluation reads, and what it contains about their training.
 
     Args:
         path, folder: as for `find_checkpoint`.
-        finetune: the file if `path` is empty.
+        finetune: the file if `path` is empty, and `checkpoint_key` which of its weights, if it has several.
 
     Raises:
         SystemExit: there is none, or it is damaged.
@@ -221,4 +221,4 @@ def find_evaluated(path: str, folder: str, finetune: str) -> tuple[str, Origin]:
         path = str(newest)
     with errors_of("--resume" if path else "--finetune"):
         file = local_file(path or finetune)
-        return file, origin(file)
+        return file, origin(file, "" if path else checkpoint_key)

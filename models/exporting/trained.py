@@ -129,8 +129,10 @@ def find_trained(
         ValueError: there are no such weights, the model is not known, or the weights do not fit it. Initial values are
             never exported.
     """
+    if use_ema and checkpoint_key:
+        raise ValueError(f"--ema and --checkpoint-key {checkpoint_key} both say which weights; give one of them")
     file, folder = _locate(run)
-    flags, epoch, known, is_average = weights.origin(str(file))
+    flags, epoch, known, is_average = weights.origin(str(file), checkpoint_key)
     given = given | _of_file(flags, given)
     if "model" not in given:
         raise ValueError(f"{file} does not contain the name of its model; give --model (a name of timm)")

@@ -16,6 +16,8 @@ import safetensors.torch
 import torch
 from filelock import FileLock
 
+from models.weights.unwrapping import AVERAGES
+
 _numpy_scalar = np.float64().__reduce__()[0]
 ALLOWED = [
     argparse.Namespace,  # `args` of DeiT's and timm's checkpoints
@@ -128,7 +130,8 @@ class Origin(NamedTuple):
         flags: of main.py.
         epoch: the last one in which its weights were trained, from 0.
         classes: their names in the order of the model's outputs.
-        is_average: whether the file has the averaged weights alone, under the name of the raw ones.
+        is_average: whether the weights are averaged ones: the file has them alone, under the name of the raw ones, or
+            they were chosen by their key.
     """
 
     flags: dict
@@ -137,22 +140,26 @@ class Origin(NamedTuple):
     is_average: bool = False
 
 
-def origin(path: str) -> Origin:
+def origin(path: str, checkpoint_key: str = "") -> Origin:
     """What a checkpoint file contains about its training.
+
+    Args:
+        checkpoint_key: which weights of the file are meant, if it has several.
 
     Raises:
         ValueError: the file is damaged.
     """
+    is_average = checkpoint_key in AVERAGES
     if path.endswith((".safetensors", ".npz")):
-        return Origin({}, None, [])
+        return Origin({}, None, [], is_average)
     # Its tensors are not needed, and so not read; torch cannot map every file name that the system allows.
     stored = read(path, mmap=zipfile.is_zipfile(path) and path.isascii())
     if not isinstance(stored, dict) or not isinstance(stored.get("args"), dict):
-        return Origin({}, None, [])
+        return Origin({}, None, [], is_average)
     epoch = stored.get("epoch")
     if stored.get("step"):  # saved within the epoch after the finished one
         epoch += 1
-    return Origin(stored["args"], epoch, class_names(stored), stored.get("is_average", False))
+    return Origin(stored["args"], epoch, class_names(stored), is_average or stored.get("is_average", False))
 
 
 def class_names(stored) -> list[str]:

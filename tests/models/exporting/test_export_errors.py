@@ -32,6 +32,7 @@ ERRORS = {
         ("weights.pth", *DESCRIBED, "--remedy", "attnscale", "--num-classes", 0),
         "--remedy attnscale: its parameters are not in the file",
     ),
+    "two choices": (("file.pth", "--ema", "--checkpoint-key", "model"), "--ema and --checkpoint-key model both say"),
     "no file": (("missing",), "missing is not a run folder or a file"),
     "no run": (("empty",), "empty is not a run folder of this program: it has no checkpoint.pth"),
     "no average": (("weights.pth", "--model", "vit_tiny_patch16_224", "--ema"), "contains no averaged weights"),

@@ -45,9 +45,10 @@ def test_the_numbers_of_the_exported_weights(tmp_path):
     assert "| token cosine, last layer ↓ | 0.125 |" in shown and "| head cosine, all blocks ↓ | 0.75 |" in shown
     assert "RankMe" not in shown and "| RankMe of mean tokens, all layers ↑ | 2.5 |" in all_measures
     assert "raw weights after epoch 3 of 3" in card and "abc1234" in card and "old" not in card.split("## Training")[1]
-    card = card_of(run, tmp_path / "ema", "--ema")
-    assert "| top-1 | 84.75 % |" in card and "81.50" not in card and "averaged (EMA) weights" in card
-    assert "## Redundancy" not in card  # measured with the raw weights
+    for name, *words in (("ema", "--ema"), ("key", "--checkpoint-key", "model_ema")):
+        card = card_of(run, tmp_path / name, *words)
+        assert "| top-1 | 84.75 % |" in card and "81.50" not in card and "averaged (EMA) weights" in card
+        assert "## Redundancy" not in card  # measured with the raw weights
 
 
 OTHERS = {
