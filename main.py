@@ -18,6 +18,7 @@ from models.remedies import remedy_lines
 from pipeline.evaluation_set_classes import name_outputs, open_sets
 from pipeline.transforms import preprocessing_line
 from pipeline.workers import loader_errors
+from reports.evaluation_page import evaluation_page
 from training import arguments, build
 from training.begin_and_end import begin_run, end_run
 from training.changes import find_changes
@@ -85,7 +86,7 @@ def evaluate_only(args: Namespace, world: World):
         results = evaluate_sets(sets, partial(build_set, options, world), state, world, amp_dtype, origin.is_average)
         about = {"weights": file, "epoch": origin.epoch, "model": args.model}
         about |= {"preprocessing": preprocessing_line(options)}
-        end_evaluation(args.output_dir, world, about, results, args.save_predictions)
+        end_evaluation(args.output_dir, world, about, results, args.save_predictions, evaluation_page)
 
 
 def train(args: Namespace, world: World, folder: Path | None):

@@ -13,7 +13,7 @@ from utils import is_bug
 
 from . import diverse_deit
 
-__all__ = ["build_model", "diverse_deit", "published_preprocessing"]
+__all__ = ["build_model", "diverse_deit", "published_preprocessing", "published_size"]
 
 
 def build_model(
@@ -76,13 +76,24 @@ def build_model(
 
 def published_preprocessing(name: str) -> dict[str, object]:
     """How images are preprocessed for timm's published weights of a model, {flag: value}; {} if there are none."""
-    try:
-        published = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # an unknown tag, which `build_model` reports
-        published = None
+    published = _published(name)
     if published is None:
         return {}
     config = timm.data.resolve_data_config(pretrained_cfg=published.to_dict())
     mean, std = ([*map(float, config[name])] for name in ("mean", "std"))
     names = {"interpolation": "interpolation", "eval_crop_ratio": "crop_pct", "crop_mode": "crop_mode"}
     return {"mean": mean, "std": std} | {flag: config[name] for flag, name in names.items()}
+
+
+def published_size(name: str) -> int:
+    """The side of the square input in pixels of timm's published weights of a model; 224 if there are none."""
+    published = _published(name)
+    return published.input_size[-1] if published else 224
+
+
+def _published(name: str):
+    """timm's configuration of the published weights of a model; None if there are none."""
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag, which `build_model` reports
+        return None

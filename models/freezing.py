@@ -3,19 +3,14 @@
 from timm.layers import trunc_normal_
 from torch import nn
 
+from models.weights.structure import classifiers
+
 FREEZE = {
     "none": "train everything",
     "backbone": "train the head alone, a linear probe; the rest computes as in evaluation",
     "patch-embed": "train everything but the patch embedding",
 }
 """What can be frozen, in words for the help."""
-
-
-def classifiers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a timm model that give its logits: one, or two of a distilled model; none if it has no head."""
-    found = model.get_classifier()
-    found = found if isinstance(found, tuple) else (found,)
-    return [layer for layer in found if any(True for _ in layer.parameters())]
 
 
 def freeze(model: nn.Module, what: str):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch.utils.data import Dataset
 
+from pipeline.evaluation_set_images import listed
 from pipeline.evaluation_sets import imagenet_classes
 from pipeline.holdout import complete
 from pipeline.sources import SourceOptions, find_source
@@ -97,5 +98,5 @@ def match_outputs(
 
 
 def first_names(names: set[str]) -> str:
-    """The first three names, for a message."""
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "") or "none"
+    """The first names in their order as text, for a message."""
+    return listed(sorted(names)) or "none"

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 from pipeline.evaluation_sets import descriptions
 from reports.tables import markdown_table
+from training.set_results import NAMES
 
-NAMES = {"raw": "raw", "ema": "EMA"}
-"""{kind of weights: its name in tables}"""
 NUM_CLASSES = 20
 """Classes of a table, those of the lowest accuracy."""
 

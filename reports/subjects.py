@@ -13,7 +13,7 @@ from torch import nn
 from datasets import DataOptions, build_data
 from diversity import measurable
 from diversity.backbones import Backbone
-from models import build_model, published_preprocessing, weights
+from models import build_model, published_preprocessing, published_size, weights
 from pipeline.holdout import val_name
 from reports.published import is_online, not_cached
 from reports.run_folders import without_seed
@@ -108,9 +108,8 @@ def find_subject(run: str, flags: list[str], preprocessing: Mapping[str, object]
     elif folder:
         raise SystemExit(f"error: {run} is not a run folder of this program: it has no {checkpoint.LAST}")
     elif timm.is_model(run):
-        file, published = None, timm.get_pretrained_cfg(run)
-        classes, flags = [], [*flags, "--model", run]
-        config = {"input_size": published.input_size[-1] if published else 224} | published_preprocessing(run)
+        file, classes, flags = None, [], [*flags, "--model", run]
+        config = {"input_size": published_size(run)} | published_preprocessing(run)
     elif run == RANDOM:
         file, classes, config = None, [], preprocessing
     else:

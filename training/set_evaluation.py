@@ -102,19 +102,25 @@ def require_folder(folder: str):
         )
 
 
-def end_evaluation(folder: str, world: World, about: dict, results: Sequence[SetResult], save_predictions: bool):
-    """Print the tables, and write evaluation.json and predictions_SET.npz of each set; every process calls it.
+def end_evaluation(
+    folder: str,
+    world: World,
+    about: dict,
+    results: Sequence[SetResult],
+    save_predictions: bool,
+    write_page: Callable[[dict], str],
+):
+    """Print the tables, and write evaluation.json, its page and predictions_SET.npz; every process calls it.
 
     Args:
         folder: made if it does not exist; empty = nothing is written.
         about: what was evaluated.
-        save_predictions: whether predictions are written.
+        save_predictions: whether the predictions of each set are written.
+        write_page: content of evaluation.json -> text of the page.
 
     Raises:
         SystemExit: on all processes, if the folder cannot be written.
     """
-    from reports.evaluation_page import evaluation_page  # here, as reports are above training
-
     if world.is_main:
         print("\n".join([results_table(results), *filter(None, map(corruption_table, results))]), flush=True)
     if not folder:
@@ -129,5 +135,5 @@ def end_evaluation(folder: str, world: World, about: dict, results: Sequence[Set
             content = about | {"sets": {result.of.label: record_of(result) for result in results}}
             write_json(content, path / EVALUATION)
             with atomic_write(path / EVALUATION_PAGE) as file:
-                file.write(evaluation_page(content).encode())
+                file.write(write_page(content).encode())
             print(f"{path / EVALUATION} and {EVALUATION_PAGE} have the accuracy of each class and confused classes")

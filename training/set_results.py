@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.evaluation_set_classes import OpenSet
+from pipeline.evaluation_set_images import SEVERITIES
 from pipeline.evaluation_sets import descriptions
 from training.classification_metrics import (
     ALEXNET_ERRORS,
@@ -23,9 +24,6 @@ from training.predictions import results_of
 
 NUM_PAIRS = 20
 """Pairs of classes in evaluation.json, those that are confused most often."""
-
-SEVERITIES = 5
-
 
 NAMES = {"raw": "raw", "ema": "EMA"}
 """{kind of weights: its name in tables}"""
@@ -67,11 +65,10 @@ def measure(
         parts: {"corruption/severity": its images} of ImageNet-C.
 
     Returns:
-        acc1, acc5 and ece in percent and loss in nats; classes, {name: images, acc1 and, of a synset of ImageNet-1k, a
-        description}; confusions,
-        the pairs of classes that are confused most often. With `right` only images, acc1 and ece, of the images that
-        have a label. With `parts` also corruptions, {name: error in percent of each severity, and its ce}, and mce
-        where no severity is missing.
+        images; acc1, acc5 and ece in percent and loss in nats; classes, {name: images, acc1 and, of a synset of
+        ImageNet-1k, a description}; confusions, the pairs of classes that are confused most often. With `right` only
+        images, acc1 and ece, of the images that have a label. With `parts` also corruptions, {name: error in percent
+        of each severity, and its ce}, and mce where no severity is missing.
     """
     records = {}
     for kind, results in results_of(arrays).items():
@@ -116,7 +113,7 @@ def _corruptions(label: np.ndarray, results: ImageResults, parts: Mapping[str, s
         corruption, _, severity = name.partition("/")
         wrong = np.asarray(results.predicted[part]) != label[part]
         errors.setdefault(corruption, {})[severity] = 100 * float(np.mean(wrong)) if len(wrong) else math.nan
-    complete = {name: [*each.values()] for name, each in errors.items() if len(each) == SEVERITIES}
+    complete = {name: [*each.values()] for name, each in errors.items() if len(each) == len(SEVERITIES)}
     relative = corruption_errors(complete)
     record = {
         "corruptions": {
@@ -146,10 +143,9 @@ def corruption_table(result: SetResult) -> str:
     for kind, values in result.measured.items():
         if "corruptions" not in values:
             continue
-        severities = [str(number) for number in range(1, SEVERITIES + 1)]
-        rows = [(f"{result.of.label}: error, {NAMES[kind]}", *severities, "CE")]
+        rows = [(f"{result.of.label}: error, {NAMES[kind]}", *SEVERITIES, "CE")]
         for corruption, of in values["corruptions"].items():
-            errors = [_number(of["errors"].get(severity), "{:.2f}") for severity in severities]
+            errors = [_number(of["errors"].get(severity), "{:.2f}") for severity in SEVERITIES]
             rows.append((corruption, *errors, _number(of.get("ce"), "{:.2f}")))
         mean = f"{values['mce']:.2f} %" if "mce" in values else "none, it is of 15 corruptions with 5 severities each"
         blocks += [_aligned(rows), f"mean corruption error, {NAMES[kind]}: {mean}"]

@@ -12,8 +12,6 @@ from models import weights
 from models.exporting.preprocessing import Preprocessing
 from models.exporting.trained import CHECKPOINT, Trained
 
-ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
-
 
 def accuracies(trained: Trained) -> dict[str, float]:
     """{"top-1": ..., "top-5": ..., "calibration error": percent, "images": count} on the run's validation set.
@@ -42,7 +40,7 @@ def redundancy(trained: Trained) -> tuple[dict[str, tuple[str, float]], str]:
     if not _is_as_trained(trained) or any(measured.get(key) != value for key, value in own.items()):
         return {}, ""
     rows = {
-        key: (f"{measure.heading}, {part}{ARROWS[measure.better]}", report["summary"][key])
+        key: (measure.label(part), report["summary"][key])
         for key, (measure, part) in summary_measures().items()
         if report["summary"].get(key) is not None
     }

@@ -11,7 +11,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from models import build_model, published_preprocessing, weights
+from models import build_model, published_preprocessing, published_size, weights
 from models.exporting.preprocessing import Preprocessing
 from models.remedies import PREFIX, settings_of
 from models.weights.fitting import fit
@@ -137,7 +137,7 @@ def find_trained(
     if "model" not in given:
         raise ValueError(f"{file} does not contain the name of its model; give --model (a name of timm)")
     name = given["model"]
-    input_size = given.get("input_size") or flags.get("input_size") or _published_size(name)
+    input_size = given.get("input_size") or flags.get("input_size") or published_size(name)
     kwargs = {key: value for key, value in given.get("model_kwargs", {}).items() if key not in _WEIGHTS_OF_TIMM}
     architecture = {"name": name, "input_size": input_size, "patch_size": given.get("patch_size"), **kwargs}
     remedies = settings_of(given.get("remedy", ()), given.get("remedy_kwargs", {}))
@@ -192,15 +192,6 @@ def _of_file(flags: Mapping[str, object], given: Mapping[str, object]) -> dict[s
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {given[name]} is not that of the checkpoint ({own.get(name)}); leave out {flag}")
     return own
-
-
-def _published_size(name: str) -> int:
-    """The input size in pixels of timm's configuration of a model."""
-    try:
-        published = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # an unknown tag, which `build_model` reports
-        published = None
-    return published.input_size[-1] if published else 224
 
 
 def _num_classes(

@@ -12,6 +12,7 @@ from models.weights.fitting import fit
 from models.weights.layouts import unknown_names
 from models.weights.names import Tensors
 from models.weights.numpy_archives import convert_archive
+from models.weights.structure import classifiers
 from models.weights.unwrapping import unwrap
 
 HALF = (torch.float16, torch.bfloat16)
@@ -137,14 +138,11 @@ def load_state_dict(model: nn.Module, weights: Tensors, path: str, may_miss: lis
 
 def classifier_names(model: nn.Module) -> list[str]:
     """Names of the classifiers' tensors in the model's state_dict."""
-    heads = model.get_classifier()
-    heads = heads if isinstance(heads, tuple) else (heads,)
+    heads = {*classifiers(model)}
     return [
-        f"{name}.{parameter}" if parameter else name
-        for name, module in model.named_modules()
-        if any(module is head for head in heads)
+        f"{name}.{parameter}" for name, module in model.named_modules() if module in heads
         for parameter in module.state_dict()
-    ]
+    ]  # fmt: skip
 
 
 def _differs(name: str, weights: Tensors, own: Tensors) -> bool:

@@ -46,6 +46,13 @@ def require_positions(model: nn.Module, weights: Mapping[str, torch.Tensor], num
         raise ValueError(f"it needs {needed} position embeddings, and the model has {found}")
 
 
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a timm model that give its logits: one, or two of a distilled model; none if it has no head."""
+    found = model.get_classifier()
+    found = found if isinstance(found, tuple) else (found,)
+    return [layer for layer in found if any(True for _ in layer.parameters())]
+
+
 def has_classifier(model: nn.Module) -> bool:
     return getattr(model, "num_classes", 0) > 0
 
