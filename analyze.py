@@ -20,11 +20,12 @@ if __name__ == "__main__":
 
 from diversity import MEASURES, TapError
 from diversity.function_level import FUNCTION_MEASURES
+from models.flag_types import with_hyphens
 from pipeline.workers import loader_errors
 from reports.atlas import make_atlas
 from reports.function_level import PROBE_IMAGES, TEST_IMAGES, function_options
 from reports.redundancy import analyze
-from training.parsing import Parser, device_name, flag_of, nonneg_int, with_hyphens
+from training.parsing import Parser, device_name, flag_of, nonneg_int
 from utils import joined_world, one_line_errors, quiet_warnings, run_command
 
 NOT_OF_AN_ATLAS = ("names", "layer", "image", "function_level", "function_images", "probe_images")

@@ -38,8 +38,8 @@ from benchmarks import cached, cuda_bytes, gpu, host, loader, measure, remedies,
 from diversity import ALIASES, REGULARIZERS
 from diversity.classification import MIXING
 from models.execution import set_backends
+from models.flag_types import positive_float, positive_int
 from training import arguments
-from training.parsing import positive_float, positive_int
 from training.provenance import environment_lines
 from utils import cpu_count, init_world, quiet_warnings, run_command, write_json
 

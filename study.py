@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import torch
 
+from models.flag_types import positive_float, positive_int, with_hyphens
 from reports.run_folders import find_runs, read_run
 from reports.run_records import restore_run, write_records
 from studies.commands import Settings
@@ -33,7 +34,7 @@ from studies.run_state import State, check_flags, is_finished, recorded_runs
 from studies.study_file import Study, read_study
 from training import arguments
 from training.flags import build_parser as build_main_parser
-from training.parsing import Parser, nonneg_int, positive_float, positive_int, seed_int, with_hyphens
+from training.parsing import Parser, nonneg_int, seed_int
 from training.stopping import RESUMABLE, StopSignals
 from utils import run_command
 

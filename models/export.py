@@ -7,39 +7,14 @@ exists.
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from timm.utils import ParseKwargs
 
 from diversity import REMEDIES
 from models.exporting import FORMATS, export
+from models.flag_types import KeyValues, positive_float, positive_int, with_hyphens
 from utils import quiet_warnings, run_command
-
-
-class KeyValues(ParseKwargs):
-    """KEY=VALUE ... as a dict; a value that is a Python literal is evaluated."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if "=" not in value:
-                parser.error(f"argument {option_string}: needs KEY=VALUE; got {value!r}")
-        super().__call__(parser, namespace, values, option_string)
-
-
-def _positive(kind: type) -> Callable[[str], float]:
-    """A type for `add_argument`: a finite number above 0."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"needs a number above 0; got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,19 +32,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="which weights of a file that has several, such as teacher or student")  # fmt: skip
     images = parser.add_argument_group("to change the images", "default: as in the training, or timm's for the model")
     add = images.add_argument
-    add("--input-size", type=_positive(int), metavar="PIXELS",
+    add("--input-size", type=positive_int, metavar="PIXELS",
         help="side of the square input, to which position embeddings are resampled")  # fmt: skip
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help="subtracted from the colours, from 0 to 1")
-    add("--std", type=_positive(float), nargs=3, metavar=("R", "G", "B"), help="divides the colours")
+    add("--std", type=positive_float, nargs=3, metavar=("R", "G", "B"), help="divides the colours")
     add(
         "--interpolation", choices=("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"), help="of the resize"
     )
-    add("--eval-crop-ratio", type=_positive(float), metavar="RATIO", help="input size divided by the resized side")
+    add("--eval-crop-ratio", type=positive_float, metavar="RATIO", help="input size divided by the resized side")
     add("--crop-mode", choices=("center", "squash", "border"), help="squash resizes both sides, border pads")
     group = parser.add_argument_group("for a file that is no checkpoint of this program")
     add = group.add_argument
     add("--model", metavar="NAME", help="of timm, or one of the paper's")
-    add("--patch-size", type=_positive(int), metavar="PIXELS", help="side of a patch; default: the model's own")
+    add("--patch-size", type=positive_int, metavar="PIXELS", help="side of a patch; default: the model's own")
     add("--model-kwargs", nargs="*", action=KeyValues, metavar="KEY=VALUE", help="further arguments of timm's model")
     add("--remedy", nargs="*", metavar="NAME", choices=REMEDIES, help="remedies that the weights were trained with")
     add("--remedy-kwargs", nargs="*", action=KeyValues, metavar="KEY=VALUE", help="settings of these remedies")
@@ -81,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None):
     """Export what a command line names; a mistake ends in one line and a non-zero exit code."""
     words = sys.argv[1:] if argv is None else argv
-    given = vars(build_parser().parse_args([_with_hyphens(word) for word in words]))
+    given = vars(build_parser().parse_args([with_hyphens(word) for word in words]))
     given = {name: value for name, value in given.items() if value is not None}
     run, to, folder = (given.pop(name) for name in ("run", "to", "folder"))
     chosen = {name: given.pop(name) for name in ("use_ema", "checkpoint_key")}
@@ -97,12 +72,6 @@ def _class_names(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"error: --class-names {path} cannot be read: {error}") from None
-
-
-def _with_hyphens(word: str) -> str:
-    """--input_size=224 -> --input-size=224; the value stays."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from pathlib import Path
 import yaml
 
 from diversity.spelling import did_you_mean
+from models.flag_types import with_hyphens
 from training.flag_files import read_flags, read_pairs
-from training.parsing import with_hyphens
 
 KEYS = ("recipe", "rows_from", "seeds", "baseline", "flags", "analyze", "rows")
 NOT_OF_A_STUDY = (

@@ -12,11 +12,12 @@ import timm.optim
 from diversity import ALIASES, REGULARIZERS, resolve_aliases
 from diversity.classification import MIXING
 from diversity.spelling import did_you_mean
+from models.flag_types import with_hyphens
 from models.remedies import settings_of
 from pipeline.sources import find_source
 from training.changes import MODEL, REMEDIES
 from training.flags import build_parser
-from training.parsing import as_typed, flag_of, with_hyphens, with_lists, words_of
+from training.parsing import as_typed, flag_of, with_lists, words_of
 from training.preprocessing import fill_preprocessing
 
 HAVE_FLAGS = {

@@ -3,6 +3,7 @@
 from argparse import BooleanOptionalAction as Switch
 
 from diversity.mixing import MODES
+from models.flag_types import positive_float, positive_int
 from pipeline.evaluation_sets import paths_needed, sets_help
 from pipeline.image_cache import PLACES
 from pipeline.sources import SOURCES, sources_help
@@ -14,9 +15,7 @@ from training.parsing import (
     none_or_text,
     nonneg_float,
     nonneg_int,
-    positive_float,
     positive_fraction,
-    positive_int,
 )
 
 

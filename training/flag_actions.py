@@ -1,21 +1,9 @@
-"""How argparse takes values that are several words: names, KEY=VALUE and NAME=PATH."""
+"""How argparse takes values that are several words: names and NAME=PATH."""
 
 import argparse
 from collections.abc import Collection, Mapping
 
-from timm.utils import ParseKwargs
-
 from diversity.spelling import did_you_mean
-
-
-class KeyValues(ParseKwargs):
-    """KEY=VALUE ... as a dict; a value that is a Python literal is evaluated."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        without_equals = [value for value in values if value and "=" not in value]
-        if without_equals:
-            parser.error(f"argument {option_string}: needs KEY=VALUE; got {without_equals[0]!r}")
-        super().__call__(parser, namespace, values, option_string)
 
 
 def names_of(known: Collection[str]) -> type[argparse.Action]:

@@ -8,8 +8,9 @@ from argparse import BooleanOptionalAction as Switch
 
 from diversity import ALIASES, MIXING_BALANCES, MIXING_WHERE, PRESETS, REGULARIZERS, REMEDIES, WEIGHT_GROUPS
 from diversity.classification import MIXING
+from models.flag_types import KeyValues, positive_float, positive_int
 from training.data_flags import add_augmentation, add_data, add_preprocessing
-from training.flag_actions import KeyValues, names_of
+from training.flag_actions import names_of
 from training.optimizer_flags import add_finetuning, add_optimizer, add_schedule
 from training.parsing import (
     Parser,
@@ -23,8 +24,6 @@ from training.parsing import (
     none_or_text,
     nonneg_float,
     nonneg_int,
-    positive_float,
-    positive_int,
     seed_int,
 )
 

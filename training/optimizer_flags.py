@@ -2,8 +2,9 @@
 
 from argparse import BooleanOptionalAction as Switch
 
+from models.flag_types import positive_float
 from models.freezing import FREEZE
-from training.parsing import fraction, nonneg_float, nonneg_int, positive_float, positive_fraction
+from training.parsing import fraction, nonneg_float, nonneg_int, positive_fraction
 
 
 def add_optimizer(parser):

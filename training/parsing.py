@@ -2,13 +2,13 @@
 
 import argparse
 import ast
-import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from diversity.backbones import parse_layers, parse_weight_groups
 from diversity.spelling import did_you_mean
+from models.flag_types import number, with_hyphens
 from training.flag_files import read_flags
 
 ARGS = "args.yaml"
@@ -147,29 +147,12 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _number(kind: type, is_valid: Callable[[float], bool], what: str) -> Callable[[str], float]:
-    """A type for `add_argument`: finite numbers that are valid."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and is_valid(value)):
-            raise argparse.ArgumentTypeError(f"needs {what}; got {text!r}")
-        return value
-
-    return parse
-
-
-nonneg_int = _number(int, lambda value: value >= 0, "an integer >= 0")
-positive_int = _number(int, lambda value: value >= 1, "an integer >= 1")
-seed_int = _number(int, lambda value: 0 <= value < 2**31, "an integer from 0 to below 2^31")
-nonneg_float = _number(float, lambda value: value >= 0, "a finite number >= 0")
-positive_float = _number(float, lambda value: value > 0, "a finite number > 0")
-fraction = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-positive_fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
-fraction_below_one = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+nonneg_int = number(int, lambda value: value >= 0, "an integer >= 0")
+seed_int = number(int, lambda value: 0 <= value < 2**31, "an integer from 0 to below 2^31")
+nonneg_float = number(float, lambda value: value >= 0, "a finite number >= 0")
+fraction = number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_fraction = number(float, lambda value: 0 < value <= 1, "a number above 0, up to 1")
+fraction_below_one = number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def text_for(parse: Callable[[str], object]) -> Callable[[str], str]:
@@ -212,11 +195,3 @@ def with_lists(value: object) -> object:
 
 def none_or_text(text: str) -> str | None:
     return None if text.lower() in ("", "none") else text
-
-
-def with_hyphens(word: str) -> str:
-    """--output_dir=a_b -> --output-dir=a_b; the value stays."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value
