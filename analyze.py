@@ -28,7 +28,10 @@ from reports.redundancy import analyze
 from training.parsing import Parser, device_name, flag_of, nonneg_int
 from utils import joined_world, one_line_errors, quiet_warnings, run_command
 
-NOT_OF_AN_ATLAS = ("names", "layer", "image", "function_level", "function_images", "probe_images")
+NOT_OF_AN_ATLAS = (
+    *("names", "layer", "image", "function_level", "function_images", "probe_images", "function_measures"),
+)
+"""Arguments of `analyze` that --atlas does not have."""
 
 
 def _block(text: str) -> str:

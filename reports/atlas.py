@@ -129,20 +129,20 @@ class _Measuring:
         Returns:
             The name of its record.
         """
-        kind = kind_of(subject, self.ema and subject.seed is None)
-        source = images(subject, self.world, self.num_images, kind)
+        ema = self.ema and subject.seed is None
+        source = images(subject, self.world, self.num_images, kind_of(subject, ema))
         self._check_images(source.measured_on)
         identity = self._identity(subject)
         known = self.atlas.known(identity, source.measured_on)
         if name in known or (known and family is None):
-            known = name if name in known else known[0]
-            self.atlas.models[known]["family"] = family
+            name_of_record = name if name in known else known[0]
+            self.atlas.models[name_of_record]["family"] = family
             print(f"{name}: measured before")
-            return known
+            return name_of_record
         if family is None:
             names = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
             name = next(free for free in names if free not in self.atlas.models)
-        model = load_model(subject, source.num_classes, self.ema and subject.seed is None, self.world)
+        model = load_model(subject, source.num_classes, ema, self.world)
         report = measure(subject, model, source, self.extra_measures)
         record = {
             "family": family,
@@ -155,7 +155,7 @@ class _Measuring:
             "report": report,
         }
         self.atlas.models[name] = record
-        self.atlas.save(self.folder)  # a call that is cut off goes on here
+        self.atlas.save(self.folder)  # so that a call that was stopped continues with the next model
         print(f"{name}: measured")
         return name
 

@@ -23,10 +23,10 @@ from utils import errors_of
 PUBLISHED = Path(__file__).parents[1] / "recipes" / "atlas.yaml"
 """The list of an atlas without RUN."""
 NOT_OF_A_MODEL = (
-    *("data_set", "data_path", "val_split", "val_fraction", "eval", "device", "seed"),
-    "output_dir",
+    *("data_set", "data_path", "val_split", "val_fraction", "eval"),
+    *("device", "seed", "output_dir"),
 )
-"""Flags that are the same for all models of an atlas, and those of training."""
+"""Flags that are the same for all models of an atlas."""
 KINDS = (".yaml", ".yml")
 
 

@@ -26,10 +26,10 @@ def term_table(runs: Sequence[Run]) -> dict[str, list[str]]:
             pairs = [pair for run in of_row if None not in (pair := _values(run, term))]
             if not pairs:
                 continue
-            first, first_share, last, last_share = (fmean(values) for values in zip(*pairs, strict=True))
+            first, first_fraction, last, last_fraction = (fmean(values) for values in zip(*pairs, strict=True))
             coef = of_row[0].flags.get(f"{term}_coef")
             cells = row, term, "" if coef is None else f"{coef:g}", str(len(pairs))
-            cells += f"{first:.4g}", f"{100 * first_share:.2f} %", f"{last:.4g}", f"{100 * last_share:.2f} %"
+            cells += f"{first:.4g}", f"{100 * first_fraction:.2f} %", f"{last:.4g}", f"{100 * last_fraction:.2f} %"
             for column, cell in zip(columns.values(), cells, strict=True):
                 column.append(cell)
     return columns if columns["term"] else {}

@@ -87,7 +87,8 @@ def host_batch(batch, side, as_bytes):
 
 
 def assert_no_wait(findings):
-    """No wait in a step or between batches of an evaluation, one at its end and in a save; no large pageable upload."""
+    """Steps and the batches of an evaluation do not wait; an evaluation waits after its last batch, and a save waits.
+    There is no large pageable upload."""
     for finding in findings:
         if finding.phase == "step" or finding.phase == "save":
             assert finding.kind != "wait" or "synchronize" in finding.what, finding
