@@ -12,6 +12,7 @@ checkpoints bring their own. `--atlas` measures models of any architectures, eac
 """
 
 import argparse
+import itertools
 import signal
 import sys
 
@@ -42,15 +43,28 @@ def _block(text: str) -> str:
 
 def parse(argv: list[str]) -> tuple[dict, list[str]]:
     """The settings of a command line, with the names of `analyze`'s arguments, and words that are flags of main.py."""
-    parser = Parser(
-        prog="analyze.py",
-        description=__doc__.split("\n\n")[0],
-        epilog="Further flags are main.py's.",
-        allow_abbrev=False,
+    parser = build_parser()
+    words = [with_hyphens(word) for word in argv]
+    options, rest = parser.parse_known_args(words)
+    options.runs = [*itertools.takewhile(lambda word: not word.startswith("-"), rest)]
+    settings, flags = vars(options), rest[len(options.runs) :]
+    if {"-h", "--help"} & {*flags}:
+        _with_runs(parser).print_help()
+        parser.exit()
+    _check(parser, options)
+    settings["function_level"] = function_options(
+        settings.pop("function_level"),
+        settings.pop("function_images"),
+        settings.pop("probe_images"),
+        settings.pop("function_measures"),
     )
+    return settings, flags
+
+
+def build_parser() -> Parser:
+    """The flags that are not main.py's. RUN is not among them, as argparse would take the value of main.py's for it."""
+    parser = Parser(prog="analyze.py", add_help=False, allow_abbrev=False)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN",
-        help="run folder, checkpoint file, name of a timm model, or random; before the flags")  # fmt: skip
     add("--atlas", action="store_true",
         help="one page of all models, each beside its initial weights; a RUN may be a YAML file of families "
              "(default: recipes/atlas.yaml), and what --output-dir has is not measured again")  # fmt: skip
@@ -78,16 +92,17 @@ def parse(argv: list[str]) -> tuple[dict, list[str]]:
     add("--extra-measures", nargs="+", default=[], choices=[name for name, entry in MEASURES.items() if entry.optional],
         metavar="NAME", help="measures that are off by default, as they take long: %(choices)s")  # fmt: skip
     add("--device", type=device_name, default="auto", help="auto, cuda or cpu")
-    options, flags = parser.parse_known_args([with_hyphens(word) for word in argv])
-    settings = vars(options)
-    _check(parser, options)
-    settings["function_level"] = function_options(
-        settings.pop("function_level"),
-        settings.pop("function_images"),
-        settings.pop("probe_images"),
-        settings.pop("function_measures"),
+    return parser
+
+
+def _with_runs(parser: Parser) -> argparse.ArgumentParser:
+    """The parser of the help, with RUN."""
+    full = argparse.ArgumentParser(
+        prog="analyze.py", description=__doc__.split("\n\n")[0], epilog="Further flags are main.py's.", parents=[parser]
     )
-    return settings, flags
+    full.add_argument("runs", nargs="*", metavar="RUN",
+        help="run folder, checkpoint file, name of a timm model, or random; before the flags")  # fmt: skip
+    return full
 
 
 def _check(parser: Parser, options: argparse.Namespace):

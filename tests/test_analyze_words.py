@@ -27,6 +27,21 @@ def analyze_run(*words):
     analyze.main([*map(str, words), "--device", "cpu"])
 
 
+def test_the_value_of_a_flag_of_main_is_no_run(capsys):
+    settings, flags = analyze.parse(["--atlas", "--data-path", "photos", "--num-images", "4", "--seed", "1"])
+    assert settings["runs"] == [] and settings["num_images"] == 4 and flags == ["--data-path", "photos", "--seed", "1"]
+    settings, flags = analyze.parse(["--atlas", "a.yaml", "b", "--input_size", "32", "--ema", "--mean", "-1", "0", "0"])
+    assert settings["runs"] == ["a.yaml", "b"] and settings["ema"]
+    assert flags == ["--input-size", "32", "--mean", "-1", "0", "0"]
+    assert analyze.parse(["--num-images", "4", "a", "--seed", "1"])[0]["runs"] == ["a"]
+    with pytest.raises(SystemExit):
+        analyze.parse(["--data-path", "photos"])
+    assert "required: RUN" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        analyze.parse(["--help"])
+    assert not ended.value.code and "[RUN ...]" in capsys.readouterr().out
+
+
 # --- the run's own report
 
 
