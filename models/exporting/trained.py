@@ -15,7 +15,6 @@ from models import build_model, published_preprocessing, published_size, weights
 from models.exporting.preprocessing import Preprocessing
 from models.remedies import PREFIX, settings_of
 from models.weights.fitting import fit
-from models.weights.unwrapping import unwrap
 
 CHECKPOINT = "checkpoint.pth"
 """The file of a run folder that is exported."""
@@ -155,9 +154,7 @@ def find_trained(
         raise ValueError(f"{file} has the names of its classes, such as {known[0]}; leave out --class-names")
     names = [*(known or classes)] if model.num_classes else []
     if names and len(names) != model.num_classes:
-        raise ValueError(
-            f"there are {len(names)} names of classes, and the classifier of {file} has {model.num_classes} classes"
-        )
+        raise ValueError(f"{file} has {model.num_classes} classes, and --class-names has {len(names)} names")
     published = flags if "eval_crop_ratio" in flags else published_preprocessing(name)
     preprocessing = Preprocessing.of_flags({**published, **given}, input_size)
     kind = "EMA" if use_ema or is_average else "raw"
@@ -190,7 +187,8 @@ def _of_file(flags: Mapping[str, object], given: Mapping[str, object]) -> dict[s
     for name in ARCHITECTURE if flags else ():
         if given.get(name) and given[name] != own.get(name):
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {given[name]} is not that of the checkpoint ({own.get(name)}); leave out {flag}")
+            how = f"with {flag} {own[name]}" if name in own else f"without {flag}"
+            raise ValueError(f"was trained {how}, and not with {given[name]}; leave out {flag}")
     return own
 
 
@@ -205,13 +203,13 @@ def _num_classes(
     if asked == 0:
         return 0
     model = build_model(**architecture, num_classes=known or asked or 1000)
-    layout, tensors, _ = unwrap(weights.read(str(file)), model, str(file), use_ema, checkpoint_key)
-    tensors, _ = layout.to_timm(tensors, model) if layout else (tensors, [])
+    _, tensors, _ = weights.with_timm_names(model, str(file), use_ema, checkpoint_key)
     tensors, _ = fit(model, tensors)
     heads = [name for name in weights.classifier_names(model) if name in tensors]
     found = len(tensors[heads[0]]) if heads else 0
     if asked and asked != found:
-        raise ValueError(f"--num-classes {asked}: {file} has {f'{found} classes' if found else 'no classifier'}")
+        has = f"{found} classes" if found else "no classifier"
+        raise ValueError(f"{file} has {has}, and --num-classes is {asked}")
     return found
 
 

@@ -7,7 +7,7 @@ from models.weights import transformers_layouts, transformers_dinov2
 # isort: on
 from models.weights.files import Origin, local_file, origin, read, refusal
 from models.weights.layouts import LAYOUTS, Layout, is_weights, layouts_table
-from models.weights.loading import classifier_names, load_state_dict, load_weights
+from models.weights.loading import classifier_names, load_state_dict, load_weights, with_timm_names
 
 __all__ = [
     "LAYOUTS",
@@ -27,4 +27,5 @@ __all__ = [
     "torchvision_names",
     "transformers_dinov2",
     "transformers_layouts",
+    "with_timm_names",
 ]

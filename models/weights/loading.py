@@ -48,7 +48,7 @@ def load_weights(
         ValueError: the file is missing or damaged, its layout is unknown, or its weights do not fit the model.
     """
     path = local_file(path)
-    stored, weights, notes = _with_timm_names(model, path, use_ema, checkpoint_key)
+    stored, weights, notes = with_timm_names(model, path, use_ema, checkpoint_key)
     unconverted = weights
     try:
         of_remedies, initial = compare_with_file(model, stored, weights)
@@ -64,7 +64,7 @@ def load_weights(
     return notes
 
 
-def _with_timm_names(model: nn.Module, path: str, use_ema: bool, key: str) -> tuple[object, Tensors, list[str]]:
+def with_timm_names(model: nn.Module, path: str, use_ema: bool, key: str) -> tuple[object, Tensors, list[str]]:
     """The content of a file, its weights with timm's names and in float32, and one line for what was left out."""
     stored = read(path)
     if path.endswith(".npz"):

@@ -42,7 +42,17 @@ def convert_archive(path: str, stored: Mapping[str, np.ndarray], model: nn.Modul
         raise ValueError(f"{path} cannot be read as an archive of JAX for {type(model).__name__}: {reason}") from None
     _check_depth(path, shapes, blank)
     weights = {name: tensor for name, tensor in blank.state_dict().items() if not tensor.isnan().any()}
+    weights = _classifier(stored) | weights
     return weights, _notes(shapes, weights)
+
+
+def _classifier(stored: Mapping[str, np.ndarray]) -> Tensors:
+    """The classifier of an archive, which timm reads only if it has as many classes as the model."""
+    start = next((start for start in ("", "img/", "params/img/") if f"{start}head/kernel" in stored), None)
+    if start is None:
+        return {}
+    weight, bias = stored[f"{start}head/kernel"].T, stored[f"{start}head/bias"]
+    return {"head.weight": torch.from_numpy(weight.copy()), "head.bias": torch.from_numpy(bias)}
 
 
 def _check_depth(path: str, shapes: dict[str, tuple[int, ...]], model: nn.Module):

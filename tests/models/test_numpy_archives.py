@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import assert_equal
 
-from models import build_model, weights
+from models import build_model, export, weights
 
+NAME = "vit_tiny_patch16_224"
 VIT = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3}
 
 
@@ -59,12 +61,14 @@ def test_archives_of_jax(tmp_path):
     assert {*notes} == {
         "left out by timm: pre_logits.",
         "pos_embed resampled to [1, 65, 24]",
-        "head.weight is not in the file and keeps its initial values",
-        "head.bias is not in the file and keeps its initial values",
+        "head.weight of shape [5, 24] dropped: the model needs [7, 24]",
+        "head.bias of shape [5] dropped: the model needs [7]",
     }
     assert torch.equal(larger.head.weight, before)
-    with pytest.raises(ValueError, match=r"head\.bias is not in the file"):
+    with pytest.raises(ValueError, match=r"head\.bias is \[5\] in the file and \[7\] in the model"):
         weights.load_weights(larger, path, new_head=False)
+
+    assert "head.weight dropped: the model has no classifier" in weights.load_weights(model_of(NAME, 0), path)
 
 
 def test_archives_of_jax_that_do_not_fit(tmp_path):
@@ -85,3 +89,12 @@ def test_archives_of_jax_that_do_not_fit(tmp_path):
     np.savez(tmp_path / "other.npz", images=np.zeros(3))
     with pytest.raises(ValueError, match="cannot be read as an archive of JAX"):
         weights.load_weights(source, str(tmp_path / "other.npz"))
+
+
+def test_an_archive_of_jax_is_exported_with_its_classifier(tmp_path):
+    source = model_of(NAME)
+    words = ["--model", NAME, "--input-size", "32", "--patch-size", "8"]
+    words += ["--model-kwargs", "depth=2", "embed_dim=24", "num_heads=3"]
+    export.main([archive(tmp_path / "vit.npz", source), "--to", "timm", str(tmp_path / "out"), *words])
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert_equal({**loaded.state_dict()}, {**source.state_dict()})

@@ -7,6 +7,7 @@ from exporting import FLAGS, checkpoint, exported
 from helpers import model_of, one_line
 
 from models import build_model
+from models.export import main
 from models.exporting import FORMATS
 
 DESCRIBED = [
@@ -23,11 +24,11 @@ DESCRIBED = [
 ]
 ERRORS = {
     "no name": (("weights.pth",), "weights.pth does not contain the name of its model; give --model"),
-    "another model": (("file.pth", "--model", "vit_tiny_patch16_224"), "--model vit_tiny_patch16_224 is not that of"),
-    "another remedy": (("file.pth", "--remedy", "xsa"), "--remedy ['xsa'] is not that of the checkpoint"),
-    "another size": (("file.pth", "--num-classes", 3), "--num-classes 3:"),
+    "another model": (("file.pth", "--model", "vit_tiny_patch16_224"), "RUN was trained with --model deit_tiny_"),
+    "another remedy": (("file.pth", "--remedy", "xsa"), "without --remedy, and not with ['xsa']; leave out"),
+    "another size": (("file.pth", "--num-classes", 3), "classes, and --num-classes is 3"),
     "names": (("file.pth", "--class-names", "names.txt"), "has the names of its classes, such as class 0"),
-    "too few names": (("weights.pth", *DESCRIBED, "--class-names", "names.txt"), "there are 2 names of classes"),
+    "too few names": (("weights.pth", *DESCRIBED, "--class-names", "names.txt"), "--class-names has 2 names"),
     "initial values": (
         ("weights.pth", *DESCRIBED, "--remedy", "attnscale", "--num-classes", 0),
         "--remedy attnscale: its parameters are not in the file",
@@ -116,3 +117,13 @@ def test_bad_flags_are_refused_before_a_file_is_read(words, capsys):
 def test_underscores_of_flags(tmp_path):
     checkpoint(tmp_path / "file.pth")
     assert (exported(tmp_path / "file.pth", "safetensors", tmp_path / "out", "--input_size=48") / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [("file.pth", "out"), ("file.pth", "out", "--to", "torch"), ("file.pth", "--to", "timm")]
+)
+def test_a_wrong_command_line_is_one_line(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
