@@ -65,7 +65,7 @@ def _first_paragraph(trained: Trained) -> str:
     how = f"the diversity terms {terms}" if terms else "no diversity term"
     epoch = "" if trained.epoch is None else f" after epoch {trained.epoch + 1} of {_num_epochs(trained.flags)}"
     return (
-        f"A {trained.name} of timm, trained on {trained.flags.get('data_set')} by {PROGRAM} with {how}. These are "
+        f"A {trained.name} of timm, trained on {_data(trained.flags)} by {PROGRAM} with {how}. These are "
         f"the {weights} weights{epoch}. No licence is stated: add that of the data, and of the weights that training "
         "started from."
     )
@@ -93,7 +93,7 @@ def _results(trained: Trained) -> list[str]:
     found, (rows, measured_on) = accuracies(trained), redundancy(trained)
     parts = []
     if found:
-        on = f"Validation set of {trained.flags.get('data_set')}, {trained.kind} weights."
+        on = f"Validation set of {_data(trained.flags)}, {trained.kind} weights."
         values = {name: value if name == "images" else f"{value:.2f} %" for name, value in found.items()}
         parts += ["## Accuracy", on, _table(values.items())]
     elif trained.flags:
@@ -112,7 +112,8 @@ def _training(trained: Trained) -> list[str]:
     if not flags:
         return []
     rows = {
-        **{name: flags.get(name) for name in ("preset", "data_set", "epochs", "opt", "seed")},
+        **{name: flags.get(name) for name in ("preset", "epochs", "opt", "seed")},
+        "data": _data(flags),
         "started from": Path(flags.get("finetune") or "").name,
         "images per optimizer step": begin.get("global_batch"),
         "learning rate": begin.get("learning_rate"),
@@ -139,6 +140,14 @@ def _terms(flags: Mapping[str, object]) -> dict[str, float]:
     """{term: coefficient} of the terms that were on."""
     coefs = {name.removesuffix("_coef"): value for name, value in flags.items() if name.endswith("_coef")}
     return {name: value for name, value in coefs.items() if value}
+
+
+def _data(flags: Mapping[str, object]) -> str:
+    """The data set, in words: IMNET is any folder of images, whose name tells more."""
+    if flags.get("data_set") != "IMNET":
+        return str(flags.get("data_set"))
+    name = Path(flags.get("data_path") or "").name
+    return f"the image folder `{name}`" if name else "an image folder"
 
 
 def _num_epochs(flags: Mapping[str, object]) -> int:

@@ -94,3 +94,11 @@ def test_the_citation_is_that_of_the_readme(tmp_path):
     assert of_readme in card
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "timm" and head["pipeline_tag"] == "image-classification" and "license" not in head
+
+
+def test_a_folder_of_images_is_not_called_imagenet(tmp_path):
+    flags = FLAGS | {"data_set": "IMNET", "data_path": "/home/me/flowers/"}
+    card = card_of(write_run(tmp_path / "run", flags=flags), tmp_path / "out")
+    text = card.partition("<details><summary>All flags")[0]
+    assert "trained on the image folder `flowers` by" in text and "Validation set of the image folder `flowers`" in text
+    assert "| data | the image folder `flowers` |" in text and "IMNET" not in text and "/home" not in card
