@@ -119,8 +119,10 @@ def _synsets(of: Callable[[], Sequence[str]], title: str) -> Callable[[list[str]
     def check(folders: list[str]) -> list[str]:
         known = {*of()}
         if other := [name for name in folders if name not in known]:
-            only = f"none of the {len(folders)} folders is" if len(other) == len(folders) > 1 else f"{listed(other)} is"
-            found = f" (found: {listed(folders)})" if len(other) == len(folders) > 1 else ""
+            verb = "is not" if len(other) == 1 else "are not"
+            is_none = len(other) == len(folders) > 1
+            only = f"none of the {len(folders)} folders is" if is_none else f"{listed(other)} {verb}"
+            found = f" (found: {listed(folders)})" if is_none else ""
             raise ValueError(f"{only} among the {len(known)} synsets of {title}, such as {of()[0]}{found}")
         return folders
 
