@@ -5,6 +5,7 @@ import torch
 from diversity import DiverseLoss, PatchMixup
 
 try:
+    import accelerate  # noqa: F401 which Trainer needs
     from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 except ImportError:
     raise SystemExit("examples/hf_trainer.py needs transformers and Accelerate: pip install '.[hf]'") from None

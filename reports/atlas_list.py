@@ -84,7 +84,11 @@ def _entry(path: Path, family: str, model: object) -> Entry:
     known = arguments.defaults().keys() - {*NOT_OF_A_MODEL, *arguments.NOT_REPEATED} | {"finetune", "config"}
     if unknown := next((flag for flag in flags if flag not in known), None):
         of_all = unknown in NOT_OF_A_MODEL
-        hint = "; give it on the command line, for all models" if of_all else did_you_mean(unknown, known)
+        hint = (
+            "; give it on the command line, for all models"
+            if of_all
+            else did_you_mean(unknown, ["run", "name", *known])
+        )
         raise SystemExit(f"error: {path}: {name or run} of {family} has {unknown}, which is no flag of a model{hint}")
     for flag in ("finetune", "config"):
         flags |= {flag: _beside(path, str(flags[flag]))} if flag in flags else {}

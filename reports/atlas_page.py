@@ -2,6 +2,7 @@
 
 import base64
 import html
+from collections.abc import Sized
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,10 @@ def page(atlas: Atlas) -> list[Block]:
     """The parts of the page, from top to bottom."""
     families = [*atlas.families()]
     trained = [record for record in atlas.models.values() if record["family"]]
-    lines = [f"{len(trained)} models of {len(families)} families, measured on {images_line(atlas.images)}.", READ]
+    lines = [
+        f"{_count(trained, 'model')} of {_count(families, 'family')}, measured on {images_line(atlas.images)}.",
+        READ,
+    ]
     blocks = [Block("title", "Redundancy of vision transformers"), Block("list", lines)]
     for level in FIGURES:
         blocks += [
@@ -70,6 +74,11 @@ def page(atlas: Atlas) -> list[Block]:
         lines = [f"{name}: {reason}{earlier.get(name, '')}" for name, reason in atlas.not_measured.items()]
         blocks += [Block("heading", "Not measured"), Block("list", lines)]
     return blocks
+
+
+def _count(things: Sized, word: str) -> str:
+    plural = f"{word.removesuffix('y')}ies" if word.endswith("y") else f"{word}s"
+    return f"{len(things)} {word if len(things) == 1 else plural}"
 
 
 def summary_table(families: list[tuple[str, dict[str, dict]]]) -> dict[str, list[str]]:

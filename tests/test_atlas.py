@@ -205,6 +205,7 @@ def test_a_wrong_command_line_is_one_line(words, named, tmp_path, capsys):
         ({"A": "vit"}, "family A needs a list"),
         ({"A": [{"name": "x"}]}, "needs `run`"),
         ({"A": [{"run": "x.pth", "input_szie": 98}]}, "input_szie.*input_size"),
+        ({"A": [{"run": "x.pth", "nme": "x"}]}, "nme.*did you mean name"),
         ({"A": [{"run": "x.pth", "data_path": "d"}]}, "data_path.*on the command line"),
         ({"A": ["x.pth"], "B": ["x.pth"]}, "two models of the atlas have the name x.pth"),
     ],

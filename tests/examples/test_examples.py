@@ -26,9 +26,11 @@ def test_every_program_is_known():
     assert set(PROGRAMS) == {"timm_loop", *PACKAGES}
 
 
-@pytest.mark.parametrize("name", PACKAGES)
-def test_missing_package(name, monkeypatch):
-    package, extra = PACKAGES[name]
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [(name, *of) for name, of in PACKAGES.items()] + [("hf_trainer", "accelerate", "hf")],
+)
+def test_missing_package(name, package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=rf"examples/{name}.py needs .*: pip install '\.\[{extra}\]'"):
         load_example(name)
