@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from models import published_preprocessing
-from models.weights import local_file, origin
+from models.weights import describe, local_file, origin
 from pipeline.transforms import SMALL, Preprocessing
 from training import checkpoint_files
 from training.checkpoint import LAST
@@ -31,11 +31,12 @@ def fill_preprocessing(args: Namespace):
 def preprocessing_of(path: str, model: str) -> dict[str, object]:
     """{flag: value} of the preprocessing that weights were trained with; without a value it is DeiT's.
 
-    A checkpoint of this program contains its flags. For any other file, timm's configuration of the model is used.
+    A checkpoint of this program contains its flags. For any other file, timm's configuration of the model is used, and
+    before it what an exported file says, such as timm's config.json beside it.
     A file that cannot be read has none; loading its weights reports the error.
     """
     try:
-        return _stored(path) or published_preprocessing(model)
+        return _stored(path) or published_preprocessing(model) | describe(local_file(path)).preprocessing
     except ValueError:
         return {}
 

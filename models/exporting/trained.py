@@ -155,7 +155,8 @@ def find_trained(
     names = [*(known or classes)] if model.num_classes else []
     if names and len(names) != model.num_classes:
         raise ValueError(f"{file} has {model.num_classes} classes, and --class-names has {len(names)} names")
-    published = flags if "eval_crop_ratio" in flags else published_preprocessing(name)
+    described = published_preprocessing(name) | weights.describe(str(file)).preprocessing
+    published = flags if "eval_crop_ratio" in flags else described
     preprocessing = Preprocessing.of_flags({**published, **given}, input_size)
     kind = "EMA" if use_ema or is_average else "raw"
     return Trained(run, file, folder, flags, epoch, kind, model, architecture, remedies, preprocessing, names, notes)

@@ -5,6 +5,7 @@ from models.weights import clip_names, pretraining_names, torchvision_names  # e
 from models.weights import transformers_layouts, transformers_dinov2
 
 # isort: on
+from models.weights.descriptions import describe
 from models.weights.files import Origin, local_file, origin, read, refusal
 from models.weights.layouts import LAYOUTS, Layout, is_weights, layouts_table
 from models.weights.loading import classifier_names, load_state_dict, load_weights, with_timm_names
@@ -15,6 +16,7 @@ __all__ = [
     "Origin",
     "classifier_names",
     "clip_names",
+    "describe",
     "is_weights",
     "layouts_table",
     "load_state_dict",

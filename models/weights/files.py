@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock
 
+from models.weights.descriptions import describe
 from models.weights.unwrapping import AVERAGES
 
 _numpy_scalar = np.float64().__reduce__()[0]
@@ -124,7 +125,8 @@ def _first_sentence(error: Exception) -> str:
 
 
 class Origin(NamedTuple):
-    """What a checkpoint of this program contains about its training; empty for any other file.
+    """What a checkpoint of this program contains about its training; empty for any other file, but for the classes of
+    an exported one, see `describe`.
 
     Attributes:
         flags: of main.py.
@@ -151,11 +153,11 @@ def origin(path: str, checkpoint_key: str = "") -> Origin:
     """
     is_average = checkpoint_key in AVERAGES
     if path.endswith((".safetensors", ".npz")):
-        return Origin({}, None, [], is_average)
+        return Origin({}, None, describe(path).classes, is_average)
     # Its tensors are not needed, and so not read; torch cannot map every file name that the system allows.
     stored = read(path, mmap=zipfile.is_zipfile(path) and path.isascii())
     if not isinstance(stored, dict) or not isinstance(stored.get("args"), dict):
-        return Origin({}, None, [], is_average)
+        return Origin({}, None, describe(path).classes, is_average)
     epoch = stored.get("epoch")
     if stored.get("step"):  # saved within the epoch after the finished one
         epoch += 1

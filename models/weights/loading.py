@@ -7,6 +7,7 @@ from torch import nn
 
 from models.remedies import compare_with_file
 from models.weights.configs import compare_with_config
+from models.weights.descriptions import describe
 from models.weights.files import class_names, local_file, read
 from models.weights.fitting import fit
 from models.weights.layouts import unknown_names
@@ -57,7 +58,8 @@ def load_weights(
         raise ValueError(f"{path} {error}") from None
     if not model.state_dict().keys() & weights.keys():
         raise ValueError(f"{path} does not fit {type(model).__name__}: {unknown_names(unconverted)}")
-    of_classifier = _fit_classifier(model, weights, new_head, class_names(stored), classes)
+    of_file = class_names(stored) or describe(path).classes
+    of_classifier = _fit_classifier(model, weights, new_head, of_file, classes)
     notes += [*of_remedies, *of_classifier, *fitted]
     may_miss = [*(note.split()[0] for note in of_classifier), *(initial if new_head else ())]
     load_state_dict(model, weights, path, may_miss)

@@ -1,6 +1,7 @@
 """Mean, standard deviation, interpolation and crop: from the flags, the weights or DeiT, stored and printed."""
 
 import argparse
+import json
 import re
 
 import numpy as np
@@ -48,6 +49,12 @@ def files(tmp_path):
     (tmp_path / "checkpoint.pth").write_bytes((tmp_path / "ours.pth").read_bytes()[:-100])
     (tmp_path / "damaged.pth").write_bytes(b"no checkpoint")
     safetensors.torch.save_file(weights, tmp_path / "plain.safetensors")
+    described = dict(zip(("mean", "std", "interpolation", "crop_pct", "crop_mode"), OURS, strict=True))
+    config = {"architecture": VIT[1], "label_names": ["b", "a"], "pretrained_cfg": described}
+    (tmp_path / "config.json").write_text(json.dumps(config))  # describes model.safetensors alone
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    texts = {"label_names": json.dumps(["b", "a"]), "preprocessing": json.dumps(described)}
+    safetensors.torch.save_file(weights, tmp_path / "texts.safetensors", texts)
     return tmp_path
 
 
@@ -77,6 +84,10 @@ def paths(folder, words):
         ((*VIT, "--finetune", "plain.safetensors", "--eval"), AUGREG),
         ((*VIT, "--finetune", "deit.pth"), AUGREG),
         ((*EVA_02, "--finetune", "plain.pth"), EVA),
+        # Exported weights: timm's config.json beside them, or their metadata.
+        ((*VIT, "--finetune", "model.safetensors", "--eval"), OURS),
+        ((*VIT, "--finetune", "texts.safetensors"), OURS),
+        ((*VIT, "--finetune", "model.safetensors", "--mean", *HALF), (HALF, *OURS[1:])),
         ((*VIT, "--finetune", "plain.pth", *OVER), OURS),
         ((*VIT, "--finetune", "plain.pth", "--std", *OTHER), (HALF, OTHER, *AUGREG[2:])),
         ((*VIT, "--finetune", "plain.pth", "--input-size", 32), (*AUGREG[:3], 0.875, None)),

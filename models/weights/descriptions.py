@@ -1,0 +1,69 @@
+"""What an exported model says about its weights beside their tensors: names of its classes, and its preprocessing."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weights in a folder of timm, whose config.json describes them."""
+
+FLAGS = {
+    "mean": "mean",
+    "std": "std",
+    "interpolation": "interpolation",
+    "crop_pct": "eval_crop_ratio",
+    "crop_mode": "crop_mode",
+}
+"""{timm's word: flag}"""
+
+
+class Description(NamedTuple):
+    """What is known about weights; empty where they are not described.
+
+    Attributes:
+        classes: names in the order of the outputs.
+        preprocessing: {flag: value} with which images are preprocessed.
+    """
+
+    classes: list[str]
+    preprocessing: dict[str, object]
+
+
+def describe(path: str) -> Description:
+    """The description in the metadata of a file of `--to safetensors`, or in timm's config.json beside a file.
+
+    A file that cannot be read has none; loading its weights reports the error.
+    """
+    try:
+        known = _metadata(path) or _config(Path(path))
+        names, images = known.get("label_names") or [], known.get("preprocessing") or {}
+        flags = {flag: images[word] for word, flag in FLAGS.items() if images.get(word) is not None}
+        return Description([*map(str, names)], flags)
+    except (OSError, ValueError, TypeError, AttributeError):  # also a file of another program with these names
+        return Description([], {})
+
+
+def _metadata(path: str) -> Mapping[str, object]:
+    """What models.export writes into a file of safetensors; {} for another file."""
+    if not path.endswith(".safetensors"):
+        return {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+    except safetensors.SafetensorError:
+        return {}
+    return {name: json.loads(found[name]) for name in ("label_names", "preprocessing") if name in found}
+
+
+def _config(path: Path) -> Mapping[str, object]:
+    """The same of timm's config.json beside a file; {} if there is none, or if it is another program's."""
+    file = path.with_name("config.json")
+    if path.name not in FILES or not file.is_file():
+        return {}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if "architecture" not in config:
+        return {}
+    return {"label_names": config.get("label_names"), "preprocessing": config.get("pretrained_cfg")}
