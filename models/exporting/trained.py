@@ -154,7 +154,8 @@ def find_trained(
         raise ValueError(f"{file} has the names of its classes, such as {known[0]}; leave out --class-names")
     names = [*(known or classes)] if model.num_classes else []
     if names and len(names) != model.num_classes:
-        raise ValueError(f"{file} has {model.num_classes} classes, and --class-names has {len(names)} names")
+        source = "the file" if known else "--class-names"
+        raise ValueError(f"the classifier of {file} has {model.num_classes} outputs, and {source} has {len(names)} names")
     described = published_preprocessing(name) | weights.describe(str(file)).preprocessing
     published = flags if "eval_crop_ratio" in flags else described
     preprocessing = Preprocessing.of_flags({**published, **given}, input_size)

@@ -34,6 +34,7 @@ ERRORS = {
         "--remedy attnscale: its parameters are not in the file",
     ),
     "two choices": (("file.pth", "--ema", "--checkpoint-key", "model"), "--ema and --checkpoint-key model both say"),
+    "fewer names": (("more.pth",), "has 9 outputs, and the file has 7 names"),
     "no file": (("missing",), "missing is not a run folder or a file"),
     "no run": (("empty",), "empty is not a run folder of this program: it has no checkpoint.pth"),
     "no average": (("weights.pth", "--model", "vit_tiny_patch16_224", "--ema"), "contains no averaged weights"),
@@ -46,6 +47,7 @@ ERRORS = {
 @pytest.mark.parametrize("kind", ERRORS)
 def test_errors_are_one_line_and_leave_no_folder(tmp_path, monkeypatch, kind):
     checkpoint(tmp_path / "file.pth")
+    checkpoint(tmp_path / "more.pth", num_classes=9)
     torch.save(model_of().state_dict(), tmp_path / "weights.pth")
     (tmp_path / "names.txt").write_text("a\nb\n")
     (tmp_path / "empty").mkdir()
