@@ -155,7 +155,8 @@ def find_trained(
     names = [*(known or classes)] if model.num_classes else []
     if names and len(names) != model.num_classes:
         source = "the file" if known else "--class-names"
-        raise ValueError(f"the classifier of {file} has {model.num_classes} outputs, and {source} has {len(names)} names")
+        outputs = f"the classifier of {file} has {model.num_classes} outputs"
+        raise ValueError(f"{outputs}, and {source} has {len(names)} names")
     described = published_preprocessing(name) | weights.describe(str(file)).preprocessing
     published = flags if "eval_crop_ratio" in flags else described
     preprocessing = Preprocessing.of_flags({**published, **given}, input_size)
