@@ -16,30 +16,13 @@ from models.flag_types import with_hyphens
 from models.remedies import settings_of
 from pipeline.sources import find_source
 from training.changes import MODEL, REMEDIES
+from training.flag_actions import HAVE_FLAGS
 from training.flags import build_parser
 from training.parsing import as_typed, flag_of, with_lists, words_of
 from training.preprocessing import fill_preprocessing
 
-HAVE_FLAGS = {
-    "img_size": "--input-size",
-    "input_size": "--input-size",
-    "patch_size": "--patch-size",
-    "num_classes": "--num-classes",
-    "drop": "--drop",
-    "drop_rate": "--drop",
-    "drop_path": "--drop-path",
-    "drop_path_rate": "--drop-path",
-    "pretrained": "--finetune",
-    "checkpoint_path": "--finetune",
-    "name": "--model",
-    "remedies": "--remedy",
-    "remedy_kwargs": "--remedy-kwargs",
-}
-"""Keys that --model-kwargs may not contain, as they have flags."""
-
 NOT_REPEATED = ("config", "resume", "resume_with_changes", "start_epoch", "local_rank")
 """Flags that args.yaml leaves out, since it describes how to start the run anew."""
-
 
 NOT_OF_AN_EVALUATION = (
     *("eval", "output_dir", "finetune", "checkpoint_key", "device", "num_workers", "dist_url", "distillation_type"),
@@ -155,6 +138,14 @@ def config_lines(args: argparse.Namespace) -> list[str]:
 
 def _check(parser, args, on_command_line: set[str]):
     """Flags that contradict each other."""
+    _check_model(parser, args)
+    _check_data(parser, args, on_command_line)
+    _check_weights(parser, args, on_command_line)
+    _check_schedule(parser, args)
+
+
+def _check_model(parser, args):
+    """Optimizer, terms, remedies and arguments of the model."""
     try:
         optimizer = optimizer_info(args.opt)
     except ValueError:
@@ -169,11 +160,6 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error(
             f"--freeze backbone leaves no gradient to {', '.join(without_gradient)}, which read the backbone alone; "
             "leave them out (--preset none), or train the backbone"
-        )
-    if not args.eval and args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
-        parser.error(
-            f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "
-            "take an even size or --mixup 0 --cutmix 0"
         )
     if args.cond_orth_exact and args.cond_orth_steps not in (1, parser.get_default("cond_orth_steps")):
         parser.error(f"--cond-orth-exact takes no power steps; leave out --cond-orth-steps {args.cond_orth_steps}")
@@ -192,6 +178,34 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error(f"--input-size {args.input_size} is not divisible by --patch-size {args.patch_size}")
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path")
+
+
+def _check_data(parser, args, on_command_line: set[str]):
+    """Batches, augmentation, and what a data set must have."""
+    if not args.eval and args.batch_size % 2 and (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        parser.error(
+            f"--batch-size {args.batch_size} is odd, but --mixup and --cutmix pair images; "
+            "take an even size or --mixup 0 --cutmix 0"
+        )
+    if args.cache_images != "none" and find_source(args.data_set).is_stream and not args.eval:
+        parser.error(f"--cache-images needs images with numbers, but --data-set {args.data_set} streams")
+    if args.val_fraction and find_source(args.data_set).is_stream:
+        parser.error(f"--val-fraction needs images with numbers, but --data-set {args.data_set} streams")
+    if args.val_fraction and on_command_line & {"--val-split", "--val-dir"} and "--val-fraction" not in on_command_line:
+        parser.error(
+            f"--val-split {args.val_split} is replaced by the --val-fraction {args.val_fraction} of the --config or "
+            "checkpoint; leave it out, or give --val-fraction 0, too"
+        )
+    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
+        parser.error(f"--cutmix-minmax needs LOW < HIGH; got {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}")
+    for name in ("scale", "ratio"):
+        low, high = getattr(args, name)
+        if low > high:
+            parser.error(f"--{name} needs LOW <= HIGH; got {low} {high}")
+
+
+def _check_weights(parser, args, on_command_line: set[str]):
+    """What a run starts from, and what an evaluation or a dry run does not have."""
     if args.dry_run and (args.eval or args.check_data):
         parser.error(f"--dry-run takes a step of training; leave out {'--eval' if args.eval else '--check-data'}")
     if args.eval_sets and not args.eval:
@@ -202,17 +216,6 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error("--save-predictions needs --output-dir, the folder for the files")
     if args.save_predictions and find_source(args.data_set).is_stream:
         parser.error(f"--save-predictions needs images with numbers, but --data-set {args.data_set} streams")
-    if args.cache_images != "none" and find_source(args.data_set).is_stream and not args.eval:
-        parser.error(f"--cache-images needs images with numbers, but --data-set {args.data_set} streams")
-    if args.val_fraction and find_source(args.data_set).is_stream:
-        parser.error(f"--val-fraction needs images with numbers, but --data-set {args.data_set} streams")
-    if args.val_fraction and on_command_line & {"--val-split", "--val-dir"} and "--val-fraction" not in on_command_line:
-        parser.error(
-            f"--val-split {args.val_split} is replaced by the --val-fraction {args.val_fraction} of the --config or "
-            "checkpoint; leave it out, or give --val-fraction 0, too"
-        )
-    if args.scale_lr_flag and args.unscale_lr:
-        parser.error("--scale-lr-flag and --unscale-lr contradict each other; leave one of them out")
     if args.eval and not (args.resume or args.finetune):
         parser.error("--eval needs the weights to evaluate: --resume or --finetune")
     if args.resume == "auto" and not args.output_dir:
@@ -220,8 +223,12 @@ def _check(parser, args, on_command_line: set[str]):
     continues_fine_tuning = on_command_line & {"--resume", "--finetune"} == {"--resume"}  # with a run's args.yaml
     if args.resume not in ("", "auto") and args.finetune and not continues_fine_tuning:
         parser.error("--resume and --finetune both name weights; give one (--resume auto accepts --finetune)")
-    if args.cutmix_minmax and args.cutmix_minmax[0] >= args.cutmix_minmax[1]:
-        parser.error(f"--cutmix-minmax needs LOW < HIGH; got {args.cutmix_minmax[0]} {args.cutmix_minmax[1]}")
+
+
+def _check_schedule(parser, args):
+    """Learning rate and epochs."""
+    if args.scale_lr_flag and args.unscale_lr:
+        parser.error("--scale-lr-flag and --unscale-lr contradict each other; leave one of them out")
     if args.diversity_until is not None and args.diversity_until <= args.diversity_warmup:
         parser.error(
             f"--diversity-until {args.diversity_until} needs an epoch above --diversity-warmup {args.diversity_warmup}"
@@ -232,10 +239,6 @@ def _check(parser, args, on_command_line: set[str]):
         parser.error(f"--lr-noise needs START < END, at most 1; got {' '.join(map(str, args.lr_noise))}")
     if args.lr_noise and args.lr_noise_pct <= args.lr_noise_std / 1000:  # timm draws until a value is within the limit
         parser.error(f"--lr-noise-pct {args.lr_noise_pct} is too small for --lr-noise-std {args.lr_noise_std}")
-    for name in ("scale", "ratio"):
-        low, high = getattr(args, name)
-        if low > high:
-            parser.error(f"--{name} needs LOW <= HIGH; got {low} {high}")
     if args.start_epoch >= args.epochs + args.cooldown_epochs and not args.eval:
         parser.error(f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to train")
 

@@ -68,17 +68,7 @@ def find_changes(
     if not path:
         return []
     before = stored["args"] if isinstance(stored.get("args"), Mapping) else args  # DeiT's are a namespace
-    before, after = (_comparable(with_lists({**defaults, **flags})) for flags in (before, args))
-    unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
-    if all(flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"] for flags in (before, after)):
-        unrelated |= {"epochs", "cooldown_epochs"}
-    is_cached = "none" not in (before["cache_images"], after["cache_images"])
-    unrelated |= {"cache_images" if is_cached else "cache_size"}  # the same batches from either memory
-    changes = [
-        Change(flag_of(name), before[name], after[name])
-        for name in after
-        if name not in unrelated and before[name] != after[name]
-    ]
+    changes = _changed_flags(*(_comparable(with_lists({**defaults, **flags})) for flags in (before, args)))
     numbers = {"global_batch": "images per optimizer step", "train_images": "training images"}
     numbers |= {"val_images": "validation images"}
     old, new = {**stored.get("data", {}), **stored}, {**data, "global_batch": global_batch}
@@ -106,6 +96,20 @@ def find_changes(
             "with the new ones by --resume-with-changes, which writes them to changes.jsonl"
         )
     return changes
+
+
+def _changed_flags(before: Mapping, after: Mapping) -> list[Change]:
+    """The flags that differ and change the training."""
+    unrelated = {*UNRELATED, *(f"{alias}_coef" for alias in ALIASES)}
+    if all(flags["sched"] in FREE_SCHEDULES and not flags["lr_noise"] for flags in (before, after)):
+        unrelated |= {"epochs", "cooldown_epochs"}
+    is_cached = "none" not in (before["cache_images"], after["cache_images"])
+    unrelated |= {"cache_images" if is_cached else "cache_size"}  # the same batches from either memory
+    return [
+        Change(flag_of(name), before[name], after[name])
+        for name in after
+        if name not in unrelated and before[name] != after[name]
+    ]
 
 
 def _has_other_groups(change: Change) -> bool:

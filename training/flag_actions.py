@@ -5,6 +5,23 @@ from collections.abc import Collection, Mapping
 
 from diversity.spelling import did_you_mean
 
+HAVE_FLAGS = {
+    "img_size": "--input-size",
+    "input_size": "--input-size",
+    "patch_size": "--patch-size",
+    "num_classes": "--num-classes",
+    "drop": "--drop",
+    "drop_rate": "--drop",
+    "drop_path": "--drop-path",
+    "drop_path_rate": "--drop-path",
+    "pretrained": "--finetune",
+    "checkpoint_path": "--finetune",
+    "name": "--model",
+    "remedies": "--remedy",
+    "remedy_kwargs": "--remedy-kwargs",
+}
+"""Keys that --model-kwargs may not contain, as they have flags."""
+
 
 def names_of(known: Collection[str]) -> type[argparse.Action]:
     """An action for `add_argument`: NAME ... as a list of some of the known names, in their order, each once."""

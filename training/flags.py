@@ -76,10 +76,6 @@ def _run(parser):
     add("--save-every-minutes", type=nonneg_float, default=10.0, metavar="MINUTES",
         help="minutes between saves within an epoch; 0 = none")  # fmt: skip
     add("--keep-checkpoints", type=positive_int, default=2, metavar="N", help="checkpoint.pth and the N - 1 before it")
-    add("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is dropped")
-    add("--checkpoint-key", default="", metavar="KEY",
-        help="which weights of a --finetune file that has several, such as teacher or student: a key of the file, or "
-        "the beginning of their names; empty = the teacher, or the only ones")  # fmt: skip
     add("--eval", action=Switch, default=False, help="evaluate only")
     add("--check-data", action=Switch, default=False,
         help="read all images of both splits once, list those that cannot be read, and stop")  # fmt: skip

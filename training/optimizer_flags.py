@@ -20,7 +20,13 @@ def add_optimizer(parser):
 
 def add_finetuning(parser):
     """Add the group of fine-tuning to a parser."""
-    add = parser.add_argument_group("fine-tuning", "what is trained of the weights of --finetune, and how").add_argument
+    add = parser.add_argument_group(
+        "fine-tuning", "which weights a run starts from, and how they are trained"
+    ).add_argument
+    add("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is dropped")
+    add("--checkpoint-key", default="", metavar="KEY",
+        help="which weights of a --finetune file that has several, such as teacher or student: a key of the file, or "
+        "the beginning of their names; empty = the teacher, or the only ones")  # fmt: skip
     add("--freeze", choices=[*FREEZE], default="none",
         help="; ".join(f"{name} = {doc}" for name, doc in FREEZE.items()))  # fmt: skip
     add("--head-init", type=nonneg_float, default=None, metavar="STD",

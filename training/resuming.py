@@ -127,17 +127,7 @@ def resume(
     """
     is_training = state.optimizer is not None
     if checkpoint.path:
-        if is_training:
-            state.restore(checkpoint.content, checkpoint.path, global_batch, world)
-        else:
-            if "model_ema" not in checkpoint.content:
-                state.model_ema = None
-            load_model_and_ema(state.model, state.model_ema, checkpoint.content, checkpoint.path)
-        bad = checkpoint.content.get("bad_images", [])
-        notes = []
-        if any(isinstance(name, int) for name in bad):
-            bad, notes = [], ["unreadable images of an earlier version's checkpoint are not counted: it has no names"]
-        return Start(notes, bad, checkpoint.content.get("unwritten_log", ""))
+        return _restore(state, checkpoint, world, global_batch)
     head = {name: state.model.state_dict()[name].clone() for name in classifier_names(state.model)}
     with errors_of("--finetune"):
         options = {"new_head": is_training, "classes": classes, "checkpoint_key": checkpoint_key}
@@ -151,6 +141,21 @@ def resume(
     elif finetune and state.model_ema is not None:
         state.model_ema.set(state.model)
     return Start(notes)
+
+
+def _restore(state: TrainState, checkpoint: Checkpoint, world: World, global_batch: int) -> Start:
+    """Restore a checkpoint; only its weights without an optimizer in `state`."""
+    path, content = checkpoint
+    if state.optimizer is not None:
+        state.restore(content, path, global_batch, world)
+    else:
+        if "model_ema" not in content:
+            state.model_ema = None
+        load_model_and_ema(state.model, state.model_ema, content, path)
+    bad, notes = content.get("bad_images", []), []
+    if any(isinstance(name, int) for name in bad):
+        bad, notes = [], ["unreadable images of an earlier version's checkpoint are not counted: it has no names"]
+    return Start(notes, bad, content.get("unwritten_log", ""))
 
 
 def is_finished(checkpoint: Checkpoint, state: TrainState, path: str, folder: str, save_predictions: bool) -> bool:
