@@ -213,9 +213,10 @@ class TestRefused:
 
     def test_models_without_taps_train(self):
         config = transformers.ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8, num_labels=CLASSES)
-        loss_fn = diversity.DiverseLoss(transformers.ResNetForImageClassification(config).double(), {})
-        loss, _ = loss_fn(images(), LABELS)
+        model = transformers.ResNetForImageClassification(config).double()
+        loss, _ = diversity.DiverseLoss(model, {})(images(), LABELS)
         loss.backward()
+        assert all(parameter.grad.any() for parameter in model.classifier.parameters())
 
 
 @pytest.mark.slow
