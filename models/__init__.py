@@ -9,6 +9,7 @@ from torch import nn
 from diversity.spelling import did_you_mean
 from models.remedies import apply_remedies
 from models.weights import refusal
+from models.weights.descriptions import PREPROCESSING_FLAGS
 from utils import is_bug
 
 from . import diverse_deit
@@ -80,9 +81,8 @@ def published_preprocessing(name: str) -> dict[str, object]:
     if published is None:
         return {}
     config = timm.data.resolve_data_config(pretrained_cfg=published.to_dict())
-    mean, std = ([*map(float, config[name])] for name in ("mean", "std"))
-    names = {"interpolation": "interpolation", "eval_crop_ratio": "crop_pct", "crop_mode": "crop_mode"}
-    return {"mean": mean, "std": std} | {flag: config[name] for flag, name in names.items()}
+    values = {flag: config[name] for name, flag in PREPROCESSING_FLAGS.items()}
+    return values | {name: [*map(float, values[name])] for name in ("mean", "std")}
 
 
 def published_size(name: str) -> int:

@@ -13,21 +13,14 @@ from pathlib import Path
 
 from diversity import REMEDIES
 from models.exporting import FORMATS, export
-from models.flag_types import KeyValues, positive_float, positive_int, with_hyphens
+from models.flag_types import KeyValues, OneLineParser, positive_float, positive_int, with_hyphens
 from utils import quiet_warnings, run_command
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, as those of main.py."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags; those of a model have main.py's names."""
     formats = "; ".join(f"{format.name}: {format.doc.rstrip('.')}" for format in FORMATS.values())
-    parser = _Parser(prog="python -m models.export", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = OneLineParser(prog="python -m models.export", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("run", metavar="RUN", help="run folder (its checkpoint.pth), or a file of weights")
     add("folder", metavar="DIR", type=Path, help="new or empty folder for the files and their model card")

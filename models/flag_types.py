@@ -1,10 +1,17 @@
-"""Values of flags that main.py and `models.export` read in the same way: numbers, KEY=VALUE, hyphens."""
+"""Values of flags that main.py and `models.export` read in the same way: numbers, KEY=VALUE, hyphens, errors."""
 
 import argparse
 import math
 from collections.abc import Callable
 
 from timm.utils import ParseKwargs
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help lists every flag)\n")
 
 
 class KeyValues(ParseKwargs):

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from diversity.backbones import parse_layers, parse_weight_groups
 from diversity.spelling import did_you_mean
-from models.flag_types import number, with_hyphens
+from models.flag_types import OneLineParser, number, with_hyphens
 from training.flag_files import read_flags
 
 ARGS = "args.yaml"
 """The flags of a run, in its folder."""
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(OneLineParser):
     """An argument parser that reads `--config FILE` and `--preset NAME` first, as defaults of the other flags.
 
     Hyphens and underscores in the names of flags are the same.
@@ -88,9 +88,6 @@ class Parser(argparse.ArgumentParser):
             return f"; {action.option_strings[0]} takes no value, and --no-{action.option_strings[0][2:]} turns it off"
         number = f"{action.nargs} values" if action.nargs else "one value"
         return f"; {action.option_strings[0]} takes {number}: {action.help.split(';')[0]}"
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists every flag)\n")
 
     def _use_preset(self, name: str | None):
         self.set_defaults(**self.plain | self.presets.get(str(name), {}))

@@ -6,6 +6,8 @@ from math import floor
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from models.weights.descriptions import PREPROCESSING_FLAGS
+
 SMALL = 32
 """Up to this input size in pixels, a run resizes its images and does not crop them."""
 
@@ -32,8 +34,7 @@ class Preprocessing:
     @classmethod
     def of_flags(cls, flags: Mapping[str, object], input_size: int) -> "Preprocessing":
         """As a run with these flags preprocesses its validation images; a flag without a value has DeiT's."""
-        names = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_mode": "crop_mode"}
-        known = {field: flags.get(flag) for field, flag in {**names, "crop_pct": "eval_crop_ratio"}.items()}
+        known = {field: flags.get(flag) for field, flag in PREPROCESSING_FLAGS.items()}
         if input_size <= SMALL:
             known |= {"crop_pct": 1.0, "crop_mode": "squash"}
         known = {field: tuple(value) if isinstance(value, list) else value for field, value in known.items()}

@@ -10,14 +10,14 @@ import safetensors
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a folder of timm, whose config.json describes them."""
 
-FLAGS = {
+PREPROCESSING_FLAGS = {
     "mean": "mean",
     "std": "std",
     "interpolation": "interpolation",
     "crop_pct": "eval_crop_ratio",
     "crop_mode": "crop_mode",
 }
-"""{timm's word: flag}"""
+"""{word of timm's configurations: flag}"""
 
 
 class Description(NamedTuple):
@@ -40,7 +40,7 @@ def describe(path: str) -> Description:
     try:
         known = _metadata(path) or _config(Path(path))
         names, images = known.get("label_names") or [], known.get("preprocessing") or {}
-        flags = {flag: images[word] for word, flag in FLAGS.items() if images.get(word) is not None}
+        flags = {flag: images[word] for word, flag in PREPROCESSING_FLAGS.items() if images.get(word) is not None}
         return Description([*map(str, names)], flags)
     except (OSError, ValueError, TypeError, AttributeError):  # also a file of another program with these names
         return Description([], {})
