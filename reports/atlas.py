@@ -116,8 +116,10 @@ class _Measuring:
         else:
             return
         reason = " ".join(reason.split()).removeprefix("error: ")
-        self.atlas.not_measured[name] = reason
-        print(f"{name}: not measured: {reason}")
+        known = self.atlas.not_measured
+        same = [other for other, of in known.items() if of.replace(other, "") == reason.replace(name, "")]
+        known[name] = reason
+        print(f"{name}: not measured{f', for the reason of {same[0]}' if same else f': {reason}'}")
 
     def _measured(self, name: str, subject: Subject, family: str | None) -> str:
         """Measure a model, unless the atlas has its numbers.

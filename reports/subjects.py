@@ -153,7 +153,7 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
     elif subject.file is None:
         model = load_published(subject, num_classes, model.pretrained_cfg)
     else:
-        with errors_of("RUN"):
+        with errors_of("RUN" if subject.flags else f"--model {subject.model['name']}: RUN"):
             notes = weights.load_weights(model, str(subject.file), use_ema=ema, checkpoint_key=subject.checkpoint_key)
         heads = weights.classifier_names(model)
         for note in notes:

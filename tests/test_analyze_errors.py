@@ -46,6 +46,13 @@ def test_weights_that_do_not_fit(runs, refused):
     assert refused("deit_tiny_patch16_224", *BRIEF, "--ema", "--model-kwargs", "depth=1", named=("--ema",))
 
 
+def test_weights_without_the_name_of_their_model(tmp_path, refused):
+    torch.save(small_model().state_dict(), tmp_path / "weights.pth")
+    words = ("--data-set", "DIGITS", "--input-size", "32", "--model", "deit_tiny_patch16_224")  # or its default
+    named = ("--model deit_tiny_patch16_224: RUN", tmp_path / "weights.pth", "does not fit VisionTransformer")
+    assert refused(tmp_path / "weights.pth", *words, named=named)
+
+
 def test_wrong_flags(runs, tmp_path, refused):
     (tmp_path / "file").write_text("")
     assert refused(runs / "plain", "--output-dir", tmp_path / "file", named=("--output-dir", tmp_path / "file"))

@@ -175,6 +175,18 @@ def test_the_page_has_figures_tables_and_reasons(made, unsaved):
         assert f"- {name}: {reason}" in text and html.escape(reason) in page
 
 
+def test_a_reason_is_printed_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    names = [NO_NETWORK, "missing.pth", "vit_base_patch16_224.dino", "none.pth"]
+    with pytest.raises(SystemExit):
+        analyze.main(["--atlas", *names, *FEW, *TINY, "--output-dir", str(tmp_path / "out")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not measured" in line]
+    assert [line.partition(": not measured")[0].partition(",")[0] for line in lines] == names
+    assert ["cache" in line or "not a run folder" in line for line in lines] == [True, True, False, False]
+    assert lines[2].endswith(f", for the reason of {NO_NETWORK}") and lines[3].endswith("of missing.pth")
+
+
 def test_no_model_could_be_measured(tmp_path):
     with pytest.raises(SystemExit, match=r"none of the 2 models could be measured; missing\.pth: ") as caught:
         analyze.main(["--atlas", "missing.pth", "none.pth", *FEW, *TINY, "--output-dir", str(tmp_path / "out")])

@@ -97,6 +97,7 @@ def test_each_set_has_the_accuracies_of_a_loop_over_its_files(published, tmp_pat
                 key: of_class.count(key) for key in of_class
             }
     assert "so its outputs are taken for the 1000 synsets of ImageNet-1k" in printed
+    assert f"\n{weights}:\nset " in printed
     assert "imagenet-r: only the 200 outputs for its classes are compared" in printed
     assert "warning: imagenet-v2: the folder has 12 images, and 10,000 are published" in printed
 

@@ -121,7 +121,9 @@ def end_evaluation(
     Raises:
         SystemExit: on all processes, if the folder cannot be written.
     """
+    epoch = "" if about.get("epoch") is None else f", trained until epoch {about['epoch']}"
     if world.is_main:
+        print(f"{about['weights']}{epoch}:")
         print("\n".join([results_table(results), *filter(None, map(corruption_table, results))]), flush=True)
     if not folder:
         return
