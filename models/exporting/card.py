@@ -74,7 +74,7 @@ def _first_paragraph(trained: Trained) -> str:
 def _model_rows(trained: Trained) -> Iterable[tuple[str, object]]:
     kwargs = {k: v for k, v in trained.architecture.items() if k not in ("name", "input_size", "num_classes")}
     kwargs = ", ".join(f"{key}={value}" for key, value in kwargs.items() if value is not None)
-    classes = trained.model.num_classes or "none: the output is the pooled features"
+    classes = trained.model.num_classes or "none; timm's model returns pooled features"
     names = ", ".join(map(str, trained.classes[:5])) + (", ..." if len(trained.classes) > 5 else "")
     yield "architecture", f"{trained.name}{f' ({kwargs})' if kwargs else ''}"
     yield "parameters", f"{sum(parameter.numel() for parameter in trained.model.parameters()):,}"

@@ -69,8 +69,8 @@ def _compare(trained: Trained, loaded: nn.Module, folder: Path) -> str:
             read_remedies(loaded, trained.remedies, folder)
             if not torch.equal(loaded.eval()(images), trained.logits(images)):
                 raise ValueError("cannot hold the model: its remedies, applied to timm's model, give other logits")
-    of_what = " of the model without its remedies, and with them those of the model" if trained.remedies else ""
-    return f"timm loads the files and computes the same logits{of_what}, bit for bit"
+    as_what = " as the model without its remedies and, after they are applied, as the model" if trained.remedies else ""
+    return f"timm loads the files and computes the same logits{as_what}, bit for bit"
 
 
 def _usage(trained: Trained, create: str, apply: str, data_config: str) -> str:
