@@ -57,11 +57,11 @@ def remedies_of(model: nn.Module) -> list[str]:
     return [*getattr(model, PREFIX, {})]
 
 
-def compare_with_file(model: nn.Module, stored: object, weights: Mapping) -> tuple[list[str], list[str]]:
+def compare_with_file(model: nn.Module, flags: object, weights: Mapping) -> tuple[list[str], list[str]]:
     """Compare a model's remedies with those that the weights of a file were trained with.
 
     Args:
-        stored: the content of the file, which has the flags of its training if this program wrote it.
+        flags: of the file's training, if this program wrote the file; otherwise anything.
         weights: of the file, under the names of the model.
 
     Returns:
@@ -71,7 +71,6 @@ def compare_with_file(model: nn.Module, stored: object, weights: Mapping) -> tup
     Raises:
         ValueError: the file's training had a remedy that the model does not have.
     """
-    flags = stored.get("args") if isinstance(stored, Mapping) else None
     flags = flags if isinstance(flags, Mapping) else {}
     trained = {*flags.get("remedy", ()), *(key.split(".")[1] for key in weights if key.startswith(f"{PREFIX}."))}
     own, notes, missing = remedies_of(model), [], []

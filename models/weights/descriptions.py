@@ -1,4 +1,4 @@
-"""What an exported model says about its weights beside their tensors: names of its classes, and its preprocessing."""
+"""What an exported model says about its weights beside their tensors: names of classes, preprocessing, remedies."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,9 @@ import safetensors
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a folder of timm, whose config.json describes them."""
+
+KEYS = ("label_names", "preprocessing", "remedies")
+"""What models.export writes into the metadata of a file."""
 
 PREPROCESSING_FLAGS = {
     "mean": "mean",
@@ -26,10 +29,17 @@ class Description(NamedTuple):
     Attributes:
         classes: names in the order of the outputs.
         preprocessing: {flag: value} with which images are preprocessed.
+        remedies: {name: settings} of the remedies that they were trained with.
     """
 
     classes: list[str]
     preprocessing: dict[str, object]
+    remedies: dict[str, dict[str, object]]
+
+    def training(self) -> dict[str, object]:
+        """The flags of the training that are known."""
+        settings = {name: value for of_one in self.remedies.values() for name, value in of_one.items()}
+        return {"remedy": [*self.remedies], "remedy_kwargs": settings} if self.remedies else {}
 
 
 def describe(path: str) -> Description:
@@ -41,9 +51,10 @@ def describe(path: str) -> Description:
         known = _metadata(path) or _config(Path(path))
         names, images = known.get("label_names") or [], known.get("preprocessing") or {}
         flags = {flag: images[word] for word, flag in PREPROCESSING_FLAGS.items() if images.get(word) is not None}
-        return Description([*map(str, names)], flags)
+        remedies = {name: dict(settings) for name, settings in (known.get("remedies") or {}).items()}
+        return Description([*map(str, names)], flags, remedies)
     except (OSError, ValueError, TypeError, AttributeError):  # also a file of another program with these names
-        return Description([], {})
+        return Description([], {}, {})
 
 
 def _metadata(path: str) -> Mapping[str, object]:
@@ -55,7 +66,7 @@ def _metadata(path: str) -> Mapping[str, object]:
             found = file.metadata() or {}
     except safetensors.SafetensorError:
         return {}
-    return {name: json.loads(found[name]) for name in ("label_names", "preprocessing") if name in found}
+    return {name: json.loads(found[name]) for name in KEYS if name in found}
 
 
 def _config(path: Path) -> Mapping[str, object]:
@@ -66,4 +77,4 @@ def _config(path: Path) -> Mapping[str, object]:
     config = json.loads(file.read_text(encoding="utf-8"))
     if "architecture" not in config:
         return {}
-    return {"label_names": config.get("label_names"), "preprocessing": config.get("pretrained_cfg")}
+    return config | {"preprocessing": config.get("pretrained_cfg")}

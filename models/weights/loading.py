@@ -50,15 +50,16 @@ def load_weights(
     """
     path = local_file(path)
     stored, weights, notes = with_timm_names(model, path, use_ema, checkpoint_key)
-    unconverted = weights
+    unconverted, described = weights, describe(path)
     try:
-        of_remedies, initial = compare_with_file(model, stored, weights)
+        flags = stored.get("args") or described.training()
+        of_remedies, initial = compare_with_file(model, flags, weights)
         weights, fitted = fit(model, weights, new_head)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
     if not model.state_dict().keys() & weights.keys():
         raise ValueError(f"{path} does not fit {type(model).__name__}: {unknown_names(unconverted)}")
-    of_file = class_names(stored) or describe(path).classes
+    of_file = class_names(stored) or described.classes
     of_classifier = _fit_classifier(model, weights, new_head, of_file, classes)
     notes += [*of_remedies, *of_classifier, *fitted]
     may_miss = [*(note.split()[0] for note in of_classifier), *(initial if new_head else ())]

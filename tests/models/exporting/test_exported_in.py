@@ -52,9 +52,24 @@ def test_a_head_is_loaded_by_the_names_of_the_classes(trained, tmp_path, to):
     assert weights.describe(str(again)).classes == CLASSES[::-1]
 
 
+@pytest.mark.parametrize("to", ["timm", "safetensors"])
+def test_weights_without_their_remedy_are_refused(tmp_path, to):
+    """Their logits would be others."""
+    file = tmp_path / "checkpoint.pth"
+    trained = checkpoint(file, flags=FLAGS | {"remedy": ["xsa"]}, remedies=["xsa"])
+    file = exported(file, to, tmp_path / "out") / "model.safetensors"
+    with pytest.raises(ValueError, match="was trained with --remedy xsa, which the model does not have"):
+        weights.load_weights(model_of(), str(file))
+    model = model_of(remedies=["xsa"])
+    assert not [note for note in weights.load_weights(model, str(file), new_head=False) if "remedy" in note]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), trained(images))
+
+
 def test_another_file_in_the_folder_is_not_described(trained, tmp_path):
     folder = exported(trained, "timm", tmp_path / "out")
     torch.save(model_of().state_dict(), folder / "other.pth")
-    assert weights.describe(str(folder / "other.pth")) == ([], {})
+    assert weights.describe(str(folder / "other.pth")) == ([], {}, {})
     (folder / "config.json").write_text("no JSON")
-    assert weights.describe(str(folder / "model.safetensors")) == ([], {})
+    assert weights.describe(str(folder / "model.safetensors")) == ([], {}, {})
