@@ -15,6 +15,7 @@ from models import build_model, published_preprocessing, published_size, weights
 from models.exporting.preprocessing import Preprocessing
 from models.remedies import PREFIX, settings_of
 from models.weights.fitting import fit
+from utils import errors_of
 
 CHECKPOINT = "checkpoint.pth"
 """The file of a run folder that is exported."""
@@ -129,7 +130,7 @@ def find_trained(
             never exported.
     """
     if use_ema and checkpoint_key:
-        raise ValueError(f"--ema and --checkpoint-key {checkpoint_key} both say which weights; give one of them")
+        raise ValueError(f"{run}: --ema and --checkpoint-key {checkpoint_key} both say which weights; give one of them")
     file, folder = _locate(run)
     flags, epoch, known, is_average = weights.origin(str(file), checkpoint_key)
     given = given | _of_file(flags, given)
@@ -144,7 +145,8 @@ def find_trained(
     chosen = {"use_ema": use_ema and not is_average, "checkpoint_key": checkpoint_key}
     num_classes = _num_classes(architecture, file, given.get("num_classes"), len(known), **chosen)
     architecture |= {"num_classes": num_classes}
-    model = build_model(**architecture, remedies=[*remedies], remedy_kwargs=settings).eval()
+    with errors_of("--model"):
+        model = build_model(**architecture, remedies=[*remedies], remedy_kwargs=settings).eval()
     leaves_out_head = given.get("num_classes") == 0
     notes = weights.load_weights(model, str(file), new_head=leaves_out_head, **chosen)
     if initial := [note for note in notes if "initial values" in note]:  # of a remedy
@@ -155,8 +157,7 @@ def find_trained(
     names = [*(known or classes)] if model.num_classes else []
     if names and len(names) != model.num_classes:
         source = "the file" if known else "--class-names"
-        outputs = f"the classifier of {file} has {model.num_classes} outputs"
-        raise ValueError(f"{outputs}, and {source} has {len(names)} names")
+        raise ValueError(f"{file} has {model.num_classes} outputs, and {source} has {len(names)} names")
     described = published_preprocessing(name) | weights.describe(str(file)).preprocessing
     published = flags if "eval_crop_ratio" in flags else described
     preprocessing = Preprocessing.of_flags({**published, **given}, input_size)
@@ -205,9 +206,13 @@ def _num_classes(
     """
     if asked == 0:
         return 0
-    model = build_model(**architecture, num_classes=known or asked or 1000)
+    with errors_of("--model"):
+        model = build_model(**architecture, num_classes=known or asked or 1000)
     _, tensors, _ = weights.with_timm_names(model, str(file), use_ema, checkpoint_key)
-    tensors, _ = fit(model, tensors)
+    try:
+        tensors, _ = fit(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from None
     heads = [name for name in weights.classifier_names(model) if name in tensors]
     found = len(tensors[heads[0]]) if heads else 0
     if asked and asked != found:

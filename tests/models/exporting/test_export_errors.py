@@ -37,6 +37,8 @@ ERRORS = {
     "fewer names": (("more.pth",), "has 9 outputs, and the file has 7 names"),
     "no file": (("missing",), "missing is not a run folder or a file"),
     "no run": (("empty",), "empty is not a run folder of this program: it has no checkpoint.pth"),
+    "another pooling": (("average.pth", *DESCRIBED), "average.pth averages the patch tokens (fc_norm), and the model"),
+    "patches": (("file.pth", "--input-size", 36), "error: --model deit_tiny_patch16_224_diverse has patches"),
     "no average": (("weights.pth", "--model", "vit_tiny_patch16_224", "--ema"), "contains no averaged weights"),
     "unknown model": (("weights.pth", "--model", "vit_tinny_patch16_224"), "vit_tinny_patch16_224 is unknown; did you"),
     "another architecture": (("weights.pth", "--model", "vit_tiny_patch16_224"), "does not fit VisionTransformer"),
@@ -49,6 +51,7 @@ def test_errors_are_one_line_and_leave_no_folder(tmp_path, monkeypatch, kind):
     checkpoint(tmp_path / "file.pth")
     checkpoint(tmp_path / "more.pth", num_classes=9)
     torch.save(model_of().state_dict(), tmp_path / "weights.pth")
+    torch.save(model_of(global_pool="avg").state_dict(), tmp_path / "average.pth")
     (tmp_path / "names.txt").write_text("a\nb\n")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
