@@ -195,9 +195,7 @@ class DiverseLoss(nn.Module):
                 raise
             cause = getattr(error, "inner_exception", error)
             reason = " ".join([f"{type(cause).__name__}:", *str(cause).split("\n\n")[0].split()])[:500]
-        result = self._loss(
-            images, labels, draws, call
-        )  # where the model or a term itself fails, its own error is raised
+        result = self._loss(images, labels, draws, call)  # raises the model's or a term's own error
         self.on_compile_error(reason)
         self.compiled = None
         return result

@@ -43,7 +43,8 @@ def require_positions(model: nn.Module, weights: Mapping[str, torch.Tensor], num
     needed = model.patch_embed.num_patches + num_prefix_tokens
     found = weights["pos_embed"].shape[1] if "pos_embed" in weights else 0
     if found != needed:
-        raise ValueError(f"it needs {needed} position embeddings, and the model has {found}")
+        too = ", of the class token too" if num_prefix_tokens else ""
+        raise ValueError(f"it needs {needed} position embeddings{too}, and the model has {found}")
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
