@@ -110,7 +110,7 @@ def open_sets(words: Sequence[str], outputs: Outputs, build_val: Callable[[Seque
             continue
         number = 1 + sum(each.entry.name == name for each in sets)
         try:
-            sets.append(_open(EVALUATION_SETS[name], name if number == 1 else f"{name}-{number}", path, outputs.names))
+            sets.append(_open(EVALUATION_SETS[name], name if number == 1 else f"{name}-{number}", path, outputs))
         except ValueError as error:
             raise SystemExit(f"error: --eval-sets {word}: {error}") from None
         except OSError as error:
@@ -118,16 +118,17 @@ def open_sets(words: Sequence[str], outputs: Outputs, build_val: Callable[[Seque
     return OpenSets(sets, len(outputs.names), outputs.notes)
 
 
-def _open(entry: EvaluationSet, label: str, path: str, outputs: list[str]) -> OpenSet:
+def _open(entry: EvaluationSet, label: str, path: str, named: Outputs) -> OpenSet:
+    outputs, why = named.names, "".join(f"; {note}" for note in named.notes)
     images = entry.read(Path(path))
     published = {*entry.classes()}
     compared = [name for name in outputs if name in published] if entry.only_its_classes else outputs
     number = {name: index for index, name in enumerate(compared)}
     unknown = [name for name in images.classes if name not in number]
     if len(unknown) == len(images.classes):
-        raise ValueError(f"none of its classes, {listed(unknown)}, is one of the model's: {listed(outputs)}")
+        raise ValueError(f"none of its classes, {listed(unknown)}, is one of the model's: {listed(outputs)}{why}")
     if unknown and not published:
-        raise ValueError(f"{listed(unknown)} is no class of the model, which has {listed(outputs)}")
+        raise ValueError(f"{listed(unknown)} is no class of the model, which has {listed(outputs)}{why}")
     if entry.labels and (lacks := published - {*outputs}):
         raise ValueError(f"the model lacks {len(lacks)} of the {len(published)} classes that labels are of")
     chosen = _of_classes(images, number)

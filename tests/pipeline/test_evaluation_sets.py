@@ -104,6 +104,10 @@ def test_images_of_classes_that_the_model_lacks_are_left_out_of_a_published_set_
     assert any("2 of 3 compared classes" in line for line in opened(f"folder={some}", outputs).lines)
     touch(some, "dog/a.png")
     refusal(f"folder={some}", "dog is no class of the model, which has n15075141, cat, n01440764", outputs=outputs)
+    note = "x.pth does not name its classes, so its outputs are taken for the 1000 synsets"
+    touch(tmp_path / "pets", "cat/a.jpeg", "dog/b.jpeg")
+    for folder in (tmp_path / "pets", touch(tmp_path / "pets", f"{SYNSETS[0]}/c.jpeg")):
+        refusal(f"folder={folder}", "; " + note, outputs=name_outputs([], None, "x.pth"))
 
 
 def test_outputs_have_the_names_of_the_file_or_of_imagenet():
