@@ -7,7 +7,7 @@ from models.weights.structure import classifiers
 
 FREEZE = {
     "none": "train everything",
-    "backbone": "train the head alone, a linear probe; the rest computes as in evaluation",
+    "backbone": "train the head alone (a linear probe), while the rest computes as in evaluation",
     "patch-embed": "train everything but the patch embedding",
 }
 """What can be frozen, in words for the help."""

@@ -148,7 +148,7 @@ def _model(parser):
     add("--patch-size", type=positive_int, default=None, help="side of a patch in pixels; None = the model's default")
     add("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="KEY=VALUE",
         help="further arguments of the timm model, e.g. depth=6 embed_dim=96")  # fmt: skip
-    formulas = "; ".join(f"{remedy.name} = {remedy.formula}" for remedy in REMEDIES.values())
+    formulas = "; ".join(f"{remedy.name} = {remedy.formula.rstrip('.')}" for remedy in REMEDIES.values())
     add("--remedy", nargs="*", action=names_of(REMEDIES), default=[], metavar="NAME",
         help=f"other papers' changes of attention and residual branches: {formulas}".replace("%", "%%"))  # fmt: skip
     settings = (
