@@ -24,7 +24,7 @@ def to_timm(trained: Trained, folder: Path) -> Written:
     Raises:
         ValueError: timm's model of these files computes other logits.
     """
-    config = {"remedies": dict(trained.remedies)} if trained.remedies else {}
+    config = {"weights": trained.kind} | ({"remedies": dict(trained.remedies)} if trained.remedies else {})
     if trained.classes:
         config |= {"label_names": [*trained.classes], "label_descriptions": trained.descriptions}
     save_for_hf(

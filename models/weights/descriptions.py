@@ -11,7 +11,7 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a folder of timm, whose config.json describes them."""
 
 KEYS = ("label_names", "preprocessing", "remedies")
-"""What models.export writes into the metadata of a file."""
+"""What models.export writes as JSON into the metadata of a file."""
 
 PREPROCESSING_FLAGS = {
     "mean": "mean",
@@ -30,11 +30,13 @@ class Description(NamedTuple):
         classes: names in the order of the outputs.
         preprocessing: {flag: value} with which images are preprocessed.
         remedies: {name: settings} of the remedies that they were trained with.
+        is_average: whether they are averaged ones.
     """
 
     classes: list[str]
     preprocessing: dict[str, object]
     remedies: dict[str, dict[str, object]]
+    is_average: bool
 
     def training(self) -> dict[str, object]:
         """The flags of the training that are known."""
@@ -52,9 +54,9 @@ def describe(path: str) -> Description:
         names, images = known.get("label_names") or [], known.get("preprocessing") or {}
         flags = {flag: images[word] for word, flag in PREPROCESSING_FLAGS.items() if images.get(word) is not None}
         remedies = {name: dict(settings) for name, settings in (known.get("remedies") or {}).items()}
-        return Description([*map(str, names)], flags, remedies)
+        return Description([*map(str, names)], flags, remedies, known.get("weights") == "EMA")
     except (OSError, ValueError, TypeError, AttributeError):  # also a file of another program with these names
-        return Description([], {}, {})
+        return Description([], {}, {}, False)
 
 
 def _metadata(path: str) -> Mapping[str, object]:
@@ -66,7 +68,8 @@ def _metadata(path: str) -> Mapping[str, object]:
             found = file.metadata() or {}
     except safetensors.SafetensorError:
         return {}
-    return {name: json.loads(found[name]) for name in KEYS if name in found}
+    known = {name: json.loads(found[name]) for name in KEYS if name in found}
+    return known | {"weights": found.get("weights")} if known else {}
 
 
 def _config(path: Path) -> Mapping[str, object]:

@@ -125,14 +125,14 @@ def _first_sentence(error: Exception) -> str:
 
 
 class Origin(NamedTuple):
-    """What a checkpoint of this program contains about its training; empty for any other file, but for the classes of
-    an exported one, see `describe`.
+    """What a checkpoint of this program contains about its training; empty for any other file, but for what an
+    exported one is described with, see `describe`.
 
     Attributes:
         flags: of main.py.
         epoch: the last one in which its weights were trained, from 0.
         classes: their names in the order of the model's outputs.
-        is_average: whether the weights are averaged ones: the file has them alone, under the name of the raw ones, or
+        is_average: whether the weights are averaged ones: the file has them alone, or says so, or
             they were chosen by their key.
     """
 
@@ -151,13 +151,14 @@ def origin(path: str, checkpoint_key: str = "") -> Origin:
     Raises:
         ValueError: the file is damaged.
     """
-    is_average = checkpoint_key in AVERAGES
+    is_average, described = checkpoint_key in AVERAGES, describe(path)
+    of_others = Origin({}, None, described.classes, is_average or described.is_average)
     if path.endswith((".safetensors", ".npz")):
-        return Origin({}, None, describe(path).classes, is_average)
+        return of_others
     # Its tensors are not needed, and so not read; torch cannot map every file name that the system allows.
     stored = read(path, mmap=zipfile.is_zipfile(path) and path.isascii())
     if not isinstance(stored, dict) or not isinstance(stored.get("args"), dict):
-        return Origin({}, None, describe(path).classes, is_average)
+        return of_others
     epoch = stored.get("epoch")
     if stored.get("step"):  # saved within the epoch after the finished one
         epoch += 1

@@ -27,16 +27,16 @@ def trained(tmp_path):
 
 @pytest.mark.parametrize("to", ["timm", "safetensors"])
 def test_an_evaluation_gives_the_numbers_of_the_checkpoint(trained, tmp_path, capsys, to):
-    """Also where the data has only some of the classes."""
-    file = exported(trained, to, tmp_path / "out") / "model.safetensors"
+    """Also where the data has only some of the classes; averaged weights are called so."""
+    file = exported(trained, to, tmp_path / "out", "--ema") / "model.safetensors"
     data = make_image_folder(tmp_path / "data", classes=CLASSES[1:5])
     printed = []
-    for words in (("--finetune", trained), ("--finetune", file, *MODEL)):
+    for words in (("--finetune", trained, "--checkpoint-key", "model_ema"), ("--finetune", file, *MODEL)):
         capsys.readouterr()
         run_main("--eval", "--device", "cpu", "--num-workers", 0, "--data-set", "IMNET", "--data-path", data, *words)
         out = capsys.readouterr().out
         assert "16 images, 4 of 7 classes" in out
-        printed.append([line for line in out.splitlines() if line.startswith(("images of 32 px", "raw", "test acc"))])
+        printed.append([line for line in out.splitlines() if line.startswith(("images of 32 px", "EMA", "test acc"))])
     assert len(printed[0]) == 3 and printed[0] == printed[1]
 
 
@@ -70,6 +70,6 @@ def test_weights_without_their_remedy_are_refused(tmp_path, to):
 def test_another_file_in_the_folder_is_not_described(trained, tmp_path):
     folder = exported(trained, "timm", tmp_path / "out")
     torch.save(model_of().state_dict(), folder / "other.pth")
-    assert weights.describe(str(folder / "other.pth")) == ([], {}, {})
+    assert weights.describe(str(folder / "other.pth")) == ([], {}, {}, False)
     (folder / "config.json").write_text("no JSON")
-    assert weights.describe(str(folder / "model.safetensors")) == ([], {}, {})
+    assert weights.describe(str(folder / "model.safetensors")) == ([], {}, {}, False)
