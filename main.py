@@ -2,6 +2,7 @@
 
 import signal
 from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -191,10 +192,19 @@ def train(args: Namespace, world: World, folder: Path | None):
         saver.close()
 
         test_stats = test_stats or evaluate_both(model, model_ema, data, world, amp_dtype, predictions=predictions)
-        end_run(folder, log, state, data, flags, [*objective.coefs], record, test_stats, predictions)
+        curves = partial(draw_curves, [*objective.coefs])
+        end_run(folder, log, state, data, flags, curves, record, test_stats, predictions)
+
+
+def draw_curves(terms: Sequence[str], folder: Path):
+    """Draw the curves of a run folder, with those of these terms."""
+    from reports import figures  # here, as matplotlib takes a second to import
+
+    figures.curves(folder, terms)
 
 
 def redundancy_figure(epoch: int, report: dict):
+    """A figure of the redundancy that is measured during a run."""
     from reports import redundancy_figures
 
     return redundancy_figures.redundancy_depth({f"epoch {epoch}": [report]})

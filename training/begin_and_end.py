@@ -1,7 +1,7 @@
 """What a run writes and prints when it begins and when it ends."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.run_data import Data
@@ -58,13 +58,13 @@ def begin_run(
 
 
 def end_run(
-    folder: Path | None, log: RunLog, state: TrainState, data: Data, flags: dict, terms: Sequence[str], record: dict,
-    test_stats: dict[str, float], predictions: Predictions | None = None,
+    folder: Path | None, log: RunLog, state: TrainState, data: Data, flags: dict, draw_curves: Callable[[Path], None],
+    record: dict, test_stats: dict[str, float], predictions: Predictions | None = None,
 ):  # fmt: skip
     """Print the last epoch's terms and accuracies, and write the records that only a finished run has.
 
     Args:
-        terms: names of the curves.
+        draw_curves: draws the curves of a run folder.
         record: of the last epoch; empty if this process trained none.
         predictions: of the last evaluation, to be saved; every process has them.
     """
@@ -73,12 +73,10 @@ def end_run(
     log.print("\n".join(filter(None, lines)))
     arrays = predictions and predictions.gather()
     if folder:
-        from reports import figures  # here, as matplotlib takes a second to import
-
         with final_records(folder):
             log.hyperparameters(flags, test_stats, num_epochs * data.num_steps - 1)
             log.close()
-            figures.curves(folder, [*terms])
+            draw_curves(folder)
             if arrays:
                 write_predictions(arrays, folder, num_epochs - 1)
             write_summary(folder, num_epochs, seconds, test_stats)
