@@ -33,6 +33,11 @@ def renamed_to_timm(weights: Tensors, names: Names) -> tuple[Tensors, list[str]]
     return names.to_timm({name: tensor for name, tensor in weights.items() if name not in reasons}), notes
 
 
+def _renames(names: Names) -> Callable[[Tensors, nn.Module], tuple[Tensors, list[str]]]:
+    """The `to_timm` of a layout that differs from timm's in the names alone."""
+    return lambda weights, model: renamed_to_timm(weights, names)
+
+
 def named_as_transformers(weights: Tensors, names: Names, base: str, model: nn.Module) -> Tensors:
     """The tensors under transformers' names; behind `base` if the model has a classifier."""
     renamed = names.from_timm(weights)
@@ -57,10 +62,6 @@ def _is_beit(names: Collection[str]) -> bool:
     return _has_norm(names) and any("relative_position_bias_table" in name or "lambda_1" in name for name in names)
 
 
-def _beit_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    return renamed_to_timm(weights, names_of.BEIT_NAMES)
-
-
 def _beit_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
     pool = "avg" if "fc_norm.weight" in weights else "token"
     require(model, Beit, "Block", pool, prefix_tokens=1)
@@ -73,7 +74,7 @@ enter(
         "Query, key and value are joined. `pooler.layernorm`, behind average pooling, is timm's `fc_norm`.",
         ANCHOR,
         _is_beit,
-        _beit_to_timm,
+        _renames(names_of.BEIT_NAMES),
         _beit_from_timm,
         beside=("classifier.",),
         layer_norm_eps=1e-12,
@@ -110,10 +111,6 @@ enter(
 )
 
 
-def _vit_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    return renamed_to_timm(weights, names_of.VIT_NAMES)
-
-
 def _vit_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
     require(model, VisionTransformer, "Block", "token", prefix_tokens=1)
     require_positions(model, weights, num_prefix_tokens=1)
@@ -126,7 +123,7 @@ enter(
         "Query, key and value are joined. Also the encoder of ViTMAE and of other models with these names.",
         ANCHOR,
         _has_norm,
-        _vit_to_timm,
+        _renames(names_of.VIT_NAMES),
         _vit_from_timm,
         beside=("classifier.",),
         layer_norm_eps=1e-12,
@@ -142,10 +139,6 @@ def _is_swin(names: Collection[str]) -> bool:
     return f"{start}layernorm_before.weight" in names and not any("logit_scale" in name for name in names)  # version 2
 
 
-def _swin_to_timm(weights: Tensors, model: nn.Module) -> tuple[Tensors, list[str]]:
-    return renamed_to_timm(weights, names_of.SWIN_NAMES)
-
-
 def _swin_from_timm(weights: Tensors, model: nn.Module) -> Tensors:
     require(model, SwinTransformer, "SwinTransformerBlock", "avg")
     return named_as_transformers(weights, names_of.SWIN_NAMES, "swin.", model)
@@ -158,7 +151,7 @@ enter(
         "next one.",
         ANCHOR,
         _is_swin,
-        _swin_to_timm,
+        _renames(names_of.SWIN_NAMES),
         _swin_from_timm,
         beside=("classifier.",),
         layer_norm_eps=1e-5,
