@@ -73,11 +73,15 @@ def _metadata(path: str) -> Mapping[str, object]:
 
 
 def _config(path: Path) -> Mapping[str, object]:
-    """The same of timm's config.json beside a file; {} if there is none, or if it is another program's."""
+    """The same of timm's config.json beside a file, or of transformers' preprocessor_config.json, which has mean and
+    standard deviation; {} if there is none, or if it is another program's."""
     file = path.with_name("config.json")
     if path.name not in FILES or not file.is_file():
         return {}
     config = json.loads(file.read_text(encoding="utf-8"))
+    if "model_type" in config:  # transformers' names of classes are words where timm's are synsets
+        images = json.loads(path.with_name("preprocessor_config.json").read_text(encoding="utf-8"))
+        return {"preprocessing": {"mean": images.get("image_mean"), "std": images.get("image_std")}}
     if "architecture" not in config:
         return {}
     return config | {"preprocessing": config.get("pretrained_cfg")}

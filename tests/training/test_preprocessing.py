@@ -53,6 +53,10 @@ def files(tmp_path):
     config = {"architecture": VIT[1], "label_names": ["b", "a"], "pretrained_cfg": described}
     (tmp_path / "config.json").write_text(json.dumps(config))  # describes model.safetensors alone
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "vit", "id2label": {"0": "tench"}}))
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({"image_mean": OTHER, "image_std": OTHER}))
+    safetensors.torch.save_file(weights, tmp_path / "hf" / "model.safetensors")
     texts = {"label_names": json.dumps(["b", "a"]), "preprocessing": json.dumps(described)}
     safetensors.torch.save_file(weights, tmp_path / "texts.safetensors", texts)
     return tmp_path
@@ -87,6 +91,7 @@ def paths(folder, words):
         # Exported weights: timm's config.json beside them, or their metadata.
         ((*VIT, "--finetune", "model.safetensors", "--eval"), OURS),
         ((*VIT, "--finetune", "texts.safetensors"), OURS),
+        ((*VIT, "--finetune", "hf/model.safetensors"), (OTHER, OTHER, *AUGREG[2:])),
         ((*VIT, "--finetune", "model.safetensors", "--mean", *HALF), (HALF, *OURS[1:])),
         ((*VIT, "--finetune", "plain.pth", *OVER), OURS),
         ((*VIT, "--finetune", "plain.pth", "--std", *OTHER), (HALF, OTHER, *AUGREG[2:])),
