@@ -135,10 +135,18 @@ def _draw_panel(axis: Axes, records: dict[str, dict], column: Column):
         values = np.array(column.read(record["report"]), dtype=float)
         depth = len(record["report"]["variance"]) - 1
         if len(values):
+            if "marker" not in style:  # dashes of initial weights
+                style = {"marker": "o", "markersize": 3, "fillstyle": "none", "markevery": _alone(values)} | style
             axis.plot(relative_depth(len(values), depth, is_of_layers), values, **style, label=name)
     axis.set(xlim=(-0.03, 1.03), yscale="log" if column.measure.geometric else "linear")
     if not any(np.isfinite(line.get_ydata()).any() for line in axis.lines):
         axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="#555555")
+
+
+def _alone(values: np.ndarray) -> list[int]:
+    """Indices of values without a neighbour, which a line alone would not show."""
+    known = np.pad(np.isfinite(values), 1)
+    return np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:]).tolist()
 
 
 def relative_depth(count: int, depth: int, is_of_layers: bool) -> np.ndarray:

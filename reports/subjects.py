@@ -149,7 +149,8 @@ def load_model(subject: Subject, num_classes: int, ema: bool, world: World) -> n
         model = build_model(num_classes=num_classes, **subject.model)
     measurable(model)  # before a download
     if subject.seed is not None:
-        print(f"{subject.run}: the initial weights of seed {subject.seed}")
+        if subject.run == RANDOM:  # and not of an atlas, whose names say it
+            print(f"{subject.run}: the initial weights of seed {subject.seed}")
     elif subject.file is None:
         model = load_published(subject, num_classes, model.pretrained_cfg)
     else:
@@ -220,7 +221,7 @@ def architecture(model: nn.Module) -> str:
     """What two models must have in common to be drawn over the same layers."""
     backbone = Backbone.of(model)
     width = getattr(model, "embed_dim", None)
-    heads = getattr(getattr(backbone.blocks[0], "attn", None), "num_heads", None)
+    heads = getattr(getattr(backbone.all_blocks[0], "attn", None), "num_heads", None)  # as `width`, a Swin's first
     return (
         f"a {type(model).__name__} of {len(backbone.all_blocks)} blocks, {width} wide, {heads} heads, "
         f"{backbone.grid[0]} x {backbone.grid[1]} patches and {backbone.num_prefix_tokens} prefix tokens"

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 import analyze
 from models import build_model
-from reports import published
+from reports import published, subjects
 from training import build
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -167,3 +167,9 @@ def test_the_table_says_what_was_measured_and_how_training_differed(run, tmp_pat
     assert note.startswith("- the runs of both are averaged although they differ in --")
     differ = note.partition(" in ")[2].split(", ")
     assert {"--epochs", "--drop-path", "--emb-cos-within-coef", "--batch-size"} == {*differ}
+
+
+def test_width_and_heads_of_a_swin_are_those_of_its_first_stage():
+    size = {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 24, "window_size": 4}
+    line = subjects.architecture(build_model("swin_tiny_patch4_window7_224", 10, 32, **size))
+    assert "SwinTransformer of 2 blocks, 24 wide, 2 heads, 4 x 4 patches" in line

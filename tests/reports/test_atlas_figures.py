@@ -103,3 +103,16 @@ def test_a_measure_that_a_model_lacks_is_no_curve():
         shown = [[text.get_text() for text in axis.texts] for axis in figure.axes[:-1]]
         assert ["not measured" in of_axis for of_axis in shown] == texts
         plt.close(figure)
+
+
+def test_a_value_without_a_neighbour_is_a_point(families):
+    """The maps of a Swin can be compared with those of the block before only where windows are the same."""
+    report = make_report(0)
+    report["attention"]["head_cosine"] = [0.5, None, 0.25, 0.75]
+    of_run = {"family": "A", "random": "initial", "report": report}
+    figure = draw_level([("A", {"a": of_run, "initial": of_run | {"family": None}})], FIGURES["heads"])
+    trained, initial = figure.axes[0].lines
+    assert trained.get_marker() == "o" and trained.get_markevery() is None
+    assert (initial.get_linestyle(), initial.get_marker(), initial.get_markevery()) == ("--", "o", [0])
+    assert figure.axes[1].lines[1].get_markevery() == []
+    plt.close(figure)
