@@ -136,7 +136,7 @@ def _draw_panel(axis: Axes, records: dict[str, dict], column: Column):
         depth = len(record["report"]["variance"]) - 1
         if len(values):
             if "marker" not in style:  # dashes of initial weights
-                style = {"marker": "o", "markersize": 3, "fillstyle": "none", "markevery": _alone(values)} | style
+                style = {"marker": "o", "markersize": 5.5, "fillstyle": "none", "markevery": _alone(values)} | style
             axis.plot(relative_depth(len(values), depth, is_of_layers), values, **style, label=name)
     axis.set(xlim=(-0.03, 1.03), yscale="log" if column.measure.geometric else "linear")
     if not any(np.isfinite(line.get_ydata()).any() for line in axis.lines):
