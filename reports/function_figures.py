@@ -1,5 +1,7 @@
 """The figure of function-level measures: accuracies without a part of the model, probes by layer, the patch probe."""
 
+import math
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,29 +42,39 @@ HATCHES = {"-": "", "--": "////", ":": "....", "-.": "xxxx"}
 def function_level(configurations: dict[str, list[dict]], styles: list[dict] | None = None) -> Figure:
     """Top-1 accuracies of each configuration, a panel for each curve of `CURVES` and one for the patch probe.
 
-    A curve or bar is the mean over the runs; its band or line reaches from the least to the greatest. A measure that
-    does not apply to a model is left out. `configurations` is {name: the reports of its runs}, each with "function".
+    Measures that were not chosen have no panel. A curve or bar is the mean over the runs; its band or line reaches from
+    the least to the greatest. A measure that does not apply to a model is left out. `configurations` is {name: the
+    reports of its runs}, each with "function".
     """
-    figure, axes = panels(3, 3, 11, 9)
     styles = [style for style, _ in zip(styles or curve_styles(), configurations, strict=False)]
     functions = [[report["function"] for report in reports] for reports in configurations.values()]
-    for axis, ((measure, key), title) in zip(axes.flat, CURVES.items(), strict=False):
+    chosen = {measure for of_runs in functions for function in of_runs for measure in function}
+    curves = [place for place in CURVES if place[0] in chosen]
+    count = max(1, len(curves) + ("patch_probe" in chosen))
+    rows, columns = math.ceil(count / 3), min(count, 3)
+    figure, axes = panels(rows, columns, 11 / 3 * columns, 3 * rows)
+    for axis in axes.flat[count:]:
+        axis.remove()
+    shared = {}
+    for axis, (measure, key) in zip(axes.flat, curves, strict=False):
         drawn = [_draw(axis, style, of_runs, measure, key) for style, of_runs in zip(styles, functions, strict=True)]
         if not any(drawn):
             axis.text(0.5, 0.5, "does not apply", transform=axis.transAxes, ha="center", color="#555555")
-        axis.set_title(title, fontsize=10)
+        axis.set_title(CURVES[measure, key], fontsize=10)
         axis.set_xlabel(XLABELS[measure])
+        # Those without a part of the model show what is left of the accuracy of the complete one.
+        first = shared.setdefault(measure in ("knn", "probe"), axis)
+        if first is not axis:
+            axis.sharey(first)
         if measure in ("heads", "tokens"):
             axis.xaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         else:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for line in axes:
         line[0].set_ylabel("top-1 accuracy, percent")
-    for axis in axes[:2].flat:
-        axis.sharey(axes[0, 0])  # what is left of the accuracy of the complete model
-    axes[2, 0].sharey(axes[2, 1])
-    _draw_patches(axes[2, 2], styles, functions)
-    for axis in axes.flat:
+    if "patch_probe" in chosen or not curves:  # accuracy alone has no curve
+        _draw_patches(axes.flat[count - 1], styles, functions)
+    for axis in figure.axes:
         axis.set_ylim(bottom=0)
     handles = [Line2D([], [], **style) for style in styles]
     labels = [

@@ -58,6 +58,19 @@ def test_what_a_model_lacks_is_left_out():
     assert len(bars.patches) == len(BARS) - 1
 
 
+def test_measures_that_were_not_chosen_have_no_panel():
+    reports = [make_function(0), make_function(1)]
+    for report in reports:
+        report["function"] = {name: report["function"][name] for name in ("knn", "patch_probe")}
+    figure = function_level({"a": reports[:1], "b": reports[1:]})
+    curve, bars = figure.axes
+    assert curve.get_title().startswith("k-NN") and len(curve.lines) == 2 and len(bars.patches) == 2 * len(BARS)
+    for report in reports:
+        report["function"] = {"accuracy": 50.0}
+    (empty,) = function_level({"a": reports}).axes
+    assert [text.get_text() for text in empty.texts] == ["does not apply"]
+
+
 @pytest.mark.parametrize("count", [1, 9])
 def test_everything_lies_within_the_figure_and_apart(count):
     names = [f"a configuration with quite a long name, such as --emb_contrast_cross_coef 0.{i}" for i in range(count)]
