@@ -205,7 +205,7 @@ class TappedViT(nn.Module):
 
     def _require_fixed_maps(self, i: int):
         """Raise for maps without a gradient if their weights are trained."""
-        if trains_maps(attention_of(self.backbone.blocks[i])):
+        if trains_maps(attention_of(self.backbone.blocks[i])) and not torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"the maps of block {i} have no gradient, since reentrant checkpointing computes a block without one; "
                 "checkpoint with use_reentrant=False (of transformers: gradient_checkpointing_kwargs)"

@@ -58,7 +58,7 @@ def test_a_run_is_measured_on_images_of_both_splits(run, tmp_path, undrawn, monk
     assert "function" in drawn and "depth, function, heads" in out
 
 
-def test_chosen_measures_of_the_function_level_are_measured_alone(run, tmp_path, capsys):
+def test_chosen_measures_of_the_function_level_are_measured_alone(run, tmp_path, undrawn, capsys):
     report = analyzed(tmp_path, run, *LEVEL, "--function-measures", "patch_probe", "knn")
     data = labelled_data(find_subject(str(run), []), world(), function_options(True, 40, 50))
     function = measure_function(small_model(weights=loaded(run / checkpoint.LAST)), [*data.test], [*data.train])
