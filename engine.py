@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from timm.utils import accuracy, unwrap_model
+from timm.utils import unwrap_model
 from torch import nn
 from torch.nn import functional as F
 
@@ -169,13 +169,13 @@ def _sums_and_results(model: nn.Module, samples: torch.Tensor, labels: torch.Ten
     with autocast(device, amp_dtype):
         logits = model(samples)
     logits = logits.float()
-    percents = torch.stack(accuracy(logits, labels, topk=(1, 5)))
     top5 = logits.topk(min(5, logits.shape[1])).indices
-    predicted = top5[:, 0]  # of equal logits the one that `accuracy` counts
+    predicted, in_top5 = top5[:, 0], (top5 == labels[:, None]).any(dim=1)
+    is_right = predicted == labels
     log_probs = logits.log_softmax(dim=1)
     confidence = log_probs.gather(1, predicted[:, None]).squeeze(1).exp()
     losses = F.nll_loss(log_probs, labels, reduction="none")
-    results = ImageResults(predicted, confidence, (top5 == labels[:, None]).any(dim=1), losses)
+    results = ImageResults(predicted, confidence, in_top5, losses)
     loss = F.nll_loss(log_probs, labels, reduction="sum")
-    bins = calibration_sums(confidence, predicted == labels)
-    return torch.cat([loss[None].double(), (percents * len(labels) / 100).double(), bins.flatten()]), results
+    sums = torch.stack([loss.double(), is_right.sum().double(), in_top5.sum().double()])
+    return torch.cat([sums, calibration_sums(confidence, is_right).flatten()]), results
