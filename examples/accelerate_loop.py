@@ -18,6 +18,7 @@ COEFS = {"mixing": 1.0, "emb_cos_within": 0.5, "emb_contrast_cross": 0.5, "weigh
 
 
 def main(epochs=EPOCHS, batch=BATCH, coefs=COEFS, mixup=True, **options):
+    """Train, and return the stock model."""
     accelerator = Accelerator(gradient_accumulation_steps=ACCUMULATED, **options)
     set_seed(0)
     labels = torch.randint(CLASSES, (256,))  # made images: noise, with a pattern for each class

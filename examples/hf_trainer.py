@@ -43,6 +43,7 @@ class DiverseTrainer(Trainer):
 
 
 def main(output=OUTPUT, epochs=EPOCHS):
+    """Train, save the stock model, and return the trainer."""
     set_seed(0)
     labels = torch.randint(CLASSES, (256,))  # made images: noise, with a pattern for each class
     images = torch.randn(256, 3, 32, 32) + torch.randn(CLASSES, 3, 32, 32)[labels]

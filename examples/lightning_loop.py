@@ -35,6 +35,7 @@ class Classifier(lightning.LightningModule):
 
 
 def main(epochs=EPOCHS, **options):
+    """Train, and return the trainer and the stock model."""
     lightning.seed_everything(0, verbose=False)
     labels = torch.randint(CLASSES, (256,))  # made images: noise, with a pattern for each class
     images = torch.randn(256, 3, 32, 32) + torch.randn(CLASSES, 3, 32, 32)[labels]

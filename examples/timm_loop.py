@@ -15,6 +15,7 @@ COEFS = {"mixing": 1.0, "emb_cos_within": 0.5, "emb_contrast_cross": 0.5, "weigh
 
 
 def main(epochs=EPOCHS):
+    """Train, and return the model and the average of its weights."""
     random_seed(0)  # of torch, numpy (mixup) and Python
     labels = torch.randint(CLASSES, (256,))  # made images: noise, with a pattern for each class
     images = torch.randn(256, 3, 32, 32) + torch.randn(CLASSES, 3, 32, 32)[labels]
